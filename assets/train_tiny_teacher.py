@@ -1,0 +1,87 @@
+"""Trains the embedded teacher, a reduced Video DC-AE, from scratch on made-up video.
+
+    python assets/train_tiny_teacher.py                    # what made assets/tiny_teacher/
+    python assets/train_tiny_teacher.py --minutes 1 --out /tmp/teacher      # try it
+
+The loss is the mean over clips of log(MSE), the quantity that PSNR averages: dull clips count as much as busy
+ones. There is no KL term and no sampling, since Video DC-AE's encoder is deterministic.
+"""
+import argparse
+import json
+import math
+import os
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+from safetensors.torch import save_file
+from torch.utils.data import DataLoader
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from data import SyntheticClips          # noqa: E402
+from teachers import TINY, VideoDCAE     # noqa: E402
+
+p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+p.add_argument("--minutes", type=float, default=55, help="how long to train; the learning rate follows the clock")
+p.add_argument("--batch", type=int, default=8, help="clips a step")
+p.add_argument("--frames", type=int, default=8)
+p.add_argument("--size", type=int, default=64, help="height and width of a clip in pixels")
+p.add_argument("--lr", type=float, default=2e-3, help="peak learning rate: 100 steps of warm-up, then a cosine that ends at 0 with the time")
+p.add_argument("--seed", type=int, default=0)
+p.add_argument("--workers", type=int, default=1, help="processes that make clips")
+p.add_argument("--bf16", action=argparse.BooleanOptionalAction, default=torch.cpu._is_amx_tile_supported(),
+               help="autocast to bfloat16 (default: where the CPU has matrix units for it)")
+p.add_argument("--out", default=str(Path(__file__).resolve().parent / "tiny_teacher"))
+args = p.parse_args()
+
+
+def psnr(model, clips):
+    """Mean over clips of the PSNR in dB of the reconstruction, clamped to [-1, 1]."""
+    with torch.no_grad():
+        error = torch.stack([(model(x[None]).clamp(-1, 1)[0] - x).square().mean() for x in clips])
+    return (-10 * torch.log10(error / 4)).mean().item()
+
+
+torch.manual_seed(args.seed)
+model = VideoDCAE(TINY)
+for name, module in model.named_modules():      # residual branches start small: the shortcuts carry the first steps
+    if name.endswith("norm"):
+        nn.init.constant_(module.weight, 0.1)
+ema = torch.optim.swa_utils.AveragedModel(model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.998))
+optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.95), weight_decay=1e-2)
+clips = SyntheticClips(args.frames, args.size, args.seed)
+held_out = SyntheticClips(args.frames, 128, seed=10_000)
+held_out = [held_out[8 * i] for i in range(16)]
+loader = iter(DataLoader(clips, args.batch, num_workers=args.workers))
+start = time.time()
+
+
+def save():
+    out = Path(args.out)
+    out.mkdir(parents=True, exist_ok=True)
+    weights = {k: v.half().contiguous() for k, v in ema.module.state_dict().items()}
+    save_file(weights, out / "model.tmp", metadata={"training": json.dumps(
+        vars(args) | {"out": "", "step": step, "minutes": round((time.time() - start) / 60, 1), "torch": torch.__version__})})
+    os.replace(out / "model.tmp", out / "model.safetensors")
+
+
+for step, video in enumerate(loader, 1):
+    done = min((time.time() - start) / (60 * args.minutes), 1)
+    for group in optimizer.param_groups:
+        group["lr"] = args.lr * min(step / 100, 1) * 0.5 * (1 + math.cos(math.pi * done))
+    with torch.autocast("cpu", torch.bfloat16, enabled=args.bf16):
+        reconstruction = model(video)
+    loss = (reconstruction.float() - video).square().mean((1, 2, 3, 4)).add(1e-5).log().mean()
+    optimizer.zero_grad()
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+    ema.update_parameters(model)
+    if step % 250 == 0 or done == 1:
+        print(f"step {step}: loss {loss.item():.3f}, held-out PSNR {psnr(ema.module, held_out):.2f} dB, "
+              f"{(time.time() - start) / step:.2f} s a step", flush=True)
+        save()
+    if done == 1:
+        break

@@ -1,0 +1,373 @@
+"""Clips: from folders of video files, and made up from noise.
+
+Every data set here is a function of one number. In training, `clips[n]` for n = 0, 1, 2, ... is an endless
+stream in which the file, the window, the crop and the flip (or the whole made-up scene) depend on the seed
+and on n alone; train.py asks for n = step * batch + slot. So a resumed run, or a run on any number of
+processes with any number of workers, sees the same clips in the same order without storing sampler state.
+
+Clips are (3, T, H, W), float32, RGB in [-1, 1].
+"""
+import math
+import os
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
+
+import av
+import numpy as np
+import torch
+import torch.nn.functional as F
+from av.stream import Disposition
+from av.video.reformatter import Interpolation
+from torch.utils.data import Dataset
+
+
+# ----------------------------------------------------------------------------------------------------------
+# video files
+
+SUFFIXES = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".ts", ".wmv", ".flv", ".3gp", ".ogv", ".gif")
+BROKEN = (av.FFmpegError, OSError, ValueError, MemoryError)     # all that PyAV raises on damaged files
+EXACT = Interpolation.BILINEAR | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT  # the default loses 2 of 255 levels
+
+
+class BadVideo(ValueError):
+    """The clip asked for cannot be read from its file; the message is one line."""
+
+
+def why(error):
+    return getattr(error, "strerror", None) or str(error) or type(error).__name__
+
+
+def open_video(path, **options):
+    """A context manager; metadata in unknown encodings is no reason to refuse a video."""
+    return av.open(str(path), metadata_errors="ignore", options=options)
+
+
+def video_stream(container):
+    """The first video stream that is not a cover picture, and its frame rate."""
+    for stream in container.streams.video:
+        if not stream.disposition & Disposition.attached_pic and stream.codec_context is not None:
+            return stream, stream.average_rate or stream.guessed_rate or 25
+    raise BadVideo("no video stream that can be decoded")
+
+
+def count_frames(path):
+    """How many frames the file's header promises; raises one of BROKEN if it is no video."""
+    if not os.path.getsize(path):
+        raise BadVideo("empty file")
+    # Without a decoder FFmpeg cannot decode a first frame to learn more than we ask: 0.3 ms a file, not 10.
+    with open_video(path, codec_whitelist="none") as container:
+        stream, rate = video_stream(container)
+        if stream.frames:
+            return stream.frames
+        if stream.duration or container.duration:
+            seconds = stream.duration * stream.time_base if stream.duration else container.duration / av.time_base
+            return round(seconds * rate)
+        return sum(packet.size > 0 for packet in container.demux(stream))   # webm from a browser tells no length
+
+
+def read_frames(path, start, frames, stride):
+    """Yields `frames` frames, (H, W, 3) uint8 RGB, every `stride`-th of the file from about number `start` on,
+    holding one at a time. Raises one of BROKEN if the file ends early or is damaged there."""
+    with open_video(path) as container:
+        stream, rate = video_stream(container)
+        codec = stream.codec_context
+        codec.thread_count = 1                                  # the loader's workers are the parallelism
+        begin, left, wait, damaged = -math.inf, frames, 0, False
+        if start:
+            step = 1 / (rate * stream.time_base)                # time stamps from a frame to the next
+            opening = stream.start_time or 0
+            begin = opening + float((start - 0.5) * step)
+            target = int(begin - 8 * step)      # containers index decoding times, some frames before those of display
+            if target > opening:
+                container.seek(target, stream=stream)
+        for packet in container.demux(stream):
+            # On the way from the keyframe to the window, frames that no other frame refers to need no decoding.
+            codec.skip_frame = "NONREF" if packet.pts is not None and packet.pts < begin else "DEFAULT"
+            try:
+                decoded = packet.decode()
+            except av.InvalidDataError:
+                if left < frames:
+                    raise
+                damaged = True
+                continue
+            for frame in decoded:
+                damaged = frame.is_corrupt or damaged and not frame.key_frame   # until the next keyframe
+                if frame.pts is not None and frame.pts < begin:
+                    continue
+                if damaged:
+                    raise BadVideo("damaged")
+                if not wait:
+                    image = frame.to_ndarray(format="rgb24", interpolation=EXACT, threads=1)
+                    yield np.rot90(image, round(frame.rotation / 90))          # phones store the angle
+                    left -= 1
+                    if not left:
+                        return
+                wait = (wait or stride) - 1
+    raise BadVideo(f"only {frames - left} of {frames} frames could be read")
+
+
+class VideoClips(Dataset):
+    """Clips from a video file or from all video files in a folder, at any depth: (3, frames, height, width).
+
+    size     an int or (height, width): the largest crop of that shape, resized (bicubic, antialiased), so the
+             short side fits exactly
+    stride   keeps every stride-th frame
+    train    True: `clips[n]`, any n >= 0, is clip n of an endless stream. Every N clips go once through all N files
+             in a new order, with a random window of time, a random place of the crop along the long side and a
+             random flip, all drawn from (seed, n). A clip that cannot be decoded falls to the file's first
+             window and then to the next files of that order, so that it still depends on (seed, n) and the
+             files alone, whoever asks for it and whatever was read before; files that gave way are in `broken`.
+             False: `clips[i]`, i < N, is the first window of `files[i]`, centre crop, no flip, or BadVideo.
+
+    len() is N, the files that can be used, by sorted relative path in `files`; `skipped` says of every other file why
+    not. Both kinds of bad files are named once on stderr. Raises FileNotFoundError if there is no such folder and
+    ValueError if it holds nothing usable; `clips[n]` raises RuntimeError if no file at all can be decoded.
+    """
+
+    def __init__(self, root, frames, size, stride=1, train=True, seed=0):
+        self.height, self.width = (size, size) if isinstance(size, int) else size
+        self.frames, self.stride, self.train, self.seed = frames, stride, train, seed
+        if min(frames, stride, self.height, self.width) < 1:
+            raise ValueError(f"frames, size and stride must be at least 1, not {frames}, {size} and {stride}")
+        if os.path.isfile(root):
+            self.root, names = os.path.split(os.path.abspath(root))
+            names = [names]
+        elif os.path.isdir(root):
+            self.root = os.path.abspath(root)
+            names = sorted(os.path.relpath(os.path.join(folder, name), root).replace(os.sep, "/")
+                           for folder, _, found in os.walk(root, followlinks=True)
+                           for name in found if name.lower().endswith(SUFFIXES))
+        else:
+            raise FileNotFoundError(f"no video file or folder {root}")
+
+        self.span = (frames - 1) * stride + 1
+        self.files, self.counts, self.skipped = [], [], {}
+        with ThreadPoolExecutor(8) as pool:                     # opening waits for the disk, mostly
+            for name, (count, reason) in zip(names, pool.map(self.probe, names)):
+                if reason:
+                    self.skipped[name] = reason
+                else:
+                    self.files.append(name)
+                    self.counts.append(count)
+        if int(os.environ.get("RANK", 0)) == 0:                 # all processes of a run find the same
+            lines = [f"skipping {name}: {reason}" for name, reason in self.skipped.items()]
+            if len(lines) > 11:
+                lines[10:] = [f"skipping {len(lines) - 10} more files"]
+            for line in lines:
+                print(line, file=sys.stderr)
+        if not self.files:
+            raise ValueError(f"no usable video in {root}: looked for files of {self.span} frames or more that end in "
+                             f"{' '.join(SUFFIXES)}, found {len(names)} files and skipped them all")
+        self.gave_way = torch.zeros(len(self.files), dtype=torch.bool).share_memory_()    # one table for all workers
+
+    def probe(self, name):
+        """(number of frames, None) or (None, why the file cannot be used)."""
+        try:
+            count = count_frames(os.path.join(self.root, name))
+        except BROKEN as error:
+            return None, why(error)
+        return (count, None) if count >= self.span else (None, f"{count} frames, {self.span} needed")
+
+    def __len__(self):
+        return len(self.files)
+
+    @property
+    def broken(self):
+        """Names of the files that looked fine but of which some clip could not be decoded, by any worker so far."""
+        return [self.files[i] for i in self.gave_way.nonzero().flatten().tolist()]
+
+    def __getitem__(self, n):
+        if n < 0 or not self.train and n >= len(self):
+            raise IndexError(f"clip {n} of {len(self)}")
+        if not self.train:
+            try:
+                return self.clip(n, 0, 0.5, 0.5)
+            except BROKEN as error:
+                raise BadVideo(f"{self.files[n]}: {why(error)}") from None
+        epoch, place = divmod(n, len(self))
+        order = np.random.default_rng((self.seed, 1, epoch)).permutation(len(self))
+        window, y, x, flip = np.random.default_rng((self.seed, 2, n)).random(4)
+        for i in np.roll(order, -place).tolist():
+            try:
+                video = self.clip(i, window, y, x)
+            except BROKEN as error:
+                # Tried again in the next epoch, as a run that starts there would: what was read before decides nothing.
+                if not self.gave_way[i]:
+                    self.gave_way[i] = True
+                    print(f"cannot decode {self.files[i]}: {why(error)}", file=sys.stderr)
+            else:
+                return video.flip(-1) if flip < 0.5 else video
+        raise RuntimeError(f"none of the {len(self)} videos in {self.root} can be decoded")
+
+    def clip(self, i, window, y, x):
+        """File i's clip at `window`, `y`, `x`, each in [0, 1): how far along the room there is."""
+        path, start = os.path.join(self.root, self.files[i]), int(window * (self.counts[i] - self.span + 1))
+        try:
+            images = [self.crop(image, y, x) for image in read_frames(path, start, self.frames, self.stride)]
+        except BROKEN:
+            if not start:
+                raise
+            # Headers promise too much, indices are missing: the first window needs neither.
+            images = [self.crop(image, y, x) for image in read_frames(path, 0, self.frames, self.stride)]
+        return torch.cat(images).movedim(1, 0).float().div(127.5).sub(1).contiguous()
+
+    def crop(self, image, y, x):
+        """(H, W, 3) uint8 to (1, 3, height, width) uint8: the largest crop of that shape at `y`, `x`, resized."""
+        scale = min(image.shape[0] / self.height, image.shape[1] / self.width)
+        h, w = max(1, round(scale * self.height)), max(1, round(scale * self.width))
+        top, left = int(y * (image.shape[0] - h + 1)), int(x * (image.shape[1] - w + 1))
+        image = torch.from_numpy(np.ascontiguousarray(image[top:top + h, left:left + w])).permute(2, 0, 1)[None]
+        return F.interpolate(image, (self.height, self.width), mode="bicubic", antialias=True)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# made-up video
+
+CLIPS_PER_SCENE = 8     # made-up clips that share one painted scene, since painting costs more than filming it
+
+
+def pink_noise(rng, channels, size, slope):
+    """(channels, size, size) noise of amplitude 1/f^slope, zero mean and unit variance a channel."""
+    fy, fx = np.fft.fftfreq(size)[:, None], np.fft.rfftfreq(size)[None]
+    amplitude = np.maximum(np.hypot(fy, fx), 1 / size) ** -slope
+    amplitude[0, 0] = 0
+    spectrum = rng.standard_normal((channels, size, size // 2 + 1, 2)).astype(np.float32) @ np.array([1, 1j], np.complex64)
+    noise = np.fft.irfft2(spectrum * amplitude, s=(size, size)).astype(np.float32)
+    return noise / noise.std(axis=(1, 2), keepdims=True)
+
+
+def random_colours(rng, n):
+    """(n, 3) colours whose brightness varies several times as much as their hue, as in photographs."""
+    luma = rng.beta(1.2, 1.5, (n, 1))
+    chroma = rng.standard_normal((n, 3)) * rng.gamma(1.2, 0.045, (n, 1))
+    return (luma + chroma - chroma.mean(1, keepdims=True)).astype(np.float32)
+
+
+def dead_leaves(rng, size):
+    """(3, size, size) scene in about [0, 1]: overlapping ellipses and boxes of power-law sizes, each with a
+    colour, a shading gradient and 1/f texture. Occlusion edges plus 1/f texture give the spectra and the
+    sharp edges of natural images (Lee, Mumford and Huang 2001)."""
+    texture = pink_noise(rng, 4, size, rng.uniform(0.7, 1.5))
+    tint = random_colours(rng, 4) - 0.4
+    texture = np.tensordot(tint.T * 0.35 + 0.65 * rng.standard_normal((1, 4)).astype(np.float32) * 0.5, texture, 1)
+    smooth = pink_noise(rng, 1, size, rng.uniform(1.6, 2.2))
+    scene = random_colours(rng, 1)[0][:, None, None] + 0.12 * smooth + 0.12 * texture
+
+    n = int(rng.integers(80, 400))
+    # sizes fall as r^-3 (scale invariance) between the smallest visible and half of the scene; large ones first
+    low, high = rng.uniform(2, 6), size * rng.uniform(0.12, 0.4)
+    u = rng.random(n)
+    radius = np.sort((low ** -1.6 * (1 - u) + high ** -1.6 * u) ** (-1 / 1.6))[::-1]
+    order = np.argsort(np.arange(n) + rng.standard_normal(n) * n * 0.2)
+    palette = random_colours(rng, int(rng.integers(4, 24)))
+    colours = palette[rng.integers(len(palette), size=n)] + 0.04 * rng.standard_normal((n, 3)).astype(np.float32)
+    contrast = rng.gamma(1.0, 0.08, n).astype(np.float32)
+    centres, angles, aspects = rng.random((n, 2)) * size, rng.random(n) * np.pi, np.exp(rng.normal(0, 0.7, n)).clip(0.1, 10)
+    boxes, shading = rng.random(n) < 0.4, rng.normal(0, 0.12, (n, 2))
+    for i in order:
+        r, (cy, cx) = radius[i], centres[i]
+        a = aspects[i] ** 0.5
+        reach = 1.42 * r * max(a, 1 / a)
+        y0, y1 = max(int(cy - reach), 0), min(int(cy + reach) + 2, size)
+        x0, x1 = max(int(cx - reach), 0), min(int(cx + reach) + 2, size)
+        y, x = np.arange(y0, y1, dtype=np.float32)[:, None] - cy, np.arange(x0, x1, dtype=np.float32)[None] - cx
+        c, s = np.cos(angles[i]) / r, np.sin(angles[i]) / r
+        u, v = np.abs(c * x + s * y) * a, np.abs(c * y - s * x) / a
+        distance = np.maximum(u, v) if boxes[i] else np.sqrt(u * u + v * v)
+        mask = np.clip((1 - distance) * r + 0.5, 0, 1)     # one pixel of anti-aliasing
+        fill = colours[i][:, None, None] + contrast[i] * texture[:, y0:y1, x0:x1] \
+            + (shading[i, 0] * y / r + shading[i, 1] * x / r).astype(np.float32)
+        area = scene[:, y0:y1, x0:x1]
+        area += mask.astype(np.float32) * (fill - area)
+    return torch.from_numpy(scene.astype(np.float32))
+
+
+def motion(rng, frames, speed):
+    """(frames, 2, 2) rotation-and-zoom matrices and (frames, 2) shifts in pixels of a smooth path whose speed
+    is about `speed` pixels a frame: constant velocity, some acceleration, slow rotation and zoom."""
+    t = torch.arange(frames) - (frames - 1) / 2
+    pace = speed * np.exp(rng.normal(0, 1.0)) * (rng.random() > 0.15)
+    heading = rng.random() * 2 * np.pi
+    velocity = torch.tensor([np.cos(heading), np.sin(heading)]) * min(pace, 6.0)
+    bend = torch.from_numpy(rng.normal(0, 0.03, 2)) * min(pace, 6.0)
+    shift = t[:, None] * velocity + 0.5 * t[:, None] ** 2 * bend
+    turn = rng.normal(0, 0.008) * (rng.random() < 0.5)
+    zoom = rng.normal(0, 0.006) * (rng.random() < 0.5)
+    angle, scale = turn * t, torch.exp(zoom * t)
+    matrix = torch.stack((scale * angle.cos(), -scale * angle.sin(), scale * angle.sin(), scale * angle.cos()), 1)
+    return matrix.view(-1, 2, 2).float(), shift.float()
+
+
+def film(image, points):
+    """Samples `image` (C, M, M), periodic, at `points` (T, H, W, 2), in pixels (x, y): (T, C, H, W)."""
+    size = image.shape[-1]
+    grid = torch.remainder(points, size) * (2 / size) - 1
+    image = F.pad(image[None], (0, 1, 0, 1), mode="circular")[..., :size + 1, :size + 1]
+    grid = grid * (size / (size + 1)) + (size / (size + 1) - 1)    # the wrapped row and column moved the centre
+    return F.grid_sample(image.expand(len(points), -1, -1, -1), grid, align_corners=False, padding_mode="border")
+
+
+class SyntheticClips(Dataset):
+    """Endless made-up video with the statistics of natural images: 1/f textures and dead leaves under a
+    panning camera, with objects that move by themselves and occlude what lies behind them.
+
+    `clips[n]`, any n >= 0, is a (3, frames, size, size) clip in [-1, 1] that depends on `seed` and n only.
+    `length` only matters to code that walks the set from start to end.
+    """
+
+    def __init__(self, frames=8, size=64, seed=0, length=1_000_000):
+        self.frames, self.size, self.seed, self.length = frames, size, seed, length
+        self.scene = lru_cache(maxsize=2)(self.scene)
+
+    def __len__(self):
+        return self.length
+
+    def scene(self, number):
+        return dead_leaves(np.random.default_rng((self.seed, 1, number)), 4 * self.size)
+
+    def __getitem__(self, n):
+        if not 0 <= n < self.length:
+            raise IndexError(f"clip {n} of {self.length}")
+        rng = np.random.default_rng((self.seed, 2, n))
+        scene = self.scene(n // CLIPS_PER_SCENE)
+        if rng.random() < 0.5:
+            scene = scene.flip(-1)
+        if rng.random() < 0.5:
+            scene = scene.transpose(-1, -2)
+        scene = scene[rng.permutation(3).tolist()] if rng.random() < 0.3 else scene
+        # film at twice the size, then average: every pixel integrates over its area, as a camera's does
+        size, full = 2 * self.size, scene.shape[-1]
+        magnify = float(np.exp(rng.uniform(np.log(0.5), np.log(1.6))))     # scene pixels per filmed pixel
+        y, x = torch.meshgrid(*[torch.arange(size) - (size - 1) / 2] * 2, indexing="ij")
+        pixels = torch.stack((x, y), -1).float()
+
+        def path(speed):
+            matrix, shift = motion(rng, self.frames, speed)
+            start = torch.from_numpy(rng.random(2) * full).float()
+            return torch.einsum("tij,hwj->thwi", matrix, pixels) - 2 * shift[:, None, None], start
+
+        camera, start = path(0.5)
+        video = film(scene, camera * magnify + start)
+        for _ in range(rng.choice(4, p=(0.3, 0.3, 0.25, 0.15))):       # objects, the nearest last
+            centre = torch.from_numpy(rng.uniform(-0.4, 0.4, 2) * size).float()
+            points, start = path(1.0)
+            points = points - centre
+            extent = size * float(rng.uniform(0.08, 0.3))
+            wobble = film(self.blob(n // CLIPS_PER_SCENE), points * (48 / extent) + start)
+            mask = ((1 - points[..., 0].hypot(points[..., 1])[:, None] / extent + 0.35 * wobble) * extent + 0.5).clamp(0, 1)
+            paint = film(scene, points * magnify + start) + torch.from_numpy(rng.normal(0, 0.15, (3, 1, 1)).astype(np.float32))
+            video = video + mask * (paint - video)
+        video = F.avg_pool2d(video, 2)
+        if rng.random() < 0.3:                                        # out of focus
+            video = F.avg_pool2d(F.pad(video, (1, 1, 1, 1), mode="replicate"), 3, 1)
+        gain, drift = np.exp(rng.normal(0, 0.25)), rng.normal(0, 0.004)
+        light = gain * torch.exp(drift * torch.arange(self.frames))[:, None, None, None]
+        video = (video - 0.45) * light.float() + 0.45 + rng.normal(0, 0.06)
+        noise = torch.Generator().manual_seed(int(rng.integers(2 ** 62)))
+        video = video + abs(rng.normal(0, 0.008)) * torch.randn(video.shape, generator=noise)
+        return (video.float().clamp(0, 1) * 2 - 1).movedim(1, 0).contiguous()
+
+    @lru_cache(maxsize=2)
+    def blob(self, number):
+        return torch.from_numpy(pink_noise(np.random.default_rng((self.seed, 3, number)), 1, 256, 1.8))

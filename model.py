@@ -1,0 +1,516 @@
+"""Turbo-VAED's student: a light decoder for the latents of a heavy video VAE, whole in this file.
+
+    python model.py                                       # the family: parameters, compression, arithmetic
+
+    model = TurboVAED(CONFIGS["ltx"])                     # to train
+    model = TurboVAED.from_pretrained("out/ltx")          # ours: a training run's folder, or one .safetensors
+    model = TurboVAED.from_pretrained("hustvl/Turbo-VAED", config="ltx")      # published, from the hub
+    video = model(latents)                                # (B, C, t, h, w) -> (B, 3, T, H, W) in about [-1, 1]
+
+Needs PyTorch and safetensors. Section, figure and table numbers are those of the Turbo-VAED paper.
+"""
+
+import argparse
+import json
+import math
+import os
+import pickle
+import re
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+BLOCKS = ("mid", "up0", "up1", "up2", "up3")
+UPSAMPLING = ("decoupled", "pixel_shuffle_3d", "interpolate")
+
+
+@dataclass(frozen=True)
+class TurboVAEDConfig:
+    latent_channels: int                 # channels of the teacher's latents
+    widths: tuple                        # channels of mid, up0, up1, up2, up3
+    resnets: tuple                       # resnets in mid, up0, up1, up2, up3
+    up: tuple                            # (time, space) factors of up0 ... up3; None: the block does not upsample
+    patch: int                           # what is left to upsample after up3, in space: 1, 2 or 4
+    drop_first: bool                     # a time upsampler drops its first frame(s), so that one latent is one image
+    separable: tuple = ("mid", "up0")    # blocks of depthwise separable convolutions, upsampler's included (Figure 2)
+    kernel: int = 5                      # of the depthwise convolutions: 3, 5 or 7 (Table 5)
+    upsampling: str = "decoupled"        # or "pixel_shuffle_3d", "interpolate" (Table 1)
+
+    def __post_init__(self):
+        freeze = lambda v: tuple(map(freeze, v)) if isinstance(v, (list, tuple)) else v   # JSON knows lists only
+        for name in ("widths", "resnets", "up", "separable"):
+            object.__setattr__(self, name, freeze(getattr(self, name)))
+        for name, length in (("widths", 5), ("resnets", 5), ("up", 4)):
+            if len(getattr(self, name)) != length:
+                raise ValueError(f"{name} needs {length} entries, got {getattr(self, name)}")
+        if any(f is not None and (len(f) != 2 or min(f) < 1 or max(f) == 1) for f in self.up):
+            raise ValueError(f"up factors are (time, space), each at least 1, or None; got {self.up}")
+        if self.patch not in (1, 2, 4) or self.widths[-1] % self.patch ** 2:
+            raise ValueError(f"patch must be 1, 2 or 4 and up3's width a multiple of its square; "
+                             f"got patch {self.patch}, width {self.widths[-1]}")
+        if not set(self.separable) <= set(BLOCKS):
+            raise ValueError(f"separable names blocks among {BLOCKS}, got {self.separable}")
+        if self.kernel % 2 == 0:
+            raise ValueError(f"kernel must be odd, got {self.kernel}")
+        if self.upsampling not in UPSAMPLING:
+            raise ValueError(f"upsampling must be one of {UPSAMPLING}, got {self.upsampling!r}")
+
+    @property
+    def compression(self):
+        """(d_t, d_h, d_w): how many frames, rows and columns one latent stands for."""
+        space = self.patch * math.prod(f[1] for f in self.up if f)
+        return math.prod(f[0] for f in self.up if f), space, space
+
+    def frames(self, t):
+        """Frames that `t` latent frames decode to: d_t (t - 1) + 1 where first frames are dropped, else d_t t."""
+        d_t = self.compression[0]
+        return d_t * t - (d_t - 1 if self.drop_first else 0)
+
+    def feature_shape(self, block, latent_shape):
+        """Shape of a block's output for latents of shape (B, C, t, h, w)."""
+        B, _, t, h, w = latent_shape
+        depth = BLOCKS.index(block)
+        for r_t, r_s in (f for f in self.up[:depth] if f):
+            t, h, w = r_t * t - (r_t - 1 if self.drop_first else 0), r_s * h, r_s * w
+        return B, self.widths[depth], t, h, w
+
+
+# hunyuan and cog are one network, trained on two teachers' latents. tiny serves the embedded teacher.
+CONFIGS = {
+    "ltx": TurboVAEDConfig(
+        latent_channels=128, widths=(512, 512, 256, 128, 64), resnets=(1, 1, 3, 2, 3),
+        up=(None, (2, 2), (2, 2), (2, 2)), patch=4, drop_first=True),
+    "dc": TurboVAEDConfig(
+        latent_channels=128, widths=(512, 512, 256, 128, 64), resnets=(4, 3, 3, 3, 4),
+        up=(None, (2, 2), (2, 2), (1, 2)), patch=4, drop_first=False),
+    "hunyuan": TurboVAEDConfig(
+        latent_channels=16, widths=(512, 512, 256, 32, 16), resnets=(5, 4, 4, 4, 5),
+        up=(None, (2, 2), (2, 2), (1, 2)), patch=1, drop_first=True),
+    "cog": TurboVAEDConfig(
+        latent_channels=16, widths=(512, 512, 256, 32, 16), resnets=(5, 4, 4, 4, 5),
+        up=(None, (2, 2), (2, 2), (1, 2)), patch=1, drop_first=True),
+    "tiny": TurboVAEDConfig(
+        latent_channels=16, widths=(96, 96, 48, 48, 48), resnets=(1, 1, 1, 1, 1),
+        up=(None, (2, 2), (2, 1), None), patch=4, drop_first=False, separable=("mid", "up0", "up1")),
+}
+
+PUBLISHED = {"ltx": "Turbo-VAED-LTX.pth", "dc": "Turbo-VAED-DC.pth",
+             "hunyuan": "Turbo-VAED-Hunyuan.pth", "cog": "Turbo-VAED-Cog.pth"}
+OWN_FILE = "student.safetensors"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Layers. Their attribute names are those of the published checkpoints' keys.
+
+def pad_time(x, n):
+    """Repeat the first and the last frame n times each: (B, C, T, H, W) -> (B, C, T + 2n, H, W).
+
+    A cat of slices, because an expanded tensor among them would cost x its channels_last_3d layout.
+    """
+    return torch.cat([x[:, :, :1]] * n + [x] + [x[:, :, -1:]] * n, dim=2) if n else x
+
+
+def rms_norm(x):
+    """x / rms(x) over channels (dimension 1), nothing learned, eps 1e-8.
+
+    The mean is taken in float32: in float16 the eps is zero and the square of 256 is infinite.
+    """
+    return x * torch.rsqrt(x.float().square().mean(1, keepdim=True) + 1e-8).to(x.dtype)
+
+
+class Conv3d(nn.Module):
+    """3D convolution: zeros around each frame, first and last frame repeated in time (the decoder is not causal)."""
+
+    def __init__(self, c_in, c_out, kernel=3):
+        super().__init__()
+        self.conv = nn.Conv3d(c_in, c_out, kernel, padding=(0, kernel // 2, kernel // 2))
+
+    def forward(self, x):
+        return self.conv(pad_time(x, self.conv.kernel_size[0] // 2))
+
+
+class SeparableConv3d(nn.Module):
+    """3D depthwise separable convolution (Equations 1 and 2), padded as Conv3d is."""
+
+    def __init__(self, c_in, c_out, kernel):
+        super().__init__()
+        self.depthwise_conv = nn.Conv3d(c_in, c_in, kernel, padding=(0, kernel // 2, kernel // 2), groups=c_in)
+        self.pointwise_conv = nn.Conv3d(c_in, c_out, 1)
+
+    def forward(self, x):
+        return self.pointwise_conv(self.depthwise_conv(pad_time(x, self.depthwise_conv.kernel_size[0] // 2)))
+
+
+class ChannelNorm(nn.LayerNorm):
+    """LayerNorm over dimension 1 of (B, C, T, H, W)."""
+
+    def forward(self, x):
+        return super().forward(x.movedim(1, -1)).movedim(-1, 1)
+
+
+class Resnet(nn.Module):
+    """Norm, activation, conv, twice, beside a shortcut that is learned where the width changes."""
+
+    def __init__(self, c_in, c_out, conv, activation=F.silu):
+        super().__init__()
+        self.activation = activation
+        self.conv1 = conv(c_in, c_out)
+        self.conv2 = conv(c_out, c_out)
+        if c_in != c_out:
+            self.norm3 = ChannelNorm(c_in, eps=1e-6)
+            self.conv_shortcut = Conv3d(c_in, c_out, kernel=1)
+
+    def forward(self, x):
+        h = self.conv1(self.activation(rms_norm(x)))
+        h = self.conv2(F.silu(rms_norm(h)))
+        if hasattr(self, "conv_shortcut"):
+            x = self.conv_shortcut(self.norm3(x))
+        return h + x    # in this order the sum keeps h's memory format: ChannelNorm's output is always channels-last
+
+
+def layout(x):
+    channels_last = x.is_contiguous(memory_format=torch.channels_last_3d)
+    return torch.channels_last_3d if channels_last else torch.contiguous_format
+
+
+def decoupled_pixel_shuffle(x, r_t, r_s):
+    """Time, then space (Section 3.3): (B, C r_s² r_t, T, H, W) -> (B, C, r_t T, r_s H, r_s W).
+
+    Time: channel c r_t + k of frame t becomes channel c of frame r_t t + k. Space: the ordinary 2D pixel shuffle of
+    each frame, Equation 3 up to a permutation of channels. No tensor on the way has more than five dimensions, the
+    limit of phones' compilers.
+    """
+    B, C, T, H, W = x.shape
+    frames = x.reshape(B, C // r_t, r_t, T, H * W).permute(0, 3, 2, 1, 4)              # (B, T, r_t, C r_s², H W)
+    frames = F.pixel_shuffle(frames.reshape(B * T * r_t, C // r_t, H, W), r_s)
+    return frames.unflatten(0, (B, T * r_t)).transpose(1, 2).contiguous(memory_format=layout(x))
+
+
+def pixel_shuffle_3d(x, r_t, r_s):
+    """Both at once: (B, C r_t r_s², T, H, W) -> (B, C, r_t T, r_s H, r_s W), channels in order (C, r_t, r_h, r_w)."""
+    B, C, T, H, W = x.shape
+    y = x.reshape(B, C // (r_t * r_s ** 2), r_t, r_s, r_s, T, H, W).permute(0, 1, 5, 2, 6, 3, 7, 4)
+    return y.reshape(B, -1, T * r_t, H * r_s, W * r_s).contiguous(memory_format=layout(x))
+
+
+class Upsampler(nn.Module):
+    """Upsample by (time, space) factors, in one of Table 1's three ways.
+
+    "decoupled" and "pixel_shuffle_3d" convolve to r_t r_s² times the channels and shuffle; "interpolate" repeats each
+    value (nearest neighbour, as Hunyuan-VAE and CogVideoX-VAE do), then convolves at the same width.
+    """
+
+    def __init__(self, width, factors, conv, upsampling, drop_first):
+        super().__init__()
+        self.factors, self.upsampling = factors, upsampling
+        self.drop = factors[0] - 1 if drop_first else 0
+        self.pixels = 1 if upsampling == "interpolate" else factors[0] * factors[1] ** 2   # that a shuffle makes of one
+        self.conv = conv(width, width * self.pixels)
+
+    def forward(self, x):
+        r_t, r_s = self.factors
+        if self.upsampling == "decoupled":
+            x = decoupled_pixel_shuffle(self.conv(x), r_t, r_s)
+        elif self.upsampling == "pixel_shuffle_3d":
+            x = pixel_shuffle_3d(self.conv(x), r_t, r_s)
+        else:
+            x = F.interpolate(x, scale_factor=(r_t, r_s, r_s), mode="nearest")
+        x = x[:, :, self.drop:] if self.drop else x
+        return self.conv(x) if self.upsampling == "interpolate" else x
+
+
+class Block(nn.Module):
+    """To a new width, to a new size, then resnets; the first two only where the configuration asks for them."""
+
+    def __init__(self, c_in, c_out, resnets, conv, upsampler=None):
+        super().__init__()
+        self.conv_in = Resnet(c_in, c_out, conv) if c_in != c_out else nn.Identity()
+        self.upsamplers = nn.Sequential(*[upsampler] if upsampler else [])
+        activation = F.relu if upsampler else F.silu      # as published: ReLU comes first after an upsampler
+        self.resnets = nn.Sequential(*[Resnet(c_out, c_out, conv, activation) for _ in range(resnets)])
+
+    def forward(self, x):
+        return self.resnets(self.upsamplers(self.conv_in(x)))
+
+
+class Upsampler2d(nn.Module):
+    """One doubling of the frames' size at the cost of three quarters of the width: (N, C, H, W) -> (N, C/4, 2H, 2W)."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.pixels = 4
+        self.conv = nn.Conv2d(width, width, 3, padding=1)
+
+    def forward(self, x):
+        return F.pixel_shuffle(self.conv(F.silu(rms_norm(x))), 2)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The decoder.
+
+class TurboVAED(nn.Module):
+    """The student (Figure 4): conv in, mid, four up blocks, out."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.metadata = {}      # what a loaded file says of itself besides its configuration
+        widths = config.widths
+        conv = [partial(SeparableConv3d, kernel=config.kernel) if name in config.separable else Conv3d
+                for name in BLOCKS]
+        self.conv_in = Conv3d(config.latent_channels, widths[0])
+        self.mid_block = Block(widths[0], widths[0], config.resnets[0], conv[0])
+        self.up_blocks = nn.ModuleList()
+        for i, factors in enumerate(config.up, start=1):
+            upsampler = factors and Upsampler(widths[i], factors, conv[i], config.upsampling, config.drop_first)
+            self.up_blocks.append(Block(widths[i - 1], widths[i], config.resnets[i], conv[i], upsampler))
+        if config.patch > 1:
+            self.upsampler2d_1 = Upsampler2d(widths[-1])
+        if config.patch > 2:
+            self.upsampler2d_2 = Upsampler2d(widths[-1] // 4)
+        self.conv_out = Conv3d(widths[-1] // config.patch ** 2, 3)
+        self.init_weights()
+
+    @torch.no_grad()
+    def init_weights(self):
+        """Start as a smooth upsampler of the latents: PyTorch's weights, but no biases, residual branches at a tenth,
+        and the same weights for all the pixels that a shuffle makes of one, so that it begins as nearest neighbour.
+
+        On smooth made-up clips (AdamW, 1e-3, two seeds) tiny left its first plateau, one mean colour, within 25 to 75
+        steps; with PyTorch's weights alone only after 125 or more.
+        """
+        for name, p in self.named_parameters():
+            if name.endswith("bias"):
+                p.zero_()
+        for module in self.modules():
+            if isinstance(module, Resnet):
+                list(module.conv2.parameters())[-2].mul_(0.1)
+            elif isinstance(module, (Upsampler, Upsampler2d)):
+                weight, n = list(module.conv.parameters())[-2], module.pixels
+                weight.copy_(weight[::n].repeat_interleave(n, 0))
+
+    def forward(self, latents, return_features=False):
+        """Decode latents (B, C, t, h, w) to video (B, 3, T, H, W), in about [-1, 1] but not clamped.
+
+        latents are what the teacher's encoder gives, no scaling factor applied. One latent frame is one image, unless
+        the configuration keeps first frames. return_features=True also returns the blocks' outputs as a dict with the
+        keys "mid", "up0" ... "up3"; a tuple of names returns those only. Raises ValueError on other shapes.
+        """
+        if latents.ndim != 5 or latents.shape[1] != self.config.latent_channels:
+            raise ValueError(f"latents must be (B, {self.config.latent_channels}, t, h, w), got {tuple(latents.shape)}")
+        wanted = BLOCKS if return_features is True else return_features or ()
+        features = {}
+        x = self.conv_in(latents)
+        for name, block in zip(BLOCKS, (self.mid_block, *self.up_blocks)):
+            x = block(x)
+            if name in wanted:
+                features[name] = x
+        if self.config.patch > 1:                        # frame by frame to full size
+            B = x.shape[0]
+            x = self.upsampler2d_1(x.transpose(1, 2).flatten(0, 1))
+            if self.config.patch > 2:
+                x = self.upsampler2d_2(x)
+            x = x.unflatten(0, (B, -1)).transpose(1, 2)
+        video = self.conv_out(F.silu(rms_norm(x)))
+        return (video, features) if return_features else video
+
+    def channels_last(self):
+        """Lay the weights out for channels-last latents, the layout fast on GPUs, in place; returns the model.
+
+        `model.to(memory_format=...)` cannot: it takes one format for both the 3D and the 2D convolutions.
+        """
+        for p in self.parameters():
+            if p.ndim > 3:
+                p.data = p.data.contiguous(memory_format=torch.channels_last_3d if p.ndim == 5 else torch.channels_last)
+        return self
+
+    def save_pretrained(self, path, metadata=None):
+        """Write weights and configuration to one .safetensors file and return its path.
+
+        path is that file, or a folder, which gets `student.safetensors`. metadata (str -> str) is kept in the file and
+        comes back as `model.metadata`. Written beside its place and renamed, so a crash leaves no half file.
+        """
+        path = Path(path).expanduser()
+        if path.suffix in (".pth", ".pt", ".ckpt", ".bin"):
+            raise ValueError(f"{path}: students are written as .safetensors; name such a file, or a folder")
+        path = path if path.suffix == ".safetensors" else path / OWN_FILE
+        path.parent.mkdir(parents=True, exist_ok=True)
+        state = {key: tensor.detach().cpu().contiguous() for key, tensor in self.state_dict().items()}
+        partial_file = path.with_name(f".{path.name}.{os.getpid()}")
+        try:
+            save_file(state, partial_file, metadata={**(metadata or {}), "config": json.dumps(asdict(self.config))})
+            os.replace(partial_file, path)
+        finally:
+            partial_file.unlink(missing_ok=True)
+        return path
+
+    @classmethod
+    def from_pretrained(cls, path, config=None):
+        """Read a student in float32 on the CPU: ours, or a published Turbo-VAED checkpoint.
+
+        path: a file that save_pretrained wrote or a folder with one; a plain state dict, `.pth` or `.safetensors`; or a
+        hub id such as "hustvl/Turbo-VAED", which needs `config`. config: a TurboVAEDConfig or a name in CONFIGS; None
+        takes the file's own, or the first of CONFIGS whose keys and shapes are the file's ("hunyuan" for "cog").
+        Raises FileNotFoundError, or ValueError with one line that says what does not fit.
+        """
+        if isinstance(config, str) and config not in CONFIGS:
+            raise ValueError(f"no configuration {config!r}; there are {', '.join(CONFIGS)}")
+        file = find_checkpoint(path, config)
+        state, metadata = read_checkpoint(file)
+        config = CONFIGS[config] if isinstance(config, str) else config
+        if "config" in metadata:
+            try:
+                written = TurboVAEDConfig(**json.loads(metadata.pop("config")))
+            except (TypeError, ValueError) as error:
+                raise ValueError(f"{file}: its configuration cannot be read: {summary(error)}") from None
+            if config and config != written:
+                raise ValueError(f"{file}: was written as {config_name(written)}, not as {config_name(config)}")
+            config = written
+
+        with torch.device("meta"):      # shapes only
+            wrong = {name: differences(cls(preset).state_dict(), state) for name, preset in CONFIGS.items()}
+            nearest = min(wrong, key=lambda name: len(wrong[name]))     # the first of those that fit, if any does
+            config = config or CONFIGS[nearest]
+            model = cls(config)
+        problems = differences(model.state_dict(), state)
+        if problems:
+            more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
+            hint = "" if wrong[nearest] else f'; this is a checkpoint of "{nearest}": pass config="{nearest}"'
+            raise ValueError(f"{file}: does not fit {config_name(config)}: {'; '.join(problems[:3])}{more}{hint}")
+        model.load_state_dict({key: tensor.float() for key, tensor in state.items()}, assign=True)
+        model.metadata = metadata
+        return model
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Checkpoints.
+
+def config_name(config):
+    """Its name in CONFIGS in quotes, else all of it."""
+    return next((f'"{name}"' for name, preset in CONFIGS.items() if preset == config), str(config))
+
+
+def summary(error):
+    """The first sentence of another library's message."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0].split(". ")[0]
+
+
+def find_checkpoint(path, config):
+    """The file that `path` means: itself, the one in that folder, or the published one of that hub repository."""
+    file = Path(path).expanduser()
+    published = PUBLISHED.get(config) if isinstance(config, str) else None
+    if file.is_dir():
+        names = [OWN_FILE, published] if published else [OWN_FILE]
+        file = next((file / name for name in names if (file / name).is_file()), None)
+        if not file:
+            raise FileNotFoundError(f"{path}: this folder holds no {' nor '.join(names)}; name a file")
+    if file.is_file():
+        return file
+    if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", str(path)) or file.suffix in (".safetensors", ".pth", ".pt"):
+        raise FileNotFoundError(f"{path}: no such file or folder")
+    if not published:
+        raise FileNotFoundError(f"{path}: no such file or folder; if it is a hub id, say which student: "
+                                f"config= one of {', '.join(PUBLISHED)}")
+    try:
+        from huggingface_hub import hf_hub_download
+    except ImportError:
+        raise FileNotFoundError(f"{path}: no such file or folder; for the hub, pip install huggingface_hub") from None
+    try:
+        return Path(hf_hub_download(str(path), published))
+    except Exception as error:      # a dozen classes, from no network to no such repository: all mean "not there"
+        raise FileNotFoundError(f"{path}: no such file or folder, and the hub did not give {published}: "
+                                f"{summary(error)}") from None
+
+
+def read_checkpoint(file):
+    """(state dict, metadata) of a .safetensors file or a PyTorch one, which is never unpickled beyond plain tensors."""
+    metadata = {}
+    try:
+        if file.suffix == ".safetensors":
+            with safe_open(file, framework="pt") as f:
+                metadata = dict(f.metadata() or {})
+                state = {key: f.get_tensor(key) for key in f.keys()}
+        else:
+            state = torch.load(file, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:      # PyTorch's own words would send the user to unpickle it after all
+        raise ValueError(f"{file}: truncated, or holds more than names and tensors; it was not unpickled") from None
+    except Exception as error:          # damage in the wrong place may raise nearly anything
+        raise ValueError(f"{file}: truncated, or no checkpoint: {summary(error)}") from None
+    for key in ("ema", "state_dict", "model"):      # as training scripts wrap them
+        if isinstance(state, dict) and isinstance(state.get(key), dict):
+            state = state[key]
+    if not isinstance(state, dict) or not state or not all(isinstance(v, torch.Tensor) for v in state.values()):
+        raise ValueError(f"{file}: holds no state dict (names and tensors)")
+    for prefix in ("module.", "_orig_mod.", "decoder."):
+        if all(key.startswith(prefix) for key in state):
+            state = {key[len(prefix):]: tensor for key, tensor in state.items()}
+    return state, metadata
+
+
+def differences(want, have):
+    """What keeps the state dict `have` from being `want`, a few words each; empty if it fits."""
+    return ([f"{key} is {tuple(have[key].shape)}, not {tuple(want[key].shape)}"
+             for key in want if key in have and have[key].shape != want[key].shape]
+            + [f"{key} is missing" for key in want if key not in have]
+            + [f"{key} is unexpected" for key in have if key not in want])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The family.
+
+def by_block(model, count):
+    """{part: count(modules)} over the decoder's parts: conv_in, mid, up0 ... up3, out."""
+    parts = {"conv_in": ["conv_in"], "mid": ["mid_block"], **{f"up{i}": [f"up_blocks.{i}"] for i in range(4)},
+             "out": ["upsampler2d_1", "upsampler2d_2", "conv_out"]}
+    names = dict(model.named_modules())
+    return {part: sum(count(name, names[name]) for name in modules if name in names) for part, modules in parts.items()}
+
+
+def count_parameters(model):
+    """Parameters by part: {"conv_in", "mid", "up0" ... "up3", "out"}."""
+    return by_block(model, lambda name, module: sum(p.numel() for p in module.parameters()))
+
+
+def count_flops(config, latent_shape):
+    """FLOP by part to decode latents of that shape: two for each multiply-add of the convolutions, the rest is noise.
+
+    Runs on the meta device: nothing is computed.
+    """
+    from torch.utils.flop_counter import FlopCounterMode
+    with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model = TurboVAED(config)
+        model(torch.empty(latent_shape))
+    counts = counter.get_flop_counts()
+    return by_block(model, lambda name, module: sum(counts.get(f"TurboVAED.{name}", {}).values()))
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Print the family: parameters, compression, and GFLOP (two for each "
+                                     "multiply-add) for each frame of a clip of 17 frames, 16 without a dropped one.")
+    parser.add_argument("--size", type=int, default=512, help="height and width of the video in pixels (default 512)")
+    size = parser.parse_args().size
+    header = ["", "total", "conv_in", *BLOCKS, "out"]
+    for name, config in CONFIGS.items():
+        d_t, d_h, d_w = config.compression
+        if size < 1 or size % d_h:
+            parser.error(f"--size must be a multiple of {d_h} for {name}, got {size}")
+        t = next(t for t in range(1, 18) if config.frames(t) >= 16)
+        with torch.device("meta"):
+            parameters = count_parameters(TurboVAED(config))
+        flops = count_flops(config, (1, config.latent_channels, t, size // d_h, size // d_w))
+        print(f"{name}: {config.latent_channels} latent channels, compression ({d_t}, {d_h}, {d_w}), "
+              f"{config.frames(t)} frames from {t}")
+        print("".join(f"{h:>12}" if h else f"{'':16}" for h in header))
+        for row, values, unit in (("M parameters", parameters, 1e6), ("GFLOP/frame", flops, 1e9 * config.frames(t))):
+            print(f"{row:16}" + "".join(f"{v / unit:12.3f}" for v in (sum(values.values()), *values.values())))
+        print()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,451 @@
+"""Frozen teachers: video VAEs behind one small interface.
+
+    teacher = load_teacher("ltx")                        # released weights from the hub, cached there
+    teacher = load_teacher("dc", weights="F32T4C128_AE.safetensors", device="cuda", dtype=torch.bfloat16)
+    teacher = load_teacher("ltx", weights="random")      # right shapes without a download: tests and speed
+
+    latents = teacher.encode(video)                      # (B, 3, T, H, W) in [-1, 1] -> (B, C, t, h, w)
+    video = teacher.decode(latents)
+    features = teacher.features(latents, ("mid", "up0", "up1"))
+
+Latents are exactly what the teacher's encoder gives: no scaling factor is applied, so they are what a
+diffusers pipeline hands to `vae.decode`.
+
+| name | video VAE                                | latents          | frames | sizes |
+| ---- | ---------------------------------------- | ---------------- | ------ | ----- |
+| ltx  | LTX-VAE 0.9.0, through diffusers         | 128 ch., 8x32x32 | 8k + 1 | /32   |
+| dc   | Video DC-AE of Open-Sora 2.0, in here    | 128 ch., 4x32x32 | 4k     | /32   |
+| tiny | the embedded one, a reduced Video DC-AE  | 16 ch., 4x8x8    | 4k     | /8    |
+"""
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Video DC-AE (Peng et al. 2025; DC-AE: Chen et al. 2024). Module names are the released checkpoint's.
+
+@dataclass(frozen=True)
+class VideoDCAEConfig:
+    latent_channels: int = 128
+    widths: tuple = (128, 256, 512, 512, 1024, 1024)        # channels of stages 0 ... 5, from pixels to latents
+    encoder_depths: tuple = (2, 2, 2, 3, 3, 3)              # blocks in each stage
+    decoder_depths: tuple = (3, 3, 3, 3, 3, 3)
+    strides: tuple = ((1, 2), (1, 2), (1, 2), (2, 2), (2, 2))   # (time, space) between stage i and i + 1
+    attention_from: int = 3                                 # stages from here on are EViT blocks, else ResBlocks
+    patch: int = 1                                          # stage 0 works on space unshuffled by this factor
+
+    @property
+    def compression(self):
+        time, space = 1, self.patch
+        for t, s in self.strides:
+            time, space = time * t, space * s
+        return time, space, space
+
+
+class RMSNorm(nn.Module):
+    """Over channels, with scale and bias."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.ones(channels)), nn.Parameter(torch.zeros(channels))
+
+    def forward(self, x):
+        shape = (-1, 1, 1, 1)
+        scale = torch.rsqrt(x.float().square().mean(1, keepdim=True) + 1e-5).to(x.dtype)
+        return x * scale * self.weight.view(shape).to(x.dtype) + self.bias.view(shape).to(x.dtype)
+
+
+class Conv(nn.Module):
+    """3D convolution, "same" zero padding in all three directions, then optionally a norm."""
+
+    def __init__(self, c_in, c_out, kernel=3, stride=(1, 1), groups=1, bias=True, norm=False):
+        super().__init__()
+        time, space = stride
+        self.conv = nn.Conv3d(c_in, c_out, kernel, (time, space, space), kernel // 2, groups=groups, bias=bias)
+        self.norm = RMSNorm(c_out) if norm else None
+
+    def forward(self, x):
+        x = self.conv(x)
+        return x if self.norm is None else self.norm(x)
+
+
+class ResBlock(nn.Module):
+    def __init__(self, channels):
+        super().__init__()
+        self.main = nn.ModuleDict({"conv1": Conv(channels, channels),
+                                   "conv2": Conv(channels, channels, bias=False, norm=True)})
+
+    def forward(self, x):
+        return x + self.main["conv2"](F.silu(self.main["conv1"](x)))
+
+
+class LinearAttention(nn.Module):
+    """ReLU linear attention over all positions, at two scales: one set of heads sees q, k, v as projected, a
+    second set sees them averaged by a depthwise 5x5x5 convolution. Runs in float32 at least."""
+
+    def __init__(self, channels, head=32):
+        super().__init__()
+        self.head = head
+        inner = 3 * channels
+        self.main = nn.ModuleDict({
+            "qkv": Conv(channels, inner, 1, bias=False),
+            "aggreg": nn.ModuleList([nn.Sequential(
+                nn.Conv3d(inner, inner, 5, padding=2, groups=inner, bias=False),
+                nn.Conv3d(inner, inner, 1, groups=inner // head, bias=False))]),
+            "proj": Conv(2 * channels, channels, 1, bias=False, norm=True)})
+
+    def forward(self, x):
+        qkv = self.main["qkv"](x)
+        qkv = torch.cat((qkv, self.main["aggreg"][0](qkv)), 1)
+        with torch.autocast(x.device.type, enabled=False):     # sums over every position overflow half precision
+            exact = qkv if qkv.dtype == torch.float64 else qkv.float()
+            q, k, v = exact.flatten(2).unflatten(1, (-1, 3 * self.head)).chunk(3, 2)      # (B, heads, 32, THW)
+            q, k, v = F.relu(q), F.relu(k), F.pad(v, (0, 0, 0, 1), value=1.0)
+            out = (v @ k.transpose(-1, -2)) @ q
+            out = out[:, :, :-1] / (out[:, :, -1:] + 1e-15)
+        out = out.to(qkv.dtype).flatten(1, 2).unflatten(2, x.shape[2:])
+        return x + self.main["proj"](out)
+
+
+class GatedConv(nn.Module):
+    """Widen to twice 4x, mix each channel in space and time, gate one half with the other, narrow."""
+
+    def __init__(self, channels, expand=4):
+        super().__init__()
+        inner = expand * channels
+        self.main = nn.ModuleDict({"inverted_conv": Conv(channels, 2 * inner, 1),
+                                   "depth_conv": Conv(2 * inner, 2 * inner, groups=2 * inner),
+                                   "point_conv": Conv(inner, channels, 1, bias=False, norm=True)})
+
+    def forward(self, x):
+        value, gate = self.main["depth_conv"](F.silu(self.main["inverted_conv"](x))).chunk(2, 1)
+        return x + self.main["point_conv"](value * F.silu(gate))
+
+
+class EViTBlock(nn.Module):
+    def __init__(self, channels):
+        super().__init__()
+        self.context_module, self.local_module = LinearAttention(channels), GatedConv(channels)
+
+    def forward(self, x):
+        return self.local_module(self.context_module(x))
+
+
+def unshuffle(x, time, space):
+    """(B, C, T, H, W) -> (B, C·time·space², T/time, H/space, W/space): each cell's positions become channels."""
+    b, c, t, h, w = x.shape
+    x = x.view(b, c, t // time, time, h // space, space, w // space, space)
+    return x.permute(0, 1, 3, 5, 7, 2, 4, 6).reshape(b, -1, t // time, h // space, w // space)
+
+
+def shuffle(x, time, space):
+    """The inverse of `unshuffle`."""
+    b, _, t, h, w = x.shape
+    x = x.reshape(b, -1, time, space, space, t, h, w)
+    return x.permute(0, 1, 5, 2, 6, 3, 7, 4).reshape(b, -1, t * time, h * space, w * space)
+
+
+def average_channels(x, c_out):
+    """Shortcut to fewer channels: the mean of each group of neighbours."""
+    return x.unflatten(1, (c_out, -1)).mean(2)
+
+
+class Downsample(nn.Module):
+    def __init__(self, c_in, c_out, stride):
+        super().__init__()
+        self.stride, self.c_out = stride, c_out
+        self.main = Conv(c_in, c_out, stride=stride)
+
+    def forward(self, x):
+        return self.main(x) + average_channels(unshuffle(x, *self.stride), self.c_out)
+
+
+class Upsample(nn.Module):
+    def __init__(self, c_in, c_out, stride):
+        super().__init__()
+        time, space = self.stride = stride
+        self.repeats = c_out * time * space ** 2 // c_in
+        self.main = nn.ModuleDict({"conv": Conv(c_in, c_out)})
+
+    def forward(self, x):
+        time, space = self.stride
+        nearest = F.interpolate(x, scale_factor=(time, space, space), mode="nearest")
+        return self.main["conv"](nearest) + shuffle(x.repeat_interleave(self.repeats, 1), time, space)
+
+
+class Stage(nn.Module):
+    def __init__(self, blocks):
+        super().__init__()
+        self.op_list = nn.ModuleList(blocks)
+
+    def forward(self, x):
+        for block in self.op_list:
+            x = block(x)
+        return x
+
+
+class Encoder(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.config, widths = config, config.widths
+        self.project_in = Conv(3 * config.patch ** 2, widths[0])
+        self.stages = nn.ModuleList()
+        for i, (width, depth) in enumerate(zip(widths, config.encoder_depths)):
+            block = ResBlock if i < config.attention_from else EViTBlock
+            down = [Downsample(width, widths[i + 1], config.strides[i])] if i + 1 < len(widths) else []
+            self.stages.append(Stage([block(width) for _ in range(depth)] + down))
+        self.project_out = nn.ModuleDict({"main": Stage([Conv(widths[-1], config.latent_channels)])})
+
+    def forward(self, video):
+        x = self.project_in(unshuffle(video, 1, self.config.patch))
+        for stage in self.stages:
+            x = stage(x)
+        return self.project_out["main"](x) + average_channels(x, self.config.latent_channels)
+
+
+class Decoder(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.config, widths = config, config.widths
+        self.project_in = nn.ModuleDict({"main": Conv(config.latent_channels, widths[-1])})
+        self.stages = nn.ModuleList()
+        for i, (width, depth) in enumerate(zip(widths, config.decoder_depths)):
+            block = ResBlock if i < config.attention_from else EViTBlock
+            up = [Upsample(widths[i + 1], width, config.strides[i])] if i + 1 < len(widths) else []
+            self.stages.append(Stage(up + [block(width) for _ in range(depth)]))
+        self.project_out = Stage([RMSNorm(widths[0]), nn.ReLU(), Conv(widths[0], 3 * config.patch ** 2)])
+
+    def blocks(self, latents):
+        """Yields (name, features) from the latents up: "mid" is project_in, "up0" the last stage, "up1" the one
+        before it ...; computes a block only when it is asked for."""
+        x = self.project_in["main"](latents) + latents.repeat_interleave(self.config.widths[-1] // latents.shape[1], 1)
+        yield "mid", x
+        for i, stage in enumerate(reversed(self.stages)):
+            x = stage(x)
+            yield f"up{i}", x
+
+    def forward(self, latents):
+        for _, x in self.blocks(latents):
+            pass
+        return shuffle(self.project_out(x), 1, self.config.patch)
+
+
+class VideoDCAE(nn.Module):
+    """Video DC-AE: a deterministic autoencoder; `state_dict()` has the released checkpoint's keys."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config, self.encoder, self.decoder = config, Encoder(config), Decoder(config)
+
+    def forward(self, video):
+        return self.decoder(self.encoder(video))
+
+
+TINY = VideoDCAEConfig(latent_channels=16, widths=(96, 96, 96), encoder_depths=(2, 1, 1), decoder_depths=(2, 1, 1),
+                       strides=((2, 2), (2, 1)), attention_from=2, patch=4)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# the interface
+
+class Teacher(nn.Module):
+    """A frozen video VAE.
+
+    `name`, `latent_channels`, `compression` = (d_t, d_h, d_w), and `images`: whether a clip has d_t k + 1
+    frames, so that a single frame is a clip (else d_t k). A kind of teacher adds `posterior`, `decode` and
+    `blocks`, which yields (name, features) of the decoder from the latents up.
+    """
+
+    def __init__(self, name, vae, latent_channels, compression, images):
+        super().__init__()
+        self.name, self.vae, self.images = name, vae, images
+        self.latent_channels, self.compression = latent_channels, compression
+
+    @property
+    def dtype(self):
+        return next(self.parameters()).dtype
+
+    def check_clip(self, frames, height, width):
+        """Raises ValueError, naming the nearest sizes that fit, unless the clip is one this teacher can encode."""
+        d_t, d_h, d_w = self.compression
+        for what, value, step, extra in (("frames", frames, d_t, int(self.images)),
+                                         ("height", height, d_h, 0), ("width", width, d_w, 0)):
+            if value < 1 or (value - extra) % step:
+                below = (value - extra) // step * step + extra
+                nearest = [str(v) for v in (below, below + step) if v > 0]
+                raise ValueError(f"the {self.name} teacher cannot take {what} = {value}: it needs {step}k"
+                                 f"{' + 1' if extra else ''}, for example {' or '.join(nearest)}")
+
+    def posterior(self, video):
+        """(B, 3, T, H, W) in [-1, 1] -> mean and log-variance, each (B, C, t, h, w); the log-variance is None
+        for a deterministic encoder. Raises ValueError for a clip that does not fit (see `check_clip`)."""
+        raise NotImplementedError
+
+    def encode(self, video, sample=True, generator=None):
+        """(B, 3, T, H, W) in [-1, 1] -> latents (B, C, t, h, w): a sample of the posterior, or its mean.
+        `generator`: a torch.Generator, or a list of one for each clip, so that a clip's sample does not depend
+        on which others share its batch."""
+        mean, logvar = self.posterior(video)
+        if logvar is None or not sample:
+            return mean
+        draw = lambda shape, g: torch.randn(shape, generator=g, device=g.device if g else mean.device, dtype=torch.float32)
+        noise = torch.cat([draw((1, *mean.shape[1:]), g) for g in generator]) if isinstance(generator, (list, tuple)) \
+            else draw(mean.shape, generator)
+        return mean + (0.5 * logvar).exp() * noise.to(mean)
+
+    def decode(self, latents):
+        """(B, C, t, h, w) -> video (B, 3, T, H, W), not clamped."""
+        raise NotImplementedError
+
+    def features(self, latents, blocks=("mid", "up0", "up1")):
+        """Outputs of the decoder's named blocks, {name: (B, C, T, H, W)}. Runs no block deeper than the last one
+        named. Raises ValueError for a name that this decoder does not have."""
+        found, wanted = {}, set(blocks)
+        if not wanted:
+            return found
+        known = []
+        for name, x in self.blocks(latents.to(self.dtype)):
+            known.append(name)
+            if name in wanted:
+                found[name] = x
+            if len(found) == len(wanted):
+                return found
+        raise ValueError(f"the {self.name} teacher has no block {sorted(wanted - set(known))}; it has {known}")
+
+
+class DCAETeacher(Teacher):
+    """Video DC-AE, released (`dc`) or reduced (`tiny`); mid, up0, up1, ... = project_in, the last stage, the one
+    before it, ..."""
+
+    def __init__(self, name, config):
+        super().__init__(name, VideoDCAE(config), config.latent_channels, config.compression, images=False)
+
+    def posterior(self, video):
+        self.check_clip(*video.shape[2:])
+        return self.vae.encoder(video.to(self.dtype)), None
+
+    def decode(self, latents):
+        return self.vae.decoder(latents.to(self.dtype))
+
+    def blocks(self, latents):
+        return self.vae.decoder.blocks(latents)
+
+
+class LTXTeacher(Teacher):
+    """LTX-VAE through diffusers' AutoencoderKLLTXVideo."""
+
+    def __init__(self, name, vae):
+        if vae.config.timestep_conditioning:
+            raise ValueError("this LTX-VAE is timestep-conditioned (0.9.1 or later); only 0.9.0 can be a teacher here")
+        super().__init__(name, vae, vae.config.latent_channels, (vae.temporal_compression_ratio,
+                         vae.spatial_compression_ratio, vae.spatial_compression_ratio), images=True)
+
+    def posterior(self, video):
+        self.check_clip(*video.shape[2:])
+        posterior = self.vae.encode(video.to(self.dtype)).latent_dist
+        return posterior.mean, posterior.logvar
+
+    def decode(self, latents):
+        return self.vae.decode(latents.to(self.dtype), return_dict=False)[0]
+
+    def blocks(self, latents):
+        decoder = self.vae.decoder
+        x = decoder.mid_block(decoder.conv_in(latents))
+        yield "mid", x
+        for i, block in enumerate(decoder.up_blocks):
+            x = block(x)
+            yield f"up{i}", x
+
+
+# ----------------------------------------------------------------------------------------------------------
+# loading
+
+TEACHERS = ("ltx", "dc", "tiny")
+TINY_WEIGHTS = Path(__file__).resolve().parent / "assets" / "tiny_teacher" / "model.safetensors"
+HUB = {"ltx": ("Lightricks/LTX-Video", "vae"), "dc": ("hpcai-tech/Open-Sora-v2-Video-DC-AE", "F32T4C128_AE.safetensors")}
+
+
+def load_weights(module, path):
+    """Fills `module` from a safetensors file of exactly its keys and shapes; else ValueError, in one line."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"no teacher weights at {path}")
+    try:
+        state = load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} is no whole safetensors file: {str(error).splitlines()[0]}") from None
+    ours = module.state_dict()
+    for problem, keys in (("lacks", ours.keys() - state.keys()), ("has besides", state.keys() - ours.keys()),
+                          ("has with another shape", {k for k in ours.keys() & state.keys() if ours[k].shape != state[k].shape})):
+        if keys:
+            raise ValueError(f"{path} does not fit this teacher: it {problem} {sorted(keys)[0]}"
+                             + (f" and {len(keys) - 1} more" if len(keys) > 1 else ""))
+    module.load_state_dict(state)
+
+
+def load_teacher(name, weights=None, device="cpu", dtype=torch.float32):
+    """A frozen teacher in evaluation mode.
+
+    name:    "ltx", "dc" or "tiny".
+    weights: None for the released ones (from the hub, cached; tiny's are in the repository), a .safetensors file,
+             a folder (as on the hub), or "random" for the right shapes without a download (seeded: every process
+             gets the same).
+    Raises ValueError, FileNotFoundError or OSError, one line each, if the name is unknown, or the weights cannot be
+    found, read or fitted.
+    """
+    if name not in TEACHERS:
+        raise ValueError(f"no teacher is called {name!r}; there are {', '.join(TEACHERS)}")
+    if weights not in (None, "random") and not Path(weights).exists():
+        raise FileNotFoundError(f"no teacher weights at {weights}")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        teacher = load_ltx(weights) if name == "ltx" else load_dcae(name, weights)
+    return teacher.to(device, dtype).eval().requires_grad_(False)
+
+
+def load_dcae(name, weights):
+    teacher = DCAETeacher(name, TINY if name == "tiny" else VideoDCAEConfig())
+    if weights == "random":
+        return teacher
+    filename = "model.safetensors" if name == "tiny" else HUB["dc"][1]
+    if weights is None and name == "tiny":
+        weights = TINY_WEIGHTS
+    elif weights is None:
+        from huggingface_hub import hf_hub_download
+        weights = from_hub(lambda: hf_hub_download(*HUB["dc"]), HUB["dc"][0])
+    load_weights(teacher.vae, Path(weights) / filename if Path(weights).is_dir() else weights)
+    return teacher
+
+
+def load_ltx(weights):
+    try:
+        from diffusers import AutoencoderKLLTXVideo
+    except ImportError:
+        raise OSError("the ltx teacher needs diffusers: pip install diffusers") from None
+    if weights is None:
+        repo, folder = HUB["ltx"]
+        return LTXTeacher("ltx", from_hub(lambda: AutoencoderKLLTXVideo.from_pretrained(repo, subfolder=folder), repo))
+    if weights != "random" and Path(weights).is_dir():
+        folder = next((f for f in (Path(weights), Path(weights) / "vae") if (f / "config.json").is_file()), None)
+        if folder is None:
+            raise FileNotFoundError(f"no config.json in {weights} nor in its folder vae: not a diffusers VAE")
+        vae = AutoencoderKLLTXVideo.from_config(AutoencoderKLLTXVideo.load_config(folder))
+        load_weights(vae, folder / "diffusion_pytorch_model.safetensors")
+        return LTXTeacher("ltx", vae)
+    vae = AutoencoderKLLTXVideo()          # its defaults are LTX-VAE 0.9.0
+    if weights != "random":
+        load_weights(vae, weights)
+    return LTXTeacher("ltx", vae)
+
+
+def from_hub(download, repo):
+    try:
+        return download()
+    except Exception as error:             # the hub's client raises a dozen kinds, whose messages run over pages
+        raise OSError(f"could not get {repo} from the hub ({type(error).__name__}); "
+                      f"download it elsewhere and pass its folder or file as the teacher's weights") from None

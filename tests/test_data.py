@@ -1,0 +1,368 @@
+"""Clips: the same for the same seed and number whoever asks, the right frames and pixels, and no file that stops a run.
+
+All videos are written here; grey level or colour tells which frame, place or file a pixel came from.
+"""
+import pickle
+
+import av
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import DataLoader
+
+import data
+from data import BadVideo, SyntheticClips, VideoClips
+
+LOSSLESS = ("ffv1", "bgr0", {})
+# as cameras and editors write it: keyframes far apart, frames stored in another order than shown
+H264 = ("libx264", "yuv420p", {"x264-params": "keyint=12:bframes=3:crf=4:log-level=none"})
+VP9 = ("libvpx-vp9", "yuv420p", {"g": "12", "crf": "4", "deadline": "realtime", "cpu-used": "8"})
+
+
+def write(path, images, kind=LOSSLESS, first=0, turn=0):
+    codec, pixels, options = kind
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(codec, rate=25, options=options)
+        stream.height, stream.width, stream.pix_fmt = *images[0].shape[:2], pixels
+        if turn:
+            stream.set_display_rotation(turn)
+        for number, image in enumerate(images):
+            frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(image), format="rgb24")
+            frame.pts = first + number
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    return path
+
+
+def greys(n, height=32, width=48):
+    """n frames, each of one grey level that tells its number."""
+    return [np.full((height, width, 3), 8 + 5 * k, np.uint8) for k in range(n)]
+
+
+def numbers(clip):
+    """The numbers of the frames of a clip from greys()."""
+    level = ((clip.mean((0, 2, 3)) + 1) * 127.5 - 8) / 5
+    assert (level - level.round()).abs().max() < 0.3
+    return level.round().int().tolist()
+
+
+def ramps(height=40, width=80):
+    """Red tells x and green tells y, both rising by 2 a pixel; blue is 0."""
+    image = np.zeros((height, width, 3), np.uint8)
+    image[..., 0], image[..., 1] = 2 * np.arange(width), 2 * np.arange(height)[:, None]
+    return image
+
+
+def texture(n, seed=0):
+    """n frames of moving noise, which no decoder can guess when data is missing."""
+    base = np.random.default_rng(seed).integers(0, 255, (64, 96, 3), dtype=np.uint8)
+    return [np.roll(base, 3 * k, 1) for k in range(n)]
+
+
+def damage(path, low, high, fill=b"\0"):
+    """Overwrites that part of the file, or cuts it off with fill=None."""
+    content = bytearray(path.read_bytes())
+    low, high = int(low * len(content)), int(high * len(content))
+    content[low:] = fill * (high - low) + content[high:] if fill else b""
+    path.write_bytes(content)
+    return path
+
+
+def load(clips, batches, workers):
+    """The clips whose numbers train.py asks for, in one tensor."""
+    return torch.cat(list(DataLoader(clips, batch_sampler=batches, num_workers=workers)))
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Three videos; every frame, place and file differs from all others."""
+    for k in range(3):
+        write(tmp_path / f"{k}.mkv", texture(12 + k, seed=k))
+    return tmp_path
+
+
+# ----------------------------------------------------------------------------------------------------------
+# which clip stands where
+
+def test_a_clip_depends_on_seed_and_number_only(folder):
+    clips = VideoClips(folder, frames=4, size=24, seed=5)
+    stream = torch.stack([clips[n] for n in range(12)])
+    assert stream.shape == (12, 3, 4, 24, 24) and stream.dtype == torch.float32
+    again = VideoClips(folder, frames=4, size=24, seed=5)
+    for n in (11, 3, 7, 0, 3):                                      # in any order, as after a resume
+        assert torch.equal(again[n], stream[n])
+    assert len({clip.numpy().tobytes() for clip in stream}) == 12
+    other = VideoClips(folder, frames=4, size=24, seed=6)
+    assert not any(torch.equal(other[n], stream[n]) for n in range(12))
+    assert torch.equal(pickle.loads(pickle.dumps(clips))[4], stream[4])     # how it reaches a spawned worker
+
+
+@pytest.mark.parametrize("make", [lambda folder: VideoClips(folder, frames=4, size=24), lambda folder: SyntheticClips(2, 16)])
+def test_workers_and_processes_share_one_stream(folder, make):
+    alone = load(make(folder), [[0, 1, 2, 3], [4, 5, 6, 7]], workers=0)
+    assert torch.equal(alone, load(make(folder), [[0, 1, 2, 3], [4, 5, 6, 7]], workers=2))
+    # two processes of a run, each with its slots of every step
+    ranks = [load(make(folder), [[r, r + 1], [4 + r, 5 + r]], workers=0) for r in (0, 2)]
+    assert torch.equal(alone, torch.cat([ranks[0][:2], ranks[1][:2], ranks[0][2:], ranks[1][2:]]))
+
+
+def test_every_epoch_sees_every_file_once_in_its_own_order(tmp_path):
+    for k in range(6):
+        write(tmp_path / f"{k}.mkv", [np.full((16, 16, 3), 40 * k, np.uint8)] * 2)
+    clips = VideoClips(tmp_path, frames=1, size=16)
+    assert len(clips) == 6
+    orders = [tuple(round((clips[n].mean().item() + 1) * 127.5 / 40) for n in range(6 * e, 6 * e + 6)) for e in range(5)]
+    assert all(sorted(order) == list(range(6)) for order in orders)
+    assert len(set(orders)) > 1
+
+
+# ----------------------------------------------------------------------------------------------------------
+# frames and pixels
+
+@pytest.mark.parametrize("name, kind, first", [
+    ("v.mkv", LOSSLESS, 0), ("v.mp4", H264, 0), ("v.mov", H264, 90), ("v.webm", VP9, 0)])
+def test_windows_are_consecutive_frames_and_reach_both_ends(tmp_path, name, kind, first):
+    write(tmp_path / name, greys(30), kind, first)
+    for stride in (1, 3):
+        clips = VideoClips(tmp_path, frames=9, size=16, stride=stride)
+        starts = set()
+        for n in range(200):
+            window = numbers(clips[n])
+            assert window == list(range(window[0], window[0] + 9 * stride, stride))
+            starts.add(window[0])
+        assert starts == set(range(30 - 8 * stride))
+        first_window = VideoClips(tmp_path, frames=9, size=16, stride=stride, train=False)[0]
+        assert numbers(first_window) == list(range(0, 9 * stride, stride))
+
+
+def test_a_video_of_exactly_the_needed_length_is_used(tmp_path):
+    write(tmp_path / "v.mp4", greys(9), H264)
+    assert numbers(VideoClips(tmp_path, frames=3, size=16, stride=4)[0]) == [0, 4, 8]
+
+
+def test_centre_crop_and_resize(tmp_path):
+    write(tmp_path / "v.mkv", [ramps(40, 80)] * 2)
+
+    def first(size):
+        return (VideoClips(tmp_path, 1, size, train=False)[0][:, 0] + 1) * 127.5
+
+    whole = first((40, 80))                                         # nothing to crop, nothing to resize
+    assert torch.allclose(whole, torch.from_numpy(ramps(40, 80)).permute(2, 0, 1).float(), atol=1e-3)
+    assert torch.allclose(first(40), whole[:, :, 20:60], atol=1e-3)
+    for size, (height, width) in {20: (40, 40), (10, 20): (40, 80), (20, 10): (40, 20), 80: (40, 40)}.items():
+        # a resized ramp is the same ramp at the centres of the new pixels, but for the filter at the borders
+        h, w = (size, size) if isinstance(size, int) else size
+        x = (80 - width) / 2 + (torch.arange(w) + 0.5) * width / w - 0.5
+        y = (torch.arange(h) + 0.5) * height / h - 0.5
+        red, green, blue = first(size)[:, 2:-2, 2:-2]
+        assert (red - 2 * x[2:-2]).abs().max() < 1.6 and (green - 2 * y[2:-2, None]).abs().max() < 1.6
+        assert blue.abs().max() < 1e-3
+
+
+def test_downscaling_is_antialiased(tmp_path):
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    write(tmp_path / "v.mkv", [noise] * 2)
+    full, quarter = (VideoClips(tmp_path, 1, size, train=False)[0].std() for size in (64, 16))
+    assert quarter < 0.4 * full                                     # the mean of 4 x 4 pixels; sampling them keeps most of it
+
+
+def test_random_crop_and_flip(tmp_path):
+    write(tmp_path / "v.mkv", [ramps(40, 80)] * 3)
+    clips = VideoClips(tmp_path, 2, 40)
+    lefts, flips = set(), 0
+    for n in range(150):
+        red, green, _ = ((clips[n] + 1) * 127.5).round()
+        assert torch.equal(green[0, :, 0], 2.0 * torch.arange(40))   # the short side is whole, and upright
+        flipped = bool(red[0, 0, 0] > red[0, 0, 1])
+        red = red.flip(-1) if flipped else red
+        assert torch.equal(red, red[0, 0, 0] + 2.0 * torch.arange(40).expand(2, 40, 40))     # every frame alike
+        lefts.add(int(red[0, 0, 0]) // 2)
+        flips += flipped
+    assert min(lefts) == 0 and max(lefts) == 40 and 50 < flips < 100
+
+
+def test_values_fill_minus_one_to_one(tmp_path):
+    edge = np.zeros((32, 32, 3), np.uint8)
+    edge[8:24, 8:24] = 255
+    write(tmp_path / "v.mkv", [edge] * 2)
+    for size in (16, 32, 50):                                       # bicubic overshoots at edges
+        clip = VideoClips(tmp_path, 1, size)[0]
+        assert clip.min() == -1 and clip.max() == 1
+
+
+def test_phones_turn_their_pictures(tmp_path):
+    image = np.zeros((32, 48, 3), np.uint8)
+    image[:, 24:] = 255                                             # turned 90 degrees to the left, its right half is on top
+    write(tmp_path / "v.mp4", [image] * 3, H264, turn=90)
+    clip = VideoClips(tmp_path, 1, (48, 32), train=False)[0]
+    assert clip[:, :, :20].min() > 0.9 and clip[:, :, 28:].max() < -0.9
+
+
+def test_ten_bits_odd_sizes_and_a_long_name(tmp_path):
+    write(tmp_path / "ten.mp4", greys(5, 32, 48), ("libx264", "yuv420p10le", {"crf": "4"}))
+    write(tmp_path / "odd.mkv", greys(5, 33, 27))
+    write(tmp_path / "deep" / "er" / "naïve 中.MKV", greys(5, 17, 31))
+    clips = VideoClips(tmp_path, 5, 16, train=False)
+    assert clips.files == ["deep/er/naïve 中.MKV", "odd.mkv", "ten.mp4"]
+    assert [numbers(clips[i]) for i in range(3)] == [[0, 1, 2, 3, 4]] * 3
+    with pytest.raises(IndexError):
+        clips[3]
+
+
+# ----------------------------------------------------------------------------------------------------------
+# bad files
+
+def test_unusable_files_are_named_once_and_counted(tmp_path, capfd):
+    good = write(tmp_path / "good.mkv", greys(12))
+    (tmp_path / "empty.mp4").touch()
+    damage(write(tmp_path / "cut.mp4", texture(12), H264), 0.6, 1, None)     # its index was at the end
+    (tmp_path / "garbage.mp4").write_bytes(np.random.default_rng(0).bytes(20_000))
+    (tmp_path / "text.avi").write_text("not a video")
+    (tmp_path / "notes.txt").write_text("nobody claims that this is one")
+    write(tmp_path / "short.mkv", greys(8))
+    write(tmp_path / "one.gif", greys(1), ("gif", "rgb8", {}))
+    with av.open(str(tmp_path / "audio.mp4"), "w") as container:
+        stream = container.add_stream("aac", rate=16000)
+        for _ in range(8):
+            frame = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), format="fltp", layout="mono")
+            frame.sample_rate = 16000
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    clips = VideoClips(tmp_path, 9, 16)
+    bad = {"empty.mp4", "cut.mp4", "garbage.mp4", "text.avi", "short.mkv", "one.gif", "audio.mp4"}
+    assert clips.files == [good.name] and set(clips.skipped) == bad
+    assert "empty" in clips.skipped["empty.mp4"] and "video stream" in clips.skipped["audio.mp4"]
+    assert "8 frames" in clips.skipped["short.mkv"] and "9 needed" in clips.skipped["short.mkv"]
+    load(clips, [[0, 1], [2, 3]], workers=2)
+    lines = capfd.readouterr().err.splitlines()
+    assert len(lines) == len(bad) and all(sum(name in line for line in lines) == 1 for name in bad)
+
+
+def test_many_unusable_files_do_not_flood_the_screen(tmp_path, capfd):
+    write(tmp_path / "good.mkv", greys(4))
+    for k in range(40):
+        (tmp_path / f"{k}.mp4").touch()
+    clips = VideoClips(tmp_path, 4, 16)
+    assert len(clips.skipped) == 40
+    lines = capfd.readouterr().err.splitlines()
+    assert len(lines) == 11 and "30 more" in lines[-1]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_file_that_breaks_while_decoding_gives_way_to_the_next(tmp_path, capfd, workers):
+    write(tmp_path / "good.mkv", texture(16, seed=1))
+    write(tmp_path / "fine.mp4", texture(16, seed=2), H264)
+    damage(write(tmp_path / "bad.mp4", texture(16), H264), 0.02, 0.9)        # the index at its end is whole
+    clips = VideoClips(tmp_path, 4, 24)
+    assert "bad.mp4" in clips.files                                 # the header says nothing
+    batches = np.arange(18).reshape(6, 3).tolist()
+    stream = load(clips, batches, workers)
+    assert stream.isfinite().all() and clips.broken == ["bad.mp4"]  # workers' findings are known here
+    lines = capfd.readouterr().err.splitlines()
+    assert len(lines) == 1 and "bad.mp4" in lines[0]
+    with pytest.raises(BadVideo, match="^bad.mp4: .+$"):
+        VideoClips(tmp_path, 4, 24, train=False)[0]
+
+
+def test_what_was_read_before_decides_nothing(folder, monkeypatch):
+    """A file of which some windows can be decoded and others cannot: the clip may not depend on when that was noticed."""
+    read_frames = data.read_frames
+
+    def damaged_opening(path, start, *args):
+        if path.endswith("0.mkv") and start < 5:
+            raise BadVideo("damaged")
+        return read_frames(path, start, *args)
+
+    monkeypatch.setattr(data, "read_frames", damaged_opening)
+    clips = VideoClips(folder, 4, 24)
+    stream = [clips[n] for n in range(24)]
+    assert clips.broken == ["0.mkv"]
+    assert all(torch.equal(VideoClips(folder, 4, 24)[n], stream[n]) for n in range(24))
+
+
+def test_damage_in_the_middle_does_not_get_into_clips(tmp_path):
+    whole = write(tmp_path / "v.mp4", texture(60), H264)
+    truth = torch.from_numpy(np.stack(list(data.read_frames(whole, 0, 60, 1)))).float()
+    damage(whole, 0.35, 0.5)
+    clips = VideoClips(tmp_path, 4, (64, 96))
+    for n in range(40):
+        first = (clips[n][:, 0].permute(1, 2, 0) + 1) * 127.5
+        error = torch.minimum((truth - first).abs().mean((1, 2, 3)), (truth - first.flip(1)).abs().mean((1, 2, 3)))
+        assert error.min() < 1
+
+
+def test_a_header_that_promises_too_much(tmp_path):
+    damage(write(tmp_path / "v.mkv", texture(40)), 0.5, 1, None)    # about 20 frames are left
+    clips = VideoClips(tmp_path, 10, 24)
+    assert clips.counts == [40]
+    assert all(clips[n].shape == (3, 10, 24, 24) for n in range(30))
+    with pytest.raises(BadVideo, match="v.mkv: only .* of 30 frames"):
+        VideoClips(tmp_path, 30, 24, train=False)[0]
+
+
+def test_when_no_file_can_be_decoded_it_says_so_and_stops(tmp_path, monkeypatch, capfd):
+    for k in range(4):
+        damage(write(tmp_path / f"{k}.mp4", texture(16, k), H264), 0.02, 0.9)
+    tries, read_frames = [], data.read_frames
+    monkeypatch.setattr(data, "read_frames", lambda path, *args: (tries.append(path), read_frames(path, *args))[1])
+    clips = VideoClips(tmp_path, 4, 24)
+    for n in range(2):
+        with pytest.raises(RuntimeError, match="none of the 4 videos"):
+            clips[n]
+    assert len(tries) <= 2 * 2 * 4                                  # the window and the first window, once a file
+    assert len(capfd.readouterr().err.splitlines()) == 4
+
+
+def test_nothing_to_read_is_one_clear_line(tmp_path):
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        VideoClips(tmp_path / "nowhere", 4, 16)
+    write(tmp_path / "short.mkv", greys(3))
+    (tmp_path / "empty.mp4").touch()
+    with pytest.raises(ValueError) as error:
+        VideoClips(tmp_path, 4, 16, stride=2)
+    line = str(error.value)
+    assert "\n" not in line and str(tmp_path) in line and ".webm" in line and "7 frames" in line and "2 files" in line
+    with pytest.raises(ValueError, match="at least 1"):
+        VideoClips(tmp_path, 0, 16)
+
+
+def test_one_file_is_a_folder_of_one(tmp_path):
+    path = write(tmp_path / "v.mkv", greys(6))
+    (tmp_path / "empty.mp4").touch()
+    clips = VideoClips(path, 6, 16, train=False)
+    assert clips.files == ["v.mkv"] and numbers(clips[0]) == list(range(6)) and not clips.skipped
+
+
+# ----------------------------------------------------------------------------------------------------------
+# made-up video
+
+def test_made_up_clips_depend_on_seed_and_number_only():
+    clips, again = SyntheticClips(3, 24, seed=1), SyntheticClips(3, 24, seed=1)
+    stream = [clips[n] for n in range(10)]
+    for n in (9, 2, 8, 0):
+        assert torch.equal(again[n], stream[n])
+    assert len({clip.numpy().tobytes() for clip in stream}) == 10
+    assert not torch.equal(SyntheticClips(3, 24, seed=2)[0], stream[0])
+
+
+def test_made_up_clips_look_like_video():
+    clips = SyntheticClips(frames=5, size=64)
+    stream = torch.stack([clips[8 * n] for n in range(12)])         # twelve scenes
+    assert stream.shape == (12, 3, 5, 64, 64) and stream.dtype == torch.float32
+    assert stream.min() >= -1 and stream.max() <= 1 and stream.std() > 0.2
+    moved = (stream[:, :, 1:] - stream[:, :, :-1]).abs().mean((1, 2, 3, 4))
+    assert moved.mean() > 0.01 and (moved > 0.003).float().mean() > 0.7     # most move, some cameras stand still
+    # but neighbouring frames resemble each other more than other clips' frames do
+    assert moved.mean() < 0.5 * (stream - stream.roll(1, 0)).abs().mean()
+
+    # natural images: power falls as about 1/f^2 (averaged radially, between 3 and 20 cycles a picture)
+    window = torch.hann_window(64)[:, None] * torch.hann_window(64)
+    grey = stream.mean(1).flatten(0, 1)
+    power = torch.fft.fft2((grey - grey.mean((1, 2), keepdim=True)) * window).abs().square()
+    f = torch.fft.fftfreq(64) * 64
+    radius = f[:, None].hypot(f).round()
+    r = torch.arange(3, 21)
+    radial = torch.stack([power[:, radius == k].mean(1) for k in r], 1).clamp_min(1e-12).log().mean(0)
+    slope = np.polyfit(r.log().numpy(), radial.numpy(), 1)[0]
+    assert -3.2 < slope < -1.2

@@ -1,0 +1,557 @@
+"""The student: the published decoders' numbers, the paper's ablations, checkpoints in and out, what compilers need."""
+
+import json
+import os
+import pickle
+import subprocess
+import sys
+import zlib
+from dataclasses import replace
+from functools import lru_cache, partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+
+import model as model_file
+from model import (BLOCKS, CONFIGS, PUBLISHED, Conv3d, SeparableConv3d, TurboVAED, TurboVAEDConfig, count_flops,
+                   count_parameters, decoupled_pixel_shuffle, pad_time, pixel_shuffle_3d, rms_norm)
+
+ROOT = Path(__file__).parent.parent
+FIXTURES = Path(__file__).parent / "fixtures"
+KEYS = json.loads((FIXTURES / "student_state_dict.json").read_text())
+PUBLISHED_NAMES = ("ltx", "dc", "hunyuan", "cog")
+
+# As small as a student gets with every kind of layer in it: a changed width, both factors of upsampling, the 2D tail.
+MICRO = TurboVAEDConfig(latent_channels=3, widths=(8, 8, 12, 8, 16), resnets=(1, 1, 1, 2, 1),
+                        up=(None, (2, 2), (1, 2), (2, 1)), patch=2, drop_first=True)
+
+
+@lru_cache(maxsize=1)
+def golden_weights(keys_and_shapes):
+    """Every tensor filled from its own key, by the rule under which the fixtures were computed."""
+    weights = {}
+    for key, shape in json.loads(keys_and_shapes).items():
+        n = np.random.RandomState(zlib.crc32(key.encode())).standard_normal(shape).astype(np.float32)
+        if len(shape) > 1:
+            n = n / np.float32(np.sqrt(np.prod(shape[1:])))
+        else:
+            n = 1 + 0.1 * n if key.endswith("weight") else 0.1 * n
+        weights[key] = torch.from_numpy(n.astype(np.float32))
+    return weights
+
+
+def on_meta(config):
+    with torch.device("meta"):
+        return TurboVAED(config)
+
+
+def seeded(config, seed=0):
+    torch.manual_seed(seed)
+    return TurboVAED(config).eval()
+
+
+def relative_error(a, b):
+    return ((a.float() - b.float()).norm() / b.float().norm()).item()
+
+
+def one_line(error, *parts):
+    """The message is one line and names all the parts."""
+    message = str(error.value)
+    assert "\n" not in message and all(part in message for part in parts), message
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The published decoders.
+
+@pytest.mark.parametrize("name, millions", [("ltx", 41.90), ("dc", 45.83), ("hunyuan", 40.69), ("cog", 40.69)])
+def test_parameters_are_as_many_as_published(name, millions):
+    parts = count_parameters(on_meta(CONFIGS[name]))
+    assert round(sum(parts.values()) / 1e6, 2) == millions
+    assert sum(parts.values()) == sum(p.numel() for p in on_meta(CONFIGS[name]).parameters())
+
+
+def test_tiny_is_tiny():
+    assert sum(count_parameters(on_meta(CONFIGS["tiny"])).values()) < 0.6e6
+    assert CONFIGS["tiny"].latent_channels == 16 and CONFIGS["tiny"].compression == (4, 8, 8)
+
+
+@pytest.mark.parametrize("name", PUBLISHED_NAMES)
+def test_keys_and_shapes_are_the_published_checkpoints(name):
+    assert {key: list(v.shape) for key, v in on_meta(CONFIGS[name]).state_dict().items()} == KEYS[name]
+
+
+@pytest.mark.parametrize("name", PUBLISHED_NAMES)
+@torch.no_grad()
+def test_same_numbers_as_the_published_decoder(name):
+    model = on_meta(CONFIGS[name])
+    model.load_state_dict(golden_weights(json.dumps(KEYS[name])), assign=True)
+    golden = load_file(FIXTURES / f"student_{name}.safetensors")
+    cases = sorted({key.split(".")[0] for key in golden})
+    assert cases
+    for i in cases:
+        video, features = model(golden[f"{i}.latent"], return_features=True)
+        torch.testing.assert_close(video, golden[f"{i}.video"], atol=1e-4, rtol=0)
+        for ours, theirs in (("mid", "mid_block"), ("up0", "up_block_0"), ("up1", "up_block_1")):
+            torch.testing.assert_close(features[ours], golden[f"{i}.{theirs}"], atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("name, compression", [("ltx", (8, 32, 32)), ("dc", (4, 32, 32)), ("hunyuan", (4, 8, 8)),
+                                               ("cog", (4, 8, 8)), ("tiny", (4, 8, 8))])
+@pytest.mark.parametrize("t", [1, 2, 5])
+def test_size_of_the_video_and_of_the_features(name, compression, t):
+    config = CONFIGS[name]
+    d_t, d_h, d_w = compression
+    assert config.compression == compression
+    assert config.frames(t) == (d_t * t if name in ("dc", "tiny") else d_t * (t - 1) + 1)
+    latents = torch.empty(2, config.latent_channels, t, 2, 3, device="meta")
+    video, features = on_meta(config)(latents, return_features=True)
+    assert video.shape == (2, 3, config.frames(t), 2 * d_h, 3 * d_w)
+    assert tuple(features) == BLOCKS
+    assert all(features[b].shape == config.feature_shape(b, latents.shape) for b in BLOCKS)
+
+
+def test_arithmetic_is_what_the_architecture_costs():
+    def teraflop(name, shape):
+        return round(sum(count_flops(CONFIGS[name], shape).values()) / 1e12, 3)
+    assert teraflop("ltx", (1, 128, 3, 16, 16)) == 0.813        # 17 x 512 x 512
+    assert teraflop("dc", (1, 128, 4, 16, 16)) == 1.248
+    assert round(teraflop("hunyuan", (1, 16, 5, 64, 64)), 2) == 6.60
+
+
+def test_only_the_features_asked_for():
+    latents = torch.randn(1, 3, 1, 2, 2)
+    model = seeded(MICRO)
+    video, features = model(latents, return_features=("mid", "up1"))
+    assert set(features) == {"mid", "up1"}
+    assert torch.equal(video, model(latents))
+
+
+@pytest.mark.parametrize("shape", [(1, 4, 2, 2, 2), (3, 2, 2, 2), (1, 1, 3, 2, 2, 2)])
+def test_wrong_latents_get_one_line(shape):
+    with pytest.raises(ValueError) as error:
+        seeded(MICRO)(torch.zeros(shape))
+    one_line(error, "(B, 3, t, h, w)", str(shape))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Layers, against slow references written from the paper.
+
+@pytest.mark.parametrize("r_t, r_s", [(2, 2), (1, 2), (2, 1), (3, 2)])
+def test_decoupled_shuffle_is_time_then_space(r_t, r_s):
+    C, T, H, W = 3, 2, 2, 3
+    x = torch.randn(2, C * r_s ** 2 * r_t, T, H, W)
+    in_time = torch.empty(2, C * r_s ** 2, r_t * T, H, W)
+    for c in range(C * r_s ** 2):
+        for t in range(T):
+            for k in range(r_t):
+                in_time[:, c, r_t * t + k] = x[:, c * r_t + k, t]
+    want = torch.empty(2, C, r_t * T, r_s * H, r_s * W)
+    for c in range(C):
+        for h in range(r_s * H):
+            for w in range(r_s * W):
+                want[:, c, :, h, w] = in_time[:, c * r_s ** 2 + (h % r_s) * r_s + w % r_s, :, h // r_s, w // r_s]
+    assert torch.equal(decoupled_pixel_shuffle(x, r_t, r_s), want)
+
+
+@pytest.mark.parametrize("r_t, r_s", [(2, 2), (1, 2), (2, 1)])
+def test_3d_shuffle_moves_channels_to_time_and_space_at_once(r_t, r_s):
+    C, T, H, W = 3, 2, 2, 3
+    x = torch.randn(2, C * r_t * r_s ** 2, T, H, W)
+    want = torch.empty(2, C, r_t * T, r_s * H, r_s * W)
+    for c in range(C):
+        for t in range(r_t * T):
+            for h in range(r_s * H):
+                for w in range(r_s * W):
+                    channel = ((c * r_t + t % r_t) * r_s + h % r_s) * r_s + w % r_s
+                    want[:, c, t, h, w] = x[:, channel, t // r_t, h // r_s, w // r_s]
+    assert torch.equal(pixel_shuffle_3d(x, r_t, r_s), want)
+
+
+def test_shuffles_differ_only_by_a_permutation_of_channels():
+    x = torch.randn(1, 16, 2, 2, 2)
+    permuted = x.unflatten(1, (2, 2, 2, 2)).permute(0, 1, 4, 2, 3, 5, 6, 7).flatten(1, 4)     # (C,h,w,t) to (C,t,h,w)
+    assert torch.equal(decoupled_pixel_shuffle(x, 2, 2), pixel_shuffle_3d(permuted, 2, 2))
+
+
+@pytest.mark.parametrize("kernel", [3, 5, 7])
+@pytest.mark.parametrize("T", [1, 4])
+def test_convolutions_repeat_the_end_frames_and_see_black_around_them(kernel, T):
+    n = kernel // 2
+    x = torch.randn(1, 4, T, 5, 6)
+    padded = F.pad(F.pad(x, (0, 0, 0, 0, n, n), mode="replicate"), (n, n, n, n))
+    dense, separable = Conv3d(4, 6, kernel), SeparableConv3d(4, 6, kernel)
+    torch.testing.assert_close(dense(x), F.conv3d(padded, dense.conv.weight, dense.conv.bias))
+    depthwise = F.conv3d(padded, separable.depthwise_conv.weight, separable.depthwise_conv.bias, groups=4)
+    torch.testing.assert_close(separable(x), separable.pointwise_conv(depthwise))
+
+
+def test_rms_norm_is_unit_over_channels_at_any_scale():
+    x = torch.randn(2, 32, 2, 3, 4)
+    for scale in (1e-2, 1.0, 1e4):
+        torch.testing.assert_close(rms_norm(scale * x).square().mean(1), torch.ones(2, 2, 3, 4), atol=1e-3, rtol=0)
+    assert rms_norm(torch.zeros(1, 8, 1, 1, 1)).abs().max() == 0
+    torch.testing.assert_close(rms_norm(torch.full((1, 8, 1, 1, 1), 1e-4)), torch.full((1, 8, 1, 1, 1), 0.5 ** 0.5))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_rms_norm_in_half_precision_neither_overflows_nor_drifts(dtype):
+    x = (1000 * torch.randn(1, 512, 2, 3, 3)).to(dtype)        # its squares are beyond float16
+    normed = rms_norm(x)
+    assert normed.dtype == dtype
+    assert relative_error(normed, rms_norm(x.float())) < 0.01
+    assert rms_norm(torch.zeros(1, 8, 1, 1, 1, dtype=dtype)).isfinite().all()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What the paper ablates, and the configurations a user may write.
+
+@pytest.mark.parametrize("change", [
+    *({"kernel": k} for k in (3, 5, 7)),
+    *({"upsampling": u} for u in ("decoupled", "pixel_shuffle_3d", "interpolate")),
+    *({"separable": s} for s in ((), ("mid",), ("up1",), ("up3",), BLOCKS)),
+    {"upsampling": "interpolate", "drop_first": False}, {"drop_first": False},
+    {"patch": 1}, {"patch": 4}, {"up": ((2, 2), None, None, (1, 2))}, {"resnets": (1, 0, 1, 1, 2)},
+], ids=str)
+def test_ablations_decode_to_the_right_size_and_train_every_parameter(change):
+    config = replace(MICRO, **change)
+    model = seeded(config)
+    latents = torch.randn(2, 3, 2, 2, 2)
+    video, features = model(latents, return_features=True)
+    d_t, d_h, d_w = config.compression
+    assert video.shape == (2, 3, config.frames(2), 2 * d_h, 2 * d_w)
+    assert all(features[b].shape == config.feature_shape(b, latents.shape) for b in BLOCKS)
+    (video - torch.randn_like(video)).square().mean().backward()
+    idle = [key for key, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
+    assert not idle
+
+
+@pytest.mark.parametrize("block", BLOCKS)
+def test_a_separable_block_is_separable_throughout(block):
+    prefix = "mid_block." if block == "mid" else f"up_blocks.{block[-1]}."
+    for separable in (True, False):
+        config = replace(CONFIGS["ltx"], separable=(block,) if separable else tuple(set(BLOCKS) - {block}))
+        convs = [key for key, v in on_meta(config).state_dict().items() if key.startswith(prefix) and v.ndim == 5]
+        dense = [key for key in convs if key.endswith(".conv.weight") and "shortcut" not in key]
+        assert bool(dense) != separable
+
+
+def test_separable_deep_blocks_save_parameters_where_the_paper_says():
+    """Figure 2: the deeper the block, the more it saves, and mid with up0 save two fifths of the dense decoder."""
+    total = lambda *blocks: sum(count_parameters(on_meta(replace(CONFIGS["ltx"], separable=blocks))).values())
+    dense = total()
+    assert 1 - total("mid", "up0") / dense == pytest.approx(0.4, abs=0.02)
+    assert total("up1") < total("up2") < total("up3") < dense
+
+
+def test_interpolation_keeps_the_upsampled_first_frame_single():
+    config = replace(MICRO, upsampling="interpolate")
+    assert seeded(config)(torch.randn(1, 3, 1, 2, 2)).shape[2] == 1
+    assert seeded(config)(torch.randn(1, 3, 3, 2, 2)).shape[2] == 9
+
+
+@pytest.mark.parametrize("change, says", [
+    ({"patch": 4, "widths": (8, 8, 8, 8, 24)}, ("patch 4", "width 24")), ({"patch": 3}, ("patch",)),
+    ({"separable": ("up4",)}, ("up4",)), ({"kernel": 4}, ("odd", "4")), ({"upsampling": "nearest"}, ("nearest",)),
+    ({"widths": (8, 8, 8)}, ("widths", "5")), ({"up": (None, (1, 1), None, None)}, ("at least",)),
+])
+def test_a_configuration_that_cannot_be_is_refused_in_one_line(change, says):
+    with pytest.raises(ValueError) as error:
+        replace(MICRO, **change)
+    one_line(error, *says)
+
+
+def test_learns():
+    model = seeded(CONFIGS["tiny"]).train()
+    latents, target = torch.randn(1, 16, 1, 2, 2), F.interpolate(torch.rand(1, 3, 1, 2, 2) * 2 - 1, (4, 16, 16))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
+    losses = []
+    for _ in range(25):
+        losses.append((model(latents) - target).abs().mean())
+        optimizer.zero_grad()
+        losses[-1].backward()
+        optimizer.step()
+    assert losses[-1] < 0.5 * losses[0]
+
+
+@pytest.mark.parametrize("upsampling", ["decoupled", "pixel_shuffle_3d"])
+@torch.no_grad()
+def test_an_untrained_student_upsamples_smoothly(upsampling):
+    upsampler = seeded(replace(CONFIGS["dc"], upsampling=upsampling)).up_blocks[1].upsamplers
+    video = upsampler(torch.randn(1, 256, 2, 2, 2))
+    nearest = F.interpolate(video[:, :, ::2, ::2, ::2], scale_factor=2, mode="nearest")
+    torch.testing.assert_close(video, nearest)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Precision, layout, compilers.
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@torch.no_grad()
+def test_half_precision_stays_close(dtype):
+    model, latents = seeded(CONFIGS["tiny"]), torch.randn(1, 16, 2, 4, 4)
+    want = model(latents)
+    with torch.autocast("cpu", dtype):
+        assert relative_error(model(latents), want) < 0.1
+    got = model.to(dtype)(latents.to(dtype))
+    assert got.dtype == dtype and relative_error(got, want) < (0.1 if dtype is torch.bfloat16 else 0.02)
+
+
+@pytest.mark.parametrize("upsampling", ["decoupled", "pixel_shuffle_3d"])
+@torch.no_grad()
+def test_channels_last_is_kept_to_the_end_and_changes_nothing(upsampling):
+    model, latents = seeded(replace(CONFIGS["tiny"], upsampling=upsampling)), torch.randn(1, 16, 2, 4, 4)
+    want, lost, layout = model(latents), [], torch.channels_last_3d
+
+    def keep_as_gpus_do(name, module, inputs, output):      # PyTorch's CPU convolutions only sometimes keep it
+        lost.extend([] if inputs[0].is_contiguous(memory_format=layout) else [name])
+        return output.contiguous(memory_format=layout)
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Conv3d) and name != "conv_out.conv":     # three channels: no matter
+            module.register_forward_hook(partial(keep_as_gpus_do, name))
+    got = model.channels_last()(latents.contiguous(memory_format=layout))
+    assert not lost
+    torch.testing.assert_close(got, want, atol=1e-4, rtol=0)
+
+
+@torch.no_grad()
+def test_exports_whole_and_within_the_ranks_phones_know():
+    model, latents = seeded(CONFIGS["tiny"]), torch.randn(1, 16, 2, 4, 4)
+    program = torch.export.export(model, (latents,))
+    torch.testing.assert_close(program.module()(latents), model(latents))
+    ranks = [node.meta["val"].ndim for node in program.graph.nodes if isinstance(node.meta.get("val"), torch.Tensor)]
+    assert ranks and max(ranks) <= 5
+
+
+@torch.no_grad()
+def test_compiles_as_one_graph():
+    model, latents = seeded(MICRO), torch.randn(1, 3, 2, 2, 2)
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    video, features = compiled(latents, return_features=True)
+    torch.testing.assert_close(video, model(latents))
+    assert set(features) == set(BLOCKS)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Files.
+
+@pytest.mark.parametrize("config", [CONFIGS["tiny"], replace(MICRO, upsampling="pixel_shuffle_3d", kernel=7)],
+                         ids=["preset", "own"])
+@pytest.mark.parametrize("where", ["run", "some/where/x.safetensors"])
+@torch.no_grad()
+def test_what_is_saved_comes_back(tmp_path, config, where):
+    model, latents = seeded(config), torch.randn(1, config.latent_channels, 2, 2, 2)
+    file = model.save_pretrained(tmp_path / where, metadata={"teacher": "tiny", "step": "12"})
+    assert [f for f in tmp_path.rglob("*") if f.is_file()] == [file]
+    assert file == tmp_path / where / "student.safetensors" or file == tmp_path / where
+    loaded = TurboVAED.from_pretrained(tmp_path / where)
+    assert loaded.config == config and loaded.metadata == {"teacher": "tiny", "step": "12"}
+    assert torch.equal(loaded(latents), model(latents))
+    assert all(p.requires_grad for p in loaded.parameters())
+
+
+def test_half_precision_files_come_back_in_float32(tmp_path):
+    loaded = TurboVAED.from_pretrained(seeded(MICRO).half().save_pretrained(tmp_path))
+    assert {p.dtype for p in loaded.parameters()} == {torch.float32}
+
+
+def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
+    model = seeded(MICRO)
+    file = model.save_pretrained(tmp_path)
+
+    def full_disk(state, path, metadata):
+        Path(path).write_bytes(b"half a file")
+        raise OSError("No space left on device")
+    monkeypatch.setattr(model_file, "save_file", full_disk)
+    with pytest.raises(OSError):
+        seeded(MICRO, seed=1).save_pretrained(tmp_path)
+    assert list(tmp_path.iterdir()) == [file]
+    assert torch.equal(TurboVAED.from_pretrained(file).conv_in.conv.weight, model.conv_in.conv.weight)
+
+
+def test_saving_refuses_the_name_of_another_format(tmp_path):
+    with pytest.raises(ValueError) as error:
+        seeded(MICRO).save_pretrained(tmp_path / "student.pth")
+    one_line(error, "student.pth", ".safetensors")
+
+
+def published(name, folder):
+    """A file with the keys and shapes of a published checkpoint and ones in it, stored small."""
+    state = {key: torch.ones(1, dtype=torch.float16).expand(shape) for key, shape in KEYS[name].items()}
+    torch.save(state, folder / PUBLISHED[name])
+    return folder / PUBLISHED[name]
+
+
+@pytest.mark.parametrize("name", PUBLISHED_NAMES)
+def test_published_checkpoints_are_read_and_recognised(tmp_path, name):
+    file = published(name, tmp_path)
+    same_network = CONFIGS["hunyuan" if name == "cog" else name]
+    for loaded in (TurboVAED.from_pretrained(file, config=name), TurboVAED.from_pretrained(str(file)),
+                   TurboVAED.from_pretrained(tmp_path, config=name)):
+        assert loaded.config == same_network
+        assert loaded.conv_out.conv.weight.dtype == torch.float32 and (loaded.conv_out.conv.weight == 1).all()
+
+
+@pytest.mark.parametrize("suffix, wrap", [(".pth", "plain"), (".pt", "plain"), (".safetensors", "plain"),
+                                          (".pth", "ema"), (".pth", "prefix"), (".safetensors", "prefix")])
+def test_plain_state_dicts_are_read(tmp_path, suffix, wrap):
+    model = seeded(CONFIGS["tiny"])
+    state = {("module.decoder." if wrap == "prefix" else "") + key: v for key, v in model.state_dict().items()}
+    if suffix == ".safetensors":
+        save_file(state, tmp_path / "x.safetensors")
+    else:
+        torch.save({"ema": state, "step": 3} if wrap == "ema" else state, tmp_path / f"x{suffix}")
+    loaded = TurboVAED.from_pretrained(tmp_path / f"x{suffix}")
+    assert loaded.config == CONFIGS["tiny"]
+    assert all(torch.equal(a, b) for a, b in zip(loaded.state_dict().values(), model.state_dict().values()))
+
+
+@pytest.mark.parametrize("damage, says", [
+    (lambda s: s.pop("conv_out.conv.bias"), ("conv_out.conv.bias is missing",)),
+    (lambda s: s.update({"conv_out.gain": torch.ones(1)}), ("conv_out.gain is unexpected",)),
+    (lambda s: s.update({"conv_out.conv.bias": torch.ones(4)}), ("conv_out.conv.bias is (4,), not (3,)",)),
+    (lambda s: [s.pop(key) for key in list(s)[:5]], ("is missing", "and 2 more")),
+], ids=["missing", "extra", "shape", "many"])
+@pytest.mark.parametrize("config", ["tiny", None])
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_a_checkpoint_that_does_not_fit_says_what(tmp_path, damage, says, config, suffix):
+    state = seeded(CONFIGS["tiny"]).state_dict()
+    damage(state)
+    file = tmp_path / f"x{suffix}"
+    torch.save(state, file) if suffix == ".pth" else save_file(state, file)
+    with pytest.raises(ValueError) as error:
+        TurboVAED.from_pretrained(file, config)
+    one_line(error, str(file), '"tiny"', *says)
+
+
+@pytest.mark.parametrize("kept", [0, 5, 0.5, 0.99])
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_a_truncated_file_says_so(tmp_path, suffix, kept):
+    file = seeded(MICRO).save_pretrained(tmp_path / "x.safetensors")
+    if suffix == ".pth":
+        torch.save(load_file(file), tmp_path / "x.pth")
+        file = tmp_path / "x.pth"
+    size = file.stat().st_size
+    os.truncate(file, kept if isinstance(kept, int) else int(size * kept))
+    with pytest.raises(ValueError) as error:
+        TurboVAED.from_pretrained(file)
+    one_line(error, str(file), "truncated")
+
+
+def test_a_checkpoint_of_another_configuration_says_which(tmp_path):
+    with pytest.raises(ValueError) as error:
+        TurboVAED.from_pretrained(published("hunyuan", tmp_path), config="ltx")
+    one_line(error, '"ltx"', 'config="hunyuan"', "conv_in.conv.weight")
+    file = seeded(CONFIGS["tiny"]).save_pretrained(tmp_path)
+    with pytest.raises(ValueError) as error:
+        TurboVAED.from_pretrained(file, config="dc")
+    one_line(error, str(file), '"tiny"', '"dc"')
+
+
+def test_same_shapes_under_another_configuration_are_no_match(tmp_path):
+    """A student trained with the 3D shuffle has the decoupled one's keys and shapes, and would decode to noise."""
+    file = seeded(replace(CONFIGS["tiny"], upsampling="pixel_shuffle_3d")).save_pretrained(tmp_path)
+    with pytest.raises(ValueError) as error:
+        TurboVAED.from_pretrained(file, config="tiny")
+    one_line(error, "pixel_shuffle_3d", '"tiny"')
+
+
+class Payload:
+    def __reduce__(self):
+        return os.system, ("touch executed",)
+
+
+def test_a_pickle_that_runs_code_is_refused_and_not_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.save({"conv_in.conv.weight": Payload()}, "x.pth")
+    Path("y.pth").write_bytes(pickle.dumps(Payload(), protocol=2))
+    for file in ("x.pth", "y.pth"):
+        with pytest.raises(ValueError) as error:
+            TurboVAED.from_pretrained(file)
+        one_line(error, file, "not unpickled")
+        assert "weights_only" not in str(error.value)       # PyTorch's advice, which would run it
+    assert not Path("executed").exists()
+
+
+def test_files_that_are_no_state_dict(tmp_path):
+    torch.save([1, 2], tmp_path / "list.pth")
+    torch.save({"epoch": 3}, tmp_path / "other.pth")
+    (tmp_path / "text.safetensors").write_text("version https://git-lfs.github.com/spec/v1")
+    save_file({"x": torch.ones(1)}, tmp_path / "config.safetensors", metadata={"config": '{"depth": 3}'})
+    for file in tmp_path.iterdir():
+        with pytest.raises(ValueError) as error:
+            TurboVAED.from_pretrained(file)
+        one_line(error, str(file))
+
+
+def test_what_is_not_there_is_said_in_one_line_and_without_the_network(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)       # importing it now fails
+    for path, config in ((tmp_path / "none.safetensors", None), (tmp_path, "ltx"), ("out/none", None),
+                         ("none.pth", "ltx"), ("hustvl/Turbo-VAED", "ltx")):
+        with pytest.raises(FileNotFoundError) as error:
+            TurboVAED.from_pretrained(path, config)
+        one_line(error, str(path))
+    with pytest.raises(ValueError) as error:
+        TurboVAED.from_pretrained(tmp_path, config="lxt")
+    one_line(error, "lxt", "ltx", "hunyuan")
+
+
+def test_a_hub_id_fetches_the_published_file(tmp_path, monkeypatch):
+    hub = pytest.importorskip("huggingface_hub")
+    asked = []
+
+    def download(repo, name):
+        asked.append((repo, name))
+        return str(published("ltx", tmp_path))
+    monkeypatch.setattr(hub, "hf_hub_download", download)
+    assert TurboVAED.from_pretrained("hustvl/Turbo-VAED", config="ltx").config == CONFIGS["ltx"]
+    assert asked == [("hustvl/Turbo-VAED", "Turbo-VAED-LTX.pth")]
+    with pytest.raises(FileNotFoundError) as error:         # which of the four?
+        TurboVAED.from_pretrained("hustvl/Turbo-VAED")
+    one_line(error, "hustvl/Turbo-VAED", "config=", "ltx")
+
+
+def test_no_network_is_one_line(monkeypatch):
+    hub = pytest.importorskip("huggingface_hub")
+
+    def offline(repo, name):
+        raise ConnectionError("cannot reach the hub\nretried 5 times")
+    monkeypatch.setattr(hub, "hf_hub_download", offline)
+    with pytest.raises(FileNotFoundError) as error:
+        TurboVAED.from_pretrained("hustvl/Turbo-VAED", config="dc")
+    one_line(error, "hustvl/Turbo-VAED", "Turbo-VAED-DC.pth", "cannot reach the hub")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A file to carry away.
+
+def test_imports_pytorch_safetensors_and_the_standard_library_only(tmp_path):
+    """Copied alone into an empty folder, with everything else the project uses made unimportable."""
+    (tmp_path / "model.py").write_bytes((ROOT / "model.py").read_bytes())
+    barred = ("diffusers", "av", "lpips", "torchvision", "torchmetrics", "huggingface_hub", "transformers",
+              "coremltools", "tqdm", "matplotlib", "data", "teachers", "losses")
+    code = (f"import sys; sys.modules.update(dict.fromkeys({barred!r}))\n"
+            "import torch; from model import CONFIGS, TurboVAED\n"
+            "print(TurboVAED(CONFIGS['tiny'])(torch.zeros(1, 16, 1, 1, 1)).shape)")
+    ran = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True,
+                         env={**os.environ, "PYTHONPATH": ""})
+    assert ran.returncode == 0, ran.stderr
+    assert "[1, 3, 4, 8, 8]" in ran.stdout
+
+
+def test_prints_the_family():
+    ran = subprocess.run([sys.executable, ROOT / "model.py"], capture_output=True, text=True, cwd=ROOT)
+    assert ran.returncode == 0, ran.stderr
+    assert all(name in ran.stdout for name in CONFIGS)
+    for figure in ("41.896", "45.831", "40.688", "(8, 32, 32)", "47.803"):      # 47.8 GFLOP x 17 frames = 0.813 TFLOP
+        assert figure in ran.stdout
+
+
+def test_a_size_that_does_not_fit_is_one_line(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["model.py", "--size", "500"])
+    with pytest.raises(SystemExit) as exit:
+        model_file.main()
+    assert exit.value.code != 0 and "multiple of 32" in capsys.readouterr().err
