@@ -169,6 +169,12 @@ class VideoClips(Dataset):
             return None, why(error)
         return (count, None) if count >= self.span else (None, f"{count} frames, {self.span} needed")
 
+    def subset(self, indices):
+        """Keeps these of `files` only, and returns itself: to hold some out."""
+        self.files, self.counts = [self.files[i] for i in indices], [self.counts[i] for i in indices]
+        self.gave_way = self.gave_way[list(indices)].share_memory_()
+        return self
+
     def __len__(self):
         return len(self.files)
 
@@ -318,11 +324,11 @@ class SyntheticClips(Dataset):
 
     def __init__(self, frames=8, size=64, seed=0, length=1_000_000):
         self.frames, self.size, self.seed, self.length = frames, size, seed, length
-        self.scene = lru_cache(maxsize=2)(self.scene)
 
     def __len__(self):
         return self.length
 
+    @lru_cache(maxsize=2)
     def scene(self, number):
         return dead_leaves(np.random.default_rng((self.seed, 1, number)), 4 * self.size)
 

@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from data import SyntheticClips          # noqa: E402
-from teachers import TINY, VideoDCAE     # noqa: E402
+from teachers import TINY, VideoDCAE, load_weights     # noqa: E402
 
 p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 p.add_argument("--minutes", type=float, default=55, help="how long to train; the learning rate follows the clock")
@@ -29,6 +29,7 @@ p.add_argument("--batch", type=int, default=8, help="clips a step")
 p.add_argument("--frames", type=int, default=8)
 p.add_argument("--size", type=int, default=64, help="height and width of a clip in pixels")
 p.add_argument("--lr", type=float, default=2e-3, help="peak learning rate: 100 steps of warm-up, then a cosine that ends at 0 with the time")
+p.add_argument("--init", help="go on from these weights, with a new warm-up and cosine")
 p.add_argument("--seed", type=int, default=0)
 p.add_argument("--workers", type=int, default=1, help="processes that make clips")
 p.add_argument("--bf16", action=argparse.BooleanOptionalAction, default=torch.cpu._is_amx_tile_supported(),
@@ -49,6 +50,8 @@ model = VideoDCAE(TINY)
 for name, module in model.named_modules():      # residual branches start small: the shortcuts carry the first steps
     if name.endswith("norm"):
         nn.init.constant_(module.weight, 0.1)
+if args.init:
+    load_weights(model, args.init)
 ema = torch.optim.swa_utils.AveragedModel(model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.998))
 optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.95), weight_decay=1e-2)
 clips = SyntheticClips(args.frames, args.size, args.seed)

@@ -1,0 +1,459 @@
+"""The teachers: the released architecture's numbers, diffusers' own results, features, and what a user sees go wrong."""
+
+import json
+import subprocess
+import sys
+import zlib
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import teachers as teachers_file
+from data import SyntheticClips
+from teachers import (TINY, TINY_WEIGHTS, DCAETeacher, LTXTeacher, VideoDCAE, VideoDCAEConfig, load_teacher, shuffle,
+                      unshuffle)
+
+ROOT = Path(__file__).parent.parent
+FIXTURES = Path(__file__).parent / "fixtures"
+KEYS = json.loads((FIXTURES / "video_dc_ae_state_dict.json").read_text())
+SMALL = VideoDCAEConfig(16, (32, 32, 64, 64, 128, 128), (1, 1, 1, 2, 1, 1), (1, 1, 1, 1, 2, 1))
+SMALL_LTX = dict(latent_channels=8, block_out_channels=(8, 16, 16, 16), decoder_block_out_channels=(8, 16, 16, 16),
+                 layers_per_block=(1,) * 5, decoder_layers_per_block=(1,) * 5)
+
+
+def golden_weights(shapes):
+    """Every tensor filled from its own key, by the rule under which the fixtures were computed."""
+    weights = {}
+    for key, shape in shapes.items():
+        n = np.random.RandomState(zlib.crc32(key.encode())).standard_normal(shape).astype(np.float32)
+        if len(shape) > 1:
+            n = n / np.float32(np.sqrt(np.prod(shape[1:])))
+        else:
+            n = 1 + 0.1 * n if key.endswith("weight") else 0.1 * n
+        weights[key] = torch.from_numpy(n.astype(np.float32))
+    return weights
+
+
+def frozen(teacher):
+    return teacher.eval().requires_grad_(False)
+
+
+@lru_cache
+def dc():
+    """A narrow one of dc's depth in stages and compression, with the fixtures' weights."""
+    teacher = DCAETeacher("dc", SMALL)
+    teacher.vae.load_state_dict(golden_weights(KEYS["small"]))
+    return frozen(teacher)
+
+
+def small_ltx(**changes):
+    diffusers = pytest.importorskip("diffusers")
+    torch.manual_seed(0)
+    return diffusers.AutoencoderKLLTXVideo(**{**SMALL_LTX, **changes})
+
+
+@lru_cache
+def ltx():
+    return frozen(LTXTeacher("ltx", small_ltx()))
+
+
+@lru_cache
+def tiny():
+    return load_teacher("tiny")
+
+
+KINDS = {"dc": dc, "ltx": ltx, "tiny": tiny}
+LATENTS = {"dc": (1, 16, 1, 1, 2), "ltx": (1, 8, 2, 1, 2), "tiny": (1, 16, 1, 2, 3)}
+
+
+def noise(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def one_line(error, *parts):
+    """The message is one line and names all the parts."""
+    message = str(error.value)
+    assert "\n" not in message and all(part in message for part in parts), message
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Video DC-AE.
+
+@pytest.mark.parametrize("name, config", [("full", VideoDCAEConfig()), ("small", SMALL)])
+def test_keys_and_shapes_are_the_released_checkpoints(name, config):
+    with torch.device("meta"):
+        vae = VideoDCAE(config)
+    assert {key: list(v.shape) for key, v in vae.state_dict().items()} == KEYS[name]
+
+
+def test_parameters_are_as_many_as_released():
+    with torch.device("meta"):
+        vae = VideoDCAE(VideoDCAEConfig())
+    for part, millions in ((vae.encoder, 220.4), (vae.decoder, 239.0)):
+        assert round(sum(p.numel() for p in part.parameters()) / 1e6, 1) == millions
+
+
+@torch.no_grad()
+def test_same_numbers_as_the_released_code():
+    golden, teacher = load_file(FIXTURES / "video_dc_ae_small.safetensors"), dc()
+    close = lambda ours, theirs: torch.testing.assert_close(ours, golden[f"0.{theirs}"], atol=1e-4, rtol=0)
+    close(teacher.encode(golden["0.video"]), "latent")
+    close(teacher.decode(golden["0.latent"]), "reconstruction")
+    features = teacher.features(golden["0.latent"], ("mid", "up0", "up1"))
+    for name, theirs in (("mid", "project_in"), ("up0", "stage5"), ("up1", "stage4")):
+        close(features[name], theirs)
+
+
+@pytest.mark.parametrize("time, space", [(1, 4), (2, 1), (2, 2), (1, 1)])
+def test_shuffle_and_unshuffle_are_inverses(time, space):
+    x = noise(2, 3, 4, 8, 12)
+    cells = unshuffle(x, time, space)
+    assert cells.shape == (2, 3 * time * space ** 2, 4 // time, 8 // space, 12 // space)
+    assert torch.equal(shuffle(cells, time, space), x)
+    # a cell's positions lie side by side in the channels, time before height before width
+    cell = x[1, 2, -time:, -space:, -space:]
+    assert torch.equal(cells[1, 2 * time * space ** 2:, -1, -1, -1], cell.flatten())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The interface.
+
+@pytest.mark.parametrize("name, compression, channels, images",
+                         [("dc", (4, 32, 32), 16, False), ("ltx", (8, 32, 32), 8, True), ("tiny", (4, 8, 8), 16, False)])
+@torch.no_grad()
+def test_says_what_its_latents_are(name, compression, channels, images):
+    teacher, (d_t, d_h, d_w) = KINDS[name](), compression
+    assert (teacher.name, teacher.compression, teacher.latent_channels, teacher.images) == \
+        (name, compression, channels, images)
+    video = noise(1, 3, d_t + images, d_h, 2 * d_w).clamp(-1, 1)
+    latents = teacher.encode(video)
+    assert latents.shape == (1, channels, 1 + images, 1, 2)
+    assert teacher.decode(latents).shape == video.shape
+
+
+def test_released_dc_compresses_as_documented():
+    config = VideoDCAEConfig()
+    assert (config.compression, config.latent_channels) == ((4, 32, 32), 128)
+    assert (TINY.compression, TINY.latent_channels) == ((4, 8, 8), 16)
+
+
+@pytest.mark.parametrize("name, clip, says", [
+    ("dc", (17, 64, 64), ("dc", "frames = 17", "4k", "16 or 20")), ("dc", (16, 48, 64), ("height = 48", "32 or 64")),
+    ("dc", (2, 64, 64), ("frames = 2", "example 4")), ("dc", (0, 64, 64), ("frames = 0", "4")),
+    ("tiny", (17, 64, 64), ("tiny", "frames = 17", "16 or 20")), ("tiny", (8, 64, 63), ("width = 63", "56 or 64")),
+    ("ltx", (16, 64, 64), ("ltx", "frames = 16", "8k + 1", "9 or 17")), ("ltx", (17, 64, 70), ("width = 70", "64 or 96")),
+    ("ltx", (0, 64, 64), ("frames = 0", "example 1")), ("ltx", (9, 20, 64), ("height = 20", "example 32")),
+])
+def test_a_clip_that_does_not_fit_gets_the_nearest_that_do(name, clip, says):
+    teacher = KINDS[name]()
+    with pytest.raises(ValueError) as error:
+        teacher.check_clip(*clip)
+    one_line(error, *says)
+    with pytest.raises(ValueError) as error:
+        teacher.encode(torch.zeros(1, 3, *clip))
+    one_line(error, *says)
+
+
+@pytest.mark.parametrize("name, clip", [("dc", (4, 32, 64)), ("tiny", (20, 8, 64)), ("ltx", (1, 32, 32)),
+                                        ("ltx", (17, 64, 32))])
+def test_a_clip_that_fits_passes(name, clip):
+    KINDS[name]().check_clip(*clip)
+
+
+@torch.no_grad()
+def test_ltx_encodes_and_decodes_as_diffusers_does():
+    teacher = ltx()
+    video = noise(2, 3, 9, 32, 64).clamp(-1, 1)
+    want = teacher.vae.encode(video).latent_dist
+    mean, logvar = teacher.posterior(video)
+    assert torch.equal(mean, want.mean) and torch.equal(logvar, want.logvar)
+    assert torch.equal(teacher.encode(video, sample=False), want.mean)
+    assert torch.equal(teacher.decode(mean), teacher.vae.decode(mean).sample)
+    draw = lambda: torch.Generator().manual_seed(7)
+    torch.testing.assert_close(teacher.encode(video, generator=draw()), want.sample(draw()))
+
+
+@torch.no_grad()
+def test_a_sample_is_spread_as_the_posterior_says():
+    teacher, video = ltx(), noise(1, 3, 1, 32, 32).clamp(-1, 1)
+    mean, logvar = teacher.posterior(video)
+    teacher.posterior, original = (lambda video: (mean, torch.full_like(logvar, 2 * np.log(0.1)))), teacher.posterior
+    try:
+        samples = torch.stack([teacher.encode(video) for _ in range(500)])
+    finally:
+        del teacher.posterior
+    assert teacher.posterior == original
+    assert (samples - mean).std().item() == pytest.approx(0.1, rel=0.1)
+
+
+@pytest.mark.parametrize("name", ["dc", "tiny"])
+@torch.no_grad()
+def test_a_deterministic_encoder_has_no_variance(name):
+    teacher = KINDS[name]()
+    video = noise(1, 3, 4, 32, 32).clamp(-1, 1)
+    mean, logvar = teacher.posterior(video)
+    assert logvar is None
+    assert torch.equal(teacher.encode(video, sample=True), mean)
+    assert torch.equal(teacher.encode(video, generator=[torch.Generator()]), mean)
+
+
+@torch.no_grad()
+def test_a_clips_sample_does_not_depend_on_its_batch():
+    teacher = ltx()
+    clips = noise(3, 3, 9, 32, 32).clamp(-1, 1)
+    encode = lambda *which: teacher.encode(clips[list(which)],
+                                           generator=[torch.Generator().manual_seed(100 + i) for i in which])
+    together, shuffled = encode(0, 1, 2), encode(2, 0, 1)
+    for i in range(3):
+        torch.testing.assert_close(encode(i)[0], together[i], atol=1e-4, rtol=0)
+    torch.testing.assert_close(shuffled, together[[2, 0, 1]], atol=1e-4, rtol=0)
+    mean, logvar = teacher.posterior(clips)
+    drawn = (together - mean) / (0.5 * logvar).exp()
+    assert (drawn[0] - drawn[1]).abs().mean() > 0.1             # each its own noise
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_frozen_and_in_evaluation_mode(name):
+    # dc and ltx at full size are too slow to load here; load_teacher treats all alike
+    teacher = load_teacher(name, weights="random") if name == "tiny" else KINDS[name]()
+    assert not teacher.training and not any(m.training for m in teacher.modules())
+    assert not any(p.requires_grad for p in teacher.parameters())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Features.
+
+def decoder_blocks(teacher):
+    """{name: module whose output a feature is}, as the decoder runs them; mid of a DC-AE has a shortcut besides."""
+    decoder = teacher.vae.decoder
+    if isinstance(teacher, LTXTeacher):
+        return {"mid": decoder.mid_block, **{f"up{i}": block for i, block in enumerate(decoder.up_blocks)}}
+    return {"mid": decoder.project_in["main"], **{f"up{i}": s for i, s in enumerate(reversed(decoder.stages))}}
+
+
+def hooked(modules, action):
+    return [module.register_forward_hook(lambda m, i, output, name=name: action(name, output))
+            for name, module in modules.items()]
+
+
+@pytest.mark.parametrize("name", KINDS)
+@torch.no_grad()
+def test_features_are_what_a_full_decode_passes_through(name):
+    teacher, latents, seen = KINDS[name](), noise(*LATENTS[name]), {}
+    blocks = decoder_blocks(teacher)
+    hooks = hooked(blocks, lambda name, output: seen.setdefault(name, output.clone()))
+    teacher.decode(latents)
+    for hook in hooks:
+        hook.remove()
+    features = teacher.features(latents, tuple(blocks))
+    assert set(features) == set(blocks) and len(blocks) == {"dc": 7, "ltx": 5, "tiny": 4}[name]
+    for block in blocks:
+        if block == "mid" and name != "ltx":       # the hook sees it without its shortcut
+            seen[block] = seen[block] + latents.repeat_interleave(seen[block].shape[1] // latents.shape[1], 1)
+        assert torch.equal(features[block], seen[block]), block
+
+
+@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("blocks, ran", [(("mid",), ["mid"]), (("up1", "mid"), ["mid", "up0", "up1"]),
+                                         (("up0",), ["mid", "up0"]), ((), [])])
+@torch.no_grad()
+def test_no_block_runs_deeper_than_the_last_one_named(name, blocks, ran):
+    teacher, run = KINDS[name](), []
+    hooks = hooked(decoder_blocks(teacher), lambda name, output: run.append(name))
+    features = teacher.features(noise(*LATENTS[name]), blocks)
+    for hook in hooks:
+        hook.remove()
+    assert run == ran and set(features) == set(blocks)
+
+
+@pytest.mark.parametrize("name", KINDS)
+@torch.no_grad()
+def test_a_block_that_is_not_there_is_one_line(name):
+    with pytest.raises(ValueError) as error:
+        KINDS[name]().features(noise(*LATENTS[name]), ("mid", "up9"))
+    one_line(error, name, "['up9']", "'mid'", "'up0'")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The embedded teacher.
+
+def test_tiny_comes_with_the_repository_and_without_diffusers():
+    assert TINY_WEIGHTS.stat().st_size < 10e6 and ROOT in TINY_WEIGHTS.parents
+    code = ("import sys; sys.modules['huggingface_hub'] = None\n"       # importing it now fails
+            "from teachers import load_teacher; teacher = load_teacher('tiny')\n"
+            "assert not any(m.split('.')[0] == 'diffusers' for m in sys.modules)\n"
+            "print(teacher.compression, teacher.latent_channels)")
+    ran = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stdout.strip() == "(4, 8, 8) 16"
+
+
+def psnr(a, b):
+    return (-10 * torch.log10((a.clamp(-1, 1) - b).square().flatten(1).mean(1) / 4)).mean().item()
+
+
+@torch.no_grad()
+def test_tiny_reconstructs_clips_it_was_not_trained_on():
+    clips = SyntheticClips(8, 64, seed=10_000)
+    video = torch.stack([clips[n] for n in (0, 8, 16, 24)])
+    teacher = tiny()
+    latents = teacher.encode(video)
+    assert psnr(teacher.decode(latents), video) > 22
+    assert psnr(teacher.decode(latents.flip(0)), video) < 18         # and not by always saying the same
+
+
+@torch.no_grad()
+def test_half_precision_stays_close():
+    half, video = load_teacher("tiny", dtype=torch.bfloat16), SyntheticClips(8, 64, seed=10_000)[0][None]
+    assert half.dtype == torch.bfloat16
+    latents = half.encode(video)                                   # float32 in, as the data come
+    want = tiny().encode(video)
+    assert latents.dtype == torch.bfloat16 and ((latents - want).norm() / want.norm()).item() < 0.1
+    assert psnr(half.decode(want).float(), tiny().decode(want).clamp(-1, 1)) > 30
+    assert half.features(want, ("mid",))["mid"].dtype == torch.bfloat16
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Loading.
+
+def test_random_weights_are_the_same_every_time_and_disturb_nobody():
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    first = load_teacher("tiny", weights="random").state_dict()
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.rand(3)
+    second = load_teacher("tiny", weights="random").state_dict()
+    assert all(torch.equal(first[key], second[key]) for key in first)
+    released = tiny().state_dict()
+    assert first.keys() == released.keys()
+    assert not all(torch.equal(first[key], released[key]) for key in first)
+
+
+def test_loading_disturbs_no_accelerators_random_numbers_either(monkeypatch):
+    seeded = []
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", seeded.append)
+    load_teacher("tiny", weights="random")
+    assert not seeded
+
+
+@pytest.mark.parametrize("folder", [False, True])
+def test_weights_may_be_a_file_or_a_folder(tmp_path, folder):
+    state = load_teacher("tiny", weights="random").vae.state_dict()
+    save_file(state, tmp_path / "model.safetensors")
+    loaded = load_teacher("tiny", str(tmp_path if folder else tmp_path / "model.safetensors")).vae.state_dict()
+    assert all(torch.equal(loaded[key], state[key]) for key in state)
+
+
+@pytest.mark.parametrize("inside", [".", "vae"])
+@torch.no_grad()
+def test_an_ltx_folder_as_on_the_hub(tmp_path, inside):
+    vae = small_ltx().eval()
+    vae.save_pretrained(tmp_path / inside)
+    teacher = load_teacher("ltx", tmp_path)
+    latents = noise(*LATENTS["ltx"])
+    assert torch.equal(teacher.decode(latents), vae.decode(latents).sample)
+    assert not teacher.training and not any(p.requires_grad for p in teacher.parameters())
+
+
+def test_an_ltx_folder_that_is_not_whole_is_one_line(tmp_path):
+    with pytest.raises(FileNotFoundError) as error:
+        load_teacher("ltx", tmp_path)
+    one_line(error, str(tmp_path), "config.json")
+    small_ltx().save_config(tmp_path)
+    with pytest.raises(FileNotFoundError) as error:
+        load_teacher("ltx", tmp_path)
+    one_line(error, str(tmp_path), "diffusion_pytorch_model.safetensors")
+
+
+def test_a_timestep_conditioned_ltx_is_refused_in_one_line():
+    vae = small_ltx(timestep_conditioning=True)
+    with pytest.raises(ValueError) as error:
+        LTXTeacher("ltx", vae)
+    one_line(error, "timestep", "0.9.0")
+
+
+@pytest.mark.parametrize("name", ["lxt", "Tiny", ""])
+def test_an_unknown_teacher_is_one_line(name):
+    with pytest.raises(ValueError) as error:
+        load_teacher(name)
+    one_line(error, repr(name), "ltx", "dc", "tiny")
+
+
+@pytest.mark.parametrize("name", ["ltx", "dc", "tiny"])
+def test_a_missing_file_is_one_line(tmp_path, name):
+    with pytest.raises(FileNotFoundError) as error:
+        load_teacher(name, weights=tmp_path / "none.safetensors")
+    one_line(error, str(tmp_path / "none.safetensors"))
+
+
+def test_a_folder_without_weights_is_one_line(tmp_path):
+    with pytest.raises(FileNotFoundError) as error:
+        load_teacher("tiny", weights=tmp_path)
+    one_line(error, str(tmp_path / "model.safetensors"))
+
+
+@pytest.mark.parametrize("kept", [0, 5, 0.5, 0.999])
+def test_a_truncated_file_is_one_line(tmp_path, kept):
+    file = tmp_path / "x.safetensors"
+    data = TINY_WEIGHTS.read_bytes()
+    file.write_bytes(data[:kept if isinstance(kept, int) else int(kept * len(data))])
+    with pytest.raises(ValueError) as error:
+        load_teacher("tiny", weights=file)
+    one_line(error, str(file), "safetensors")
+
+
+KEY = "decoder.project_in.main.conv.bias"
+
+
+@pytest.mark.parametrize("damage, says", [
+    (lambda s: s.pop(KEY), ("lacks", KEY)),
+    (lambda s: s.update({"decoder.gain": torch.ones(1)}), ("has besides", "decoder.gain")),
+    (lambda s: s.update({KEY: torch.ones(5)}), ("another shape", KEY)),
+    (lambda s: [s.pop(key) for key in list(s)[:5]], ("lacks", "and 4 more")),
+], ids=["missing", "extra", "shape", "many"])
+def test_weights_that_do_not_fit_say_where(tmp_path, damage, says):
+    state = dict(tiny().vae.state_dict())
+    damage(state)
+    save_file(state, tmp_path / "x.safetensors")
+    with pytest.raises(ValueError) as error:
+        load_teacher("tiny", weights=tmp_path / "x.safetensors")
+    one_line(error, str(tmp_path / "x.safetensors"), *says)
+
+
+def offline(*args, **kwargs):
+    raise ConnectionError("cannot reach the hub\nretried 5 times")
+
+
+def test_dc_without_the_hub_is_one_line(monkeypatch):
+    hub = pytest.importorskip("huggingface_hub")
+    monkeypatch.setattr(hub, "hf_hub_download", offline)
+    monkeypatch.setattr(teachers_file, "VideoDCAEConfig", lambda: SMALL)       # the full one takes seconds to make
+    with pytest.raises(OSError) as error:
+        load_teacher("dc")
+    one_line(error, "hpcai-tech/Open-Sora-v2-Video-DC-AE", "ConnectionError", "weights")
+
+
+def test_ltx_without_the_hub_is_one_line(monkeypatch):
+    diffusers = pytest.importorskip("diffusers")
+    monkeypatch.setattr(diffusers.AutoencoderKLLTXVideo, "from_pretrained", offline)
+    with pytest.raises(OSError) as error:
+        load_teacher("ltx")
+    one_line(error, "Lightricks/LTX-Video", "ConnectionError", "weights")
+
+
+def test_dc_comes_from_the_hub(tmp_path, monkeypatch):
+    hub, asked = pytest.importorskip("huggingface_hub"), []
+    save_file(dc().vae.state_dict(), tmp_path / "released.safetensors")
+
+    def download(repo, name):
+        asked.append((repo, name))
+        return str(tmp_path / "released.safetensors")
+    monkeypatch.setattr(hub, "hf_hub_download", download)
+    monkeypatch.setattr(teachers_file, "VideoDCAEConfig", lambda: SMALL)
+    loaded = load_teacher("dc").vae.state_dict()
+    assert asked == [("hpcai-tech/Open-Sora-v2-Video-DC-AE", "F32T4C128_AE.safetensors")]
+    assert all(torch.equal(loaded[key], v) for key, v in dc().vae.state_dict().items())
