@@ -40,6 +40,9 @@ class LPIPS(nn.Module):
                           f"({type(error).__name__}); put them into {torch.hub.get_dir()}/checkpoints, "
                           f"or go on without the term: --lpips-weight 0") from None
 
+    def train(self, mode=True):
+        return super().train(False)     # the package's dropout would turn the loss into noise
+
     def forward(self, video, target):
         frames, targets = (v.transpose(1, 2).flatten(0, 1) for v in (video, target))
         return self.net(frames, targets).float().mean()
@@ -97,7 +100,7 @@ def distillation_loss(student_features, teacher_features, heads, normalize=False
     total = 0.0
     for name, target in teacher_features.items():
         target = target.float()
-        scale = target.std() if normalize else 1.0
+        scale = target.std().clamp_min(1e-6) if normalize else 1.0
         total = total + (heads[name](student_features[name]).float() - target / scale).abs().mean()
     return total
 

@@ -292,6 +292,8 @@ class Teacher(nn.Module):
         mean, logvar = self.posterior(video)
         if logvar is None or not sample:
             return mean
+        if isinstance(generator, (list, tuple)) and len(generator) != len(mean):
+            raise ValueError(f"{len(generator)} generators for {len(mean)} clips")
         draw = lambda shape, g: torch.randn(shape, generator=g, device=g.device if g else mean.device, dtype=torch.float32)
         noise = torch.cat([draw((1, *mean.shape[1:]), g) for g in generator]) if isinstance(generator, (list, tuple)) \
             else draw(mean.shape, generator)
@@ -304,7 +306,7 @@ class Teacher(nn.Module):
     def features(self, latents, blocks=("mid", "up0", "up1")):
         """Outputs of the decoder's named blocks, {name: (B, C, T, H, W)}. Runs no block deeper than the last one
         named. Raises ValueError for a name that this decoder does not have."""
-        found, wanted = {}, set(blocks)
+        found, wanted = {}, {blocks} if isinstance(blocks, str) else set(blocks)
         if not wanted:
             return found
         known = []
@@ -403,7 +405,7 @@ def load_teacher(name, weights=None, device="cpu", dtype=torch.float32):
     if weights not in (None, "random") and not Path(weights).exists():
         raise FileNotFoundError(f"no teacher weights at {weights}")
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
+        torch.default_generator.manual_seed(0)      # the CPU's only: GPUs' generators are not restored
         teacher = load_ltx(weights) if name == "ltx" else load_dcae(name, weights)
     return teacher.to(device, dtype).eval().requires_grad_(False)
 

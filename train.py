@@ -195,8 +195,8 @@ def plot_curves(path, log, teacher_psnr):
         points = [(line["step"], line[term]) for line in log if term in line]
         if points:
             left.plot(*zip(*points), label=term)
+            left.legend()
     left.set(xlabel="step", ylabel="loss terms, unweighted", yscale="log")
-    left.legend()
     points = [(line["step"], line["psnr"]) for line in log if "psnr" in line]
     right.plot(*zip(*points), marker=".", label="student (EMA)")
     right.axhline(teacher_psnr, color="grey", linestyle="--", label="teacher")

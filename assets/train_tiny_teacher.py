@@ -7,6 +7,7 @@ The loss is the mean over clips of log(MSE), the quantity that PSNR averages: du
 ones. There is no KL term and no sampling, since Video DC-AE's encoder is deterministic.
 """
 import argparse
+import copy
 import json
 import math
 import os
@@ -21,7 +22,8 @@ from torch.utils.data import DataLoader
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from data import SyntheticClips          # noqa: E402
-from teachers import TINY, VideoDCAE, load_weights     # noqa: E402
+from teachers import (TINY, Downsample, GatedConv, LinearAttention, RMSNorm, ResBlock, Upsample, VideoDCAE,  # noqa: E402
+                      load_weights)
 
 p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 p.add_argument("--minutes", type=float, default=55, help="how long to train; the learning rate follows the clock")
@@ -45,6 +47,32 @@ def psnr(model, clips):
     return (-10 * torch.log10(error / 4)).mean().item()
 
 
+@torch.no_grad()
+def unit_latents(model, clips):
+    """Divides the latents, and the stream of features they come from and go to, by the latents' standard deviation.
+
+    Nothing in training fixes that scale (every branch is normalised, and so is the way out), so it drifts into the
+    thousands. Each branch takes the stream times the divisor and gives its output over it: the numbers stay the same.
+    """
+    scale = torch.cat([model.encoder(clip[None]).flatten() for clip in clips]).std()
+    for name, module in model.named_modules():
+        if isinstance(module, ResBlock):
+            module.main["conv1"].conv.weight.mul_(scale)
+        elif isinstance(module, LinearAttention):
+            module.main["qkv"].conv.weight.mul_(scale)
+        elif isinstance(module, GatedConv):
+            module.main["inverted_conv"].conv.weight.mul_(scale)
+        elif isinstance(module, RMSNorm) and name != "decoder.project_out.op_list.0":
+            module.weight.div_(scale), module.bias.div_(scale)
+        elif isinstance(module, Downsample):
+            module.main.conv.bias.div_(scale)
+        elif isinstance(module, Upsample):
+            module.main["conv"].conv.bias.div_(scale)
+    model.encoder.project_in.conv.weight.div_(scale)
+    for conv in (model.encoder.project_in, model.encoder.project_out["main"].op_list[0], model.decoder.project_in["main"]):
+        conv.conv.bias.div_(scale)
+
+
 torch.manual_seed(args.seed)
 model = VideoDCAE(TINY)
 for name, module in model.named_modules():      # residual branches start small: the shortcuts carry the first steps
@@ -64,7 +92,9 @@ start = time.time()
 def save():
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
-    weights = {k: v.half().contiguous() for k, v in ema.module.state_dict().items()}
+    final = copy.deepcopy(ema.module)
+    unit_latents(final, held_out)
+    weights = {k: v.half().contiguous() for k, v in final.state_dict().items()}
     save_file(weights, out / "model.tmp", metadata={"training": json.dumps(
         vars(args) | {"out": "", "step": step, "minutes": round((time.time() - start) / 60, 1), "torch": torch.__version__})})
     os.replace(out / "model.tmp", out / "model.safetensors")
