@@ -96,8 +96,8 @@ CONFIGS = {
         latent_channels=16, widths=(512, 512, 256, 32, 16), resnets=(5, 4, 4, 4, 5),
         up=(None, (2, 2), (2, 2), (1, 2)), patch=1, drop_first=True),
     "tiny": TurboVAEDConfig(
-        latent_channels=16, widths=(96, 96, 48, 48, 48), resnets=(1, 1, 1, 1, 1),
-        up=(None, (2, 2), (2, 1), None), patch=4, drop_first=False, separable=("mid", "up0", "up1")),
+        latent_channels=16, widths=(96, 96, 48, 32, 32), resnets=(1, 1, 1, 2, 0),
+        up=(None, (2, 2), (2, 1), (1, 2)), patch=2, drop_first=False, separable=("mid", "up0", "up1")),
 }
 
 PUBLISHED = {"ltx": "Turbo-VAED-LTX.pth", "dc": "Turbo-VAED-DC.pth",

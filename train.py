@@ -349,7 +349,7 @@ def main(args):
         clock = time.time()
         bar.update()
 
-        if step % args.log_every == 0 or step == args.steps:
+        if step % args.log_every == 0 or step % args.eval_every == 0 or step == args.steps:     # before it is saved, too
             means = torch.stack([value.float() for value in sums.values()]) / (step - last_step)
             if world > 1:
                 dist.all_reduce(means)
