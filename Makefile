@@ -9,7 +9,7 @@ RUN = .venv/bin/python
 
 demo: .venv/ready
 	$(RUN) train.py --minutes 4 --steps 100000 --out out/demo --overwrite
-	$(RUN) evaluate.py --student out/demo assets/tiny_student.safetensors --out out/demo
+	$(RUN) evaluate.py --student out/demo $(wildcard assets/tiny_student.safetensors) --out out/demo
 
 test: .venv/ready
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -q --durations=5 tests
