@@ -97,7 +97,7 @@ CONFIGS = {
         up=(None, (2, 2), (2, 2), (1, 2)), patch=1, drop_first=True),
     "tiny": TurboVAEDConfig(
         latent_channels=16, widths=(96, 96, 48, 32, 32), resnets=(1, 1, 1, 2, 0),
-        up=(None, (2, 2), (2, 1), (1, 2)), patch=2, drop_first=False, separable=("mid", "up0", "up1")),
+        up=(None, (2, 2), (2, 1), (1, 2)), patch=2, drop_first=False, separable=("mid", "up0", "up1"), kernel=3),
 }
 
 PUBLISHED = {"ltx": "Turbo-VAED-LTX.pth", "dc": "Turbo-VAED-DC.pth",
