@@ -33,14 +33,14 @@ from teachers import TEACHERS, load_teacher
 
 # Section 4.2: AdamW, learning rate 2e-4, betas 0.9 and 0.95, effective batch 32, 17 (dc: 16) frames at 256x256.
 # Weight decay and EMA as in the published code; 70,000 steps as a user's reproduction of ltx reports.
-PAPER = dict(frames=17, size=256, batch=32, micro_batch=2, steps=70_000, lr=2e-4, schedule="constant", align=["mid", "up0", "up1"],
+PAPER = dict(frames=17, size=256, batch=32, micro_batch=2, steps=70_000, lr=2e-4, muon_lr=0.0, schedule="constant", align=["mid", "up0", "up1"],
              lpips_weight=1.0, distill_weight=1.0, normalize=False, data="data/vidgen", eval_every=1000, workers=4)
 RECIPES = {
     "ltx": PAPER,
     "dc": PAPER | dict(frames=16),
-    # Made-up video and no LPIPS, since the embedded recipe must need no download. Ten times the learning rate and a
-    # cosine suit a small student and a short run; features are normalised, since this teacher's are large.
-    "tiny": dict(frames=8, size=64, batch=8, micro_batch=8, steps=4000, lr=2e-3, schedule="cosine", align=["mid", "up0"],
+    # Made-up video and no LPIPS, since the embedded recipe must need no download. Muon, since AdamW alone learns
+    # brightness first and leaves the student grey for hundreds of steps.
+    "tiny": dict(frames=8, size=64, batch=8, micro_batch=8, steps=4000, lr=2e-3, muon_lr=0.02, schedule="cosine", align=["mid", "up0"],
                  lpips_weight=0.0, distill_weight=0.02, normalize=True, data="synthetic", eval_every=200, workers=1),
 }
 
@@ -62,6 +62,7 @@ def parse_args(argv=None):
     p.add_argument("--batch", type=int, help="effective batch: clips a step over all processes and accumulation *")
     p.add_argument("--micro-batch", type=int, help="clips a process takes at once *")
     p.add_argument("--lr", type=float, help="AdamW's learning rate *")
+    p.add_argument("--muon-lr", type=float, help="Muon's learning rate, for convolutions that mix channels; 0: AdamW for everything *")
     p.add_argument("--schedule", choices=("constant", "cosine"), help="of the learning rate, after the warm-up *")
     p.add_argument("--warmup", type=int, default=100, help="steps of linear warm-up (default: 100)")
     p.add_argument("--weight-decay", type=float, default=1e-4, help="(default: 1e-4)")
@@ -149,6 +150,43 @@ class Indexed(torch.utils.data.Dataset):
         return n, self.clips[n]
 
 
+class Muon(torch.optim.Optimizer):
+    """Muon (Jordan et al. 2024): steps along the momentum with all its singular values made about 1, so that weak
+    directions, colour say, are learned as fast as strong ones, brightness. A convolution's weight counts as the matrix
+    (output channels) x (input channels and positions), which torch.optim.Muon does not accept."""
+
+    def __init__(self, params, lr, momentum=0.95, weight_decay=0.0):
+        super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay))
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                average = self.state[p].setdefault("momentum", torch.zeros_like(p)).lerp_(p.grad, 1 - group["momentum"])
+                x = p.grad.lerp(average, group["momentum"]).flatten(1)       # Nesterov's look ahead
+                rows, columns = x.shape
+                x = x.T if rows > columns else x
+                x = x / (x.norm() + 1e-12)
+                for _ in range(5):                                          # Newton and Schulz's iteration to the polar factor
+                    a = x @ x.T
+                    x = 3.4445 * x + (2.0315 * a @ a - 4.7750 * a) @ x
+                x = x.T if rows > columns else x
+                p.mul_(1 - group["lr"] * group["weight_decay"])
+                p.add_(x.reshape(p.shape), alpha=-group["lr"] * max(1, rows / columns) ** 0.5)
+
+
+def make_optimizers(module, lr, muon_lr, weight_decay):
+    """AdamW with the paper's betas; with a muon_lr, Muon takes the weights that mix channels (not depthwise ones)."""
+    trained = [p for p in module.parameters() if p.requires_grad]
+    mixing = [p for p in trained if p.ndim > 1 and p.shape[1] > 1] if muon_lr else []
+    taken = set(map(id, mixing))
+    rest = [p for p in trained if id(p) not in taken]
+    return [torch.optim.AdamW(rest, lr, betas=(0.9, 0.95), weight_decay=weight_decay)] \
+        + ([Muon(mixing, muon_lr, weight_decay=weight_decay)] if mixing else [])
+
+
 def clip_generator(seed, n):
     return torch.Generator().manual_seed(int(np.random.SeedSequence((seed, 4, n)).generate_state(1)[0]))
 
@@ -206,7 +244,7 @@ def plot_curves(path, log, teacher_psnr):
     plt.close(figure)
 
 
-RESUMES_WITH = ("teacher", "teacher_weights", "config", "data", "frames", "size", "stride", "batch", "lr", "schedule", "warmup",
+RESUMES_WITH = ("teacher", "teacher_weights", "config", "data", "frames", "size", "stride", "batch", "lr", "muon_lr", "schedule", "warmup",
                 "weight_decay", "clip", "ema", "align", "head", "lpips_weight", "distill_weight", "kl_weight", "normalize", "seed")
 
 
@@ -252,7 +290,8 @@ def main(args):
     lpips = LPIPS() if args.lpips_weight else None
     objective = Stage1(student, heads, lpips, args.lpips_weight, args.distill_weight, args.kl_weight, args.normalize).to(device)
     trained = [p for p in objective.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=args.lr, betas=(0.9, 0.95), weight_decay=args.weight_decay)
+    optimizers = make_optimizers(objective, args.lr, args.muon_lr, args.weight_decay)
+    peaks = [args.lr, args.muon_lr]
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
 
     # resume --------------------------------------------------------------------------------------------------
@@ -264,7 +303,8 @@ def main(args):
                 raise ValueError(f"{out} was run with --{name.replace('_', '-')} {saved['args'][name]}, not {getattr(args, name)}")
         objective.load_state_dict(saved["objective"])
         ema.load_state_dict(saved["ema"])
-        optimizer.load_state_dict(saved["optimizer"])
+        for optimizer, state in zip(optimizers, saved["optimizers"]):
+            optimizer.load_state_dict(state)
         scaler.load_state_dict(saved["scaler"])
         step, elapsed = saved["step"], saved["elapsed"]
         lines = (out / "log.jsonl").read_text().splitlines() if (out / "log.jsonl").exists() else []
@@ -297,7 +337,7 @@ def main(args):
         squeeze = lambda videos: [v[0] for v in videos]
         plot_samples(out / "samples.png", {"input": squeeze(val_clips), "teacher": squeeze(teacher_videos), "student": squeeze(videos)})
         ema.save_pretrained(out, metadata={"teacher": args.teacher, "step": str(step), "psnr": f"{log[-1]['psnr']:.2f}"})
-        checkpoint = {"objective": objective.state_dict(), "ema": ema.state_dict(), "optimizer": optimizer.state_dict(),
+        checkpoint = {"objective": objective.state_dict(), "ema": ema.state_dict(), "optimizers": [o.state_dict() for o in optimizers],
                       "scaler": scaler.state_dict(), "step": step, "elapsed": elapsed, "args": vars(args)}
         write_atomically(out / "checkpoint.pt", lambda p: torch.save(checkpoint, p))
         say(f"step {step}: PSNR {log[-1]['psnr']:.2f} dB ({100 * log[-1]['psnr'] / teacher_psnr:.1f} % of the teacher's), "
@@ -319,8 +359,9 @@ def main(args):
             if progress >= 1:
                 break
         decay = 0.5 * (1 + math.cos(math.pi * progress)) if args.schedule == "cosine" else 1.0
-        for group in optimizer.param_groups:
-            group["lr"] = args.lr * min((step + 1) / args.warmup, 1) * decay if args.warmup else args.lr * decay
+        factor = decay * min((step + 1) / args.warmup, 1) if args.warmup else decay
+        for optimizer, peak in zip(optimizers, peaks):
+            optimizer.param_groups[0]["lr"] = peak * factor
 
         for i in range(accumulate):
             numbers, video = next(loader)
@@ -336,11 +377,13 @@ def main(args):
                 scaler.scale(loss / accumulate).backward()
             for name, value in (terms | {"loss": loss.detach()}).items():
                 sums[name] = sums.get(name, 0.0) + value.float() / accumulate
-        scaler.unscale_(optimizer)
+        for optimizer in optimizers:
+            scaler.unscale_(optimizer)
         norm = torch.nn.utils.clip_grad_norm_(trained, args.clip)
-        scaler.step(optimizer)
+        for optimizer in optimizers:
+            scaler.step(optimizer)
+            optimizer.zero_grad(set_to_none=True)
         scaler.update()
-        optimizer.zero_grad(set_to_none=True)
         step += 1
         with torch.no_grad():                                 # young averages forget sooner, or they would keep the start
             keep = min(args.ema, (1 + step) / (10 + step))
@@ -357,7 +400,7 @@ def main(args):
             if not means.isfinite().all():
                 raise RuntimeError(f"the loss is not finite at step {step}; the last good checkpoint is in {out}")
             line = {"step": step} | {name: round(value, 7) for name, value in zip(sums, means.tolist())}
-            line |= {"lr": optimizer.param_groups[0]["lr"], "grad_norm": round(norm.item(), 4), "minutes": round(elapsed / 60, 3)}
+            line |= {"lr": args.lr * factor, "grad_norm": round(norm.item(), 4), "minutes": round(elapsed / 60, 3)}
             sums, last_step = {}, step
             log.append(line)
             if chief:

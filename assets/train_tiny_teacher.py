@@ -3,7 +3,7 @@
     python assets/train_tiny_teacher.py                    # what made assets/tiny_teacher/
     python assets/train_tiny_teacher.py --minutes 1 --out /tmp/teacher      # try it
 
-The loss is the mean over clips of log(MSE), the quantity that PSNR averages: dull clips count as much as busy
+Muon and AdamW: with AdamW alone the same model was 3 dB behind after the first 140 steps, and still grey. The loss is the mean over clips of log(MSE), the quantity that PSNR averages: dull clips count as much as busy
 ones. There is no KL term and no sampling, since Video DC-AE's encoder is deterministic.
 """
 import argparse
@@ -22,20 +22,21 @@ from torch.utils.data import DataLoader
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from data import SyntheticClips          # noqa: E402
-from teachers import (TINY, Downsample, GatedConv, LinearAttention, RMSNorm, ResBlock, Upsample, VideoDCAE,  # noqa: E402
-                      load_weights)
+from teachers import TINY, Downsample, GatedConv, LinearAttention, RMSNorm, ResBlock, Upsample, VideoDCAE  # noqa: E402
+from train import make_optimizers        # noqa: E402
 
 p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-p.add_argument("--minutes", type=float, default=55, help="how long to train; the learning rate follows the clock")
+p.add_argument("--minutes", type=float, default=50, help="how long to train; the learning rates follow the clock")
 p.add_argument("--batch", type=int, default=8, help="clips a step")
 p.add_argument("--frames", type=int, default=8)
 p.add_argument("--size", type=int, default=64, help="height and width of a clip in pixels")
-p.add_argument("--lr", type=float, default=2e-3, help="peak learning rate: 100 steps of warm-up, then a cosine that ends at 0 with the time")
-p.add_argument("--init", help="go on from these weights, with a new warm-up and cosine")
+p.add_argument("--lr", type=float, default=2e-3, help="AdamW's peak learning rate: 50 steps of warm-up, then a cosine that ends at 0 with the time")
+p.add_argument("--muon-lr", type=float, default=0.02, help="Muon's, likewise")
 p.add_argument("--seed", type=int, default=0)
 p.add_argument("--workers", type=int, default=1, help="processes that make clips")
-p.add_argument("--bf16", action=argparse.BooleanOptionalAction, default=torch.cpu._is_amx_tile_supported(),
-               help="autocast to bfloat16 (default: where the CPU has matrix units for it)")
+p.add_argument("--bf16", action=argparse.BooleanOptionalAction, 
+               default=torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported(),
+               help="autocast to bfloat16 (default: where the CPU has instructions for it)")
 p.add_argument("--out", default=str(Path(__file__).resolve().parent / "tiny_teacher"))
 args = p.parse_args()
 
@@ -78,10 +79,12 @@ model = VideoDCAE(TINY)
 for name, module in model.named_modules():      # residual branches start small: the shortcuts carry the first steps
     if name.endswith("norm"):
         nn.init.constant_(module.weight, 0.1)
-if args.init:
-    load_weights(model, args.init)
 ema = torch.optim.swa_utils.AveragedModel(model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.998))
-optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.95), weight_decay=1e-2)
+for conv in (model.encoder.project_out["main"].op_list[0], model.decoder.project_in["main"]):
+    # PyTorch 2.15's bfloat16 gradient of these two weights is wrong (by 60 %, now and then infinite) on CPUs with AVX512
+    conv.register_forward_pre_hook(lambda module, inputs: inputs[0].float())
+    conv.forward = torch.autocast("cpu", enabled=False)(conv.forward)
+optimizers = make_optimizers(model, args.lr, args.muon_lr, weight_decay=1e-2)
 clips = SyntheticClips(args.frames, args.size, args.seed)
 held_out = SyntheticClips(args.frames, 128, seed=10_000)
 held_out = [held_out[8 * i] for i in range(16)]
@@ -102,15 +105,16 @@ def save():
 
 for step, video in enumerate(loader, 1):
     done = min((time.time() - start) / (60 * args.minutes), 1)
-    for group in optimizer.param_groups:
-        group["lr"] = args.lr * min(step / 100, 1) * 0.5 * (1 + math.cos(math.pi * done))
+    for optimizer, peak in zip(optimizers, (args.lr, args.muon_lr)):
+        optimizer.param_groups[0]["lr"] = peak * min(step / 50, 1) * 0.5 * (1 + math.cos(math.pi * done))
     with torch.autocast("cpu", torch.bfloat16, enabled=args.bf16):
         reconstruction = model(video)
     loss = (reconstruction.float() - video).square().mean((1, 2, 3, 4)).add(1e-5).log().mean()
-    optimizer.zero_grad()
+    model.zero_grad()
     loss.backward()
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-    optimizer.step()
+    for optimizer in optimizers:
+        optimizer.step()
     ema.update_parameters(model)
     if step % 250 == 0 or done == 1:
         print(f"step {step}: loss {loss.item():.3f}, held-out PSNR {psnr(ema.module, held_out):.2f} dB, "

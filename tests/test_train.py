@@ -77,7 +77,7 @@ def test_a_stopped_run_resumes_bit_for_bit(whole, tmp_path):
     process.wait()
     run(*command(tmp_path, "--steps", 8, "--eval-every", 4, "--resume"))
     a, b = checkpoint(whole), checkpoint(tmp_path)
-    for part in ("objective", "ema", "optimizer", "step"):
+    for part in ("objective", "ema", "optimizers", "step"):
         assert same(a[part], b[part]), part
     assert log(whole) == log(tmp_path)
 
