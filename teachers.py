@@ -11,12 +11,14 @@
 Latents are exactly what the teacher's encoder gives: no scaling factor is applied, so they are what a
 diffusers pipeline hands to `vae.decode`.
 
-| name | video VAE                                | latents          | frames | sizes |
-| ---- | ---------------------------------------- | ---------------- | ------ | ----- |
-| ltx  | LTX-VAE 0.9.0, through diffusers         | 128 ch., 8x32x32 | 8k + 1 | /32   |
-| dc   | Video DC-AE of Open-Sora 2.0, in here    | 128 ch., 4x32x32 | 4k     | /32   |
-| tiny | the embedded one, a reduced Video DC-AE  | 16 ch., 4x8x8    | 4k     | /8    |
+`python teachers.py` prints the table: parameters, compression, clips, blocks and their shapes, licences.
+
+Training and evaluation use whole clips: tiling is off, but for dc's temporal tiles above 32 frames, which its release
+decodes that way too.
 """
+import argparse
+import re
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -101,7 +103,7 @@ class LinearAttention(nn.Module):
     def forward(self, x):
         qkv = self.main["qkv"](x)
         qkv = torch.cat((qkv, self.main["aggreg"][0](qkv)), 1)
-        with torch.autocast(x.device.type, enabled=False):     # sums over every position overflow half precision
+        with torch.autocast("cpu" if x.is_meta else x.device.type, enabled=False):     # sums over every position overflow half precision
             exact = qkv if qkv.dtype == torch.float64 else qkv.float()
             q, k, v = exact.flatten(2).unflatten(1, (-1, 3 * self.head)).chunk(3, 2)      # (B, heads, 32, THW)
             q, k, v = F.relu(q), F.relu(k), F.pad(v, (0, 0, 0, 1), value=1.0)
@@ -264,6 +266,7 @@ class Teacher(nn.Module):
         super().__init__()
         self.name, self.vae, self.images = name, vae, images
         self.latent_channels, self.compression = latent_channels, compression
+        self.frame_step = compression[0]            # a clip's frames are k of these, or k and one
 
     @property
     def dtype(self):
@@ -271,8 +274,8 @@ class Teacher(nn.Module):
 
     def check_clip(self, frames, height, width):
         """Raises ValueError, naming the nearest sizes that fit, unless the clip is one this teacher can encode."""
-        d_t, d_h, d_w = self.compression
-        for what, value, step, extra in (("frames", frames, d_t, int(self.images)),
+        _, d_h, d_w = self.compression
+        for what, value, step, extra in (("frames", frames, self.frame_step, int(self.images)),
                                          ("height", height, d_h, 0), ("width", width, d_w, 0)):
             if value < 1 or (value - extra) % step:
                 below = (value - extra) // step * step + extra
@@ -319,32 +322,52 @@ class Teacher(nn.Module):
         raise ValueError(f"the {self.name} teacher has no block {sorted(wanted - set(known))}; it has {known}")
 
 
+def temporal_tiles(run, x, tile, out_tile, overlap=0.25):
+    """run(x) for x (B, C, T, H, W) in tiles of `tile` frames, each of which gives `out_tile`, blended where they overlap."""
+    if x.shape[2] <= tile:
+        return run(x)
+    keep, pieces = out_tile - int(out_tile * overlap), []
+    for start in range(0, x.shape[2], tile - int(tile * overlap)):
+        piece = run(x[:, :, start:start + tile])
+        if pieces:
+            n = min(out_tile - keep, pieces[-1].shape[2], piece.shape[2])
+            ramp = torch.arange(n, device=x.device, dtype=x.dtype).div(n).view(-1, 1, 1)
+            piece = torch.cat([torch.lerp(pieces[-1][:, :, -n:], piece[:, :, :n], ramp), piece[:, :, n:]], 2)
+        pieces.append(piece)
+    return torch.cat([piece[:, :, :keep] for piece in pieces], 2)
+
+
 class DCAETeacher(Teacher):
     """Video DC-AE, released (`dc`) or reduced (`tiny`); mid, up0, up1, ... = project_in, the last stage, the one
-    before it, ..."""
+    before it, ... Clips of more than 32 frames are encoded and decoded in overlapping temporal tiles, as in Open-Sora 2.0's
+    configuration (tiles of 32, overlap 0.25). Latents are the encoder's; Open-Sora's own are these over 0.493."""
+    tile = 32
 
     def __init__(self, name, config):
         super().__init__(name, VideoDCAE(config), config.latent_channels, config.compression, images=False)
 
     def posterior(self, video):
         self.check_clip(*video.shape[2:])
-        return self.vae.encoder(video.to(self.dtype)), None
+        return temporal_tiles(self.vae.encoder, video.to(self.dtype), self.tile, self.tile // self.compression[0]), None
 
     def decode(self, latents):
-        return self.vae.decoder(latents.to(self.dtype))
+        return temporal_tiles(self.vae.decoder, latents.to(self.dtype), self.tile // self.compression[0], self.tile)
 
     def blocks(self, latents):
         return self.vae.decoder.blocks(latents)
 
 
-class LTXTeacher(Teacher):
-    """LTX-VAE through diffusers' AutoencoderKLLTXVideo."""
+class DiffusersTeacher(Teacher):
+    """A video VAE of diffusers: `posterior` and `decode` are its own encode and decode, untiled; subclasses add `blocks`."""
 
     def __init__(self, name, vae):
-        if vae.config.timestep_conditioning:
-            raise ValueError("this LTX-VAE is timestep-conditioned (0.9.1 or later); only 0.9.0 can be a teacher here")
-        super().__init__(name, vae, vae.config.latent_channels, (vae.temporal_compression_ratio,
-                         vae.spatial_compression_ratio, vae.spatial_compression_ratio), images=True)
+        config = vae.config
+        time = config.get("scale_factor_temporal") or config.get("temporal_compression_ratio") or vae.temporal_compression_ratio
+        space = config.get("scale_factor_spatial") or config.get("spatial_compression_ratio") \
+            or getattr(vae, "spatial_compression_ratio", None) or 2 ** (len(config.block_out_channels) - 1)
+        super().__init__(name, vae, config.get("latent_channels") or config.z_dim, (time, space, space), images=True)
+        vae.disable_tiling()
+        vae.use_framewise_encoding = vae.use_framewise_decoding = False     # Hunyuan's default: tiles of 16 frames
 
     def posterior(self, video):
         self.check_clip(*video.shape[2:])
@@ -354,21 +377,124 @@ class LTXTeacher(Teacher):
     def decode(self, latents):
         return self.vae.decode(latents.to(self.dtype), return_dict=False)[0]
 
+
+class LTXTeacher(DiffusersTeacher):
+    """LTX-VAE and LTX-2's, AutoencoderKLLTXVideo and AutoencoderKLLTX2Video. Releases 0.9.1 to 0.9.8 are conditioned on
+    the timestep: they decode at 0.05, as their model cards have it, and always with the same injected noise."""
+    timestep = 0.05
+
+    def conditioning(self, latents):
+        """The decoder's timestep for each clip, or None; fixes the noise that the decoder may draw."""
+        if not self.vae.config.timestep_conditioning:
+            return None
+        torch.manual_seed(0)
+        return latents.new_full((len(latents),), self.timestep)
+
+    def decode(self, latents):
+        latents = latents.to(self.dtype)
+        with torch.random.fork_rng(devices=[latents.device] if latents.is_cuda else []):
+            return self.vae.decode(latents, self.conditioning(latents), return_dict=False)[0]
+
     def blocks(self, latents):
         decoder = self.vae.decoder
-        x = decoder.mid_block(decoder.conv_in(latents))
+        causal = {"causal": decoder.is_causal} if hasattr(decoder, "is_causal") else {}     # LTX-2's
+        with torch.random.fork_rng(devices=[latents.device] if latents.is_cuda else []):
+            temb = self.conditioning(latents)
+            temb = temb if temb is None else temb * decoder.timestep_scale_multiplier
+            x = decoder.mid_block(decoder.conv_in(latents, **causal), temb, **causal)
+            yield "mid", x
+            for i, block in enumerate(decoder.up_blocks):
+                x = block(x, temb, **causal)
+                yield f"up{i}", x
+
+
+class HunyuanTeacher(DiffusersTeacher):
+    """HunyuanVideo's VAE, AutoencoderKLHunyuanVideo."""
+
+    def blocks(self, latents):
+        decoder = self.vae.decoder
+        x = decoder.mid_block(decoder.conv_in(self.vae.post_quant_conv(latents)))
         yield "mid", x
         for i, block in enumerate(decoder.up_blocks):
             x = block(x)
             yield f"up{i}", x
 
 
+class CogTeacher(DiffusersTeacher):
+    """CogVideoX's VAE, AutoencoderKLCogVideoX. It decodes latents in chunks of 3 or 2 and then 2 frames, each block
+    with a cache of what its last chunk left; group norms see the chunks, so they are kept. One block runs over all chunks
+    before the next block starts: the caches are the blocks' own, so the numbers are those of the other order. Two latent
+    frames that start a clip decode to 8 frames, not 5, so clips have 8k + 1 frames."""
+
+    def __init__(self, name, vae):
+        super().__init__(name, vae)
+        self.frame_step = vae.num_latent_frames_batch_size * self.compression[0]
+
+    def blocks(self, latents):
+        decoder, n = self.vae.decoder, self.vae.num_latent_frames_batch_size
+        first = n + latents.shape[2] % n if latents.shape[2] > 1 else 1
+        z = [latents[:, :, :first], *latents[:, :, first:].split(n, 2)] if latents.shape[2] > first else [latents]
+        if self.vae.post_quant_conv is not None:
+            z = [self.vae.post_quant_conv(chunk) for chunk in z]
+
+        def over_chunks(module, inputs):
+            cache, outputs = None, []
+            for chunk in inputs:
+                output, cache = module(*chunk, conv_cache=cache)
+                outputs.append(output)
+            return outputs
+
+        x = over_chunks(decoder.conv_in, [(chunk,) for chunk in z])
+        for i, block in enumerate([decoder.mid_block, *decoder.up_blocks]):
+            x = over_chunks(block, [(chunk, None, latent) for chunk, latent in zip(x, z)])
+            yield f"up{i - 1}" if i else "mid", torch.cat(x, 2)
+
+
+class WanTeacher(DiffusersTeacher):
+    """Wan 2.1's and 2.2's VAEs, AutoencoderKLWan. It decodes one latent frame at a time, with a cache for each
+    convolution; as for CogVideoX, one block runs over all frames before the next starts. Its decode clamps to [-1, 1]."""
+
+    def blocks(self, latents):
+        decoder = self.vae.decoder
+        x, seen = [], None
+        for frame in self.vae.post_quant_conv(latents).split(1, 2):
+            x.append(decoder.conv_in(frame, seen))
+            seen = frame if seen is None else torch.cat([seen[:, :, -1:], frame], 2)      # a causal 3x3x3 needs two frames
+
+        def over_frames(block, up):
+            cache = [None] * self.vae._cached_conv_counts["decoder"]      # more than one block needs
+            return [block(frame, feat_cache=cache, feat_idx=[0], **({"first_chunk": j == 0} if up else {}))
+                    for j, frame in enumerate(x)]
+
+        for i, block in enumerate([decoder.mid_block, *decoder.up_blocks]):
+            x = over_frames(block, up=i > 0)
+            yield f"up{i - 1}" if i else "mid", torch.cat(x, 2)
+
+
 # ----------------------------------------------------------------------------------------------------------
 # loading
 
-TEACHERS = ("ltx", "dc", "tiny")
+# name: (class of diffusers or None, hub repository, folder or file in it, licence of the weights as the model card has it)
+RELEASES = {
+    "ltx": ("AutoencoderKLLTXVideo", "Lightricks/LTX-Video", "vae", "LTX-Video Open Weights"),
+    "hunyuan": ("AutoencoderKLHunyuanVideo", "hunyuanvideo-community/HunyuanVideo", "vae", "Tencent Hunyuan Community"),
+    "cog": ("AutoencoderKLCogVideoX", "zai-org/CogVideoX1.5-5B", "vae", "CogVideoX"),
+    "dc": (None, "hpcai-tech/Open-Sora-v2-Video-DC-AE", "F32T4C128_AE.safetensors", "Apache 2.0"),
+    "wan21": ("AutoencoderKLWan", "Wan-AI/Wan2.1-T2V-1.3B-Diffusers", "vae", "Apache 2.0"),
+    "wan22": ("AutoencoderKLWan", "Wan-AI/Wan2.2-TI2V-5B-Diffusers", "vae", "Apache 2.0"),
+    "ltx2": ("AutoencoderKLLTX2Video", "Lightricks/LTX-2", "vae", "LTX-2 Community"),
+    "tiny": (None, None, "model.safetensors", "MIT, in this repository"),
+}
+TEACHERS = tuple(RELEASES)
+KINDS = {"ltx": LTXTeacher, "hunyuan": HunyuanTeacher, "cog": CogTeacher, "wan21": WanTeacher, "wan22": WanTeacher, "ltx2": LTXTeacher}
+# where the released configuration is not diffusers' default
+CONFIGURATIONS = {
+    "wan22": dict(base_dim=160, decoder_base_dim=256, z_dim=48, is_residual=True, in_channels=12, out_channels=12, patch_size=2,
+                  scale_factor_spatial=16),
+    "ltx2": dict(decoder_causal=False, spatial_compression_ratio=32, temporal_compression_ratio=8),
+}
 TINY_WEIGHTS = Path(__file__).resolve().parent / "assets" / "tiny_teacher" / "model.safetensors"
-HUB = {"ltx": ("Lightricks/LTX-Video", "vae"), "dc": ("hpcai-tech/Open-Sora-v2-Video-DC-AE", "F32T4C128_AE.safetensors")}
+WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
 
 
 def load_weights(module, path):
@@ -393,61 +519,114 @@ def load_weights(module, path):
 def load_teacher(name, weights=None, device="cpu", dtype=torch.float32):
     """A frozen teacher in evaluation mode.
 
-    name:    "ltx", "dc" or "tiny".
-    weights: None for the released ones (from the hub, cached; tiny's are in the repository), a .safetensors file,
-             a folder (as on the hub), or "random" for the right shapes without a download (seeded: every process
-             gets the same).
+    name:    one of TEACHERS.
+    weights: None for the released ones (from the hub, cached; tiny's are in the repository), a .safetensors file, a
+             folder (as on the hub, or the pipeline's around it), another hub id ("Lightricks/LTX-Video-0.9.5"), or
+             "random" for the right shapes without a download (seeded: every process gets the same).
     Raises ValueError, FileNotFoundError or OSError, one line each, if the name is unknown, or the weights cannot be
     found, read or fitted.
     """
     if name not in TEACHERS:
         raise ValueError(f"no teacher is called {name!r}; there are {', '.join(TEACHERS)}")
-    if weights not in (None, "random") and not Path(weights).exists():
-        raise FileNotFoundError(f"no teacher weights at {weights}")
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(0)      # the CPU's only: GPUs' generators are not restored
-        teacher = load_ltx(weights) if name == "ltx" else load_dcae(name, weights)
+        teacher = build(name, find_weights(name, weights))
     return teacher.to(device, dtype).eval().requires_grad_(False)
 
 
-def load_dcae(name, weights):
-    teacher = DCAETeacher(name, TINY if name == "tiny" else VideoDCAEConfig())
+def find_weights(name, weights):
+    """The file or folder to read, or None for random weights."""
     if weights == "random":
-        return teacher
-    filename = "model.safetensors" if name == "tiny" else HUB["dc"][1]
+        return None
+    _, repo, inside, _ = RELEASES[name]
     if weights is None and name == "tiny":
-        weights = TINY_WEIGHTS
-    elif weights is None:
-        from huggingface_hub import hf_hub_download
-        weights = from_hub(lambda: hf_hub_download(*HUB["dc"]), HUB["dc"][0])
-    load_weights(teacher.vae, Path(weights) / filename if Path(weights).is_dir() else weights)
-    return teacher
+        return TINY_WEIGHTS
+    if weights is not None:
+        if Path(weights).exists():
+            return Path(weights)
+        if name == "tiny" or not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", str(weights)) or str(weights).endswith(".safetensors"):
+            raise FileNotFoundError(f"no teacher weights at {weights}: name a file, a folder or a hub id")
+        repo = str(weights)
+    if name == "dc":
+        return from_hub(repo, inside)
+    from_hub(repo, f"{inside}/{WEIGHTS_FILE}")
+    return from_hub(repo, f"{inside}/config.json").parent
 
 
-def load_ltx(weights):
+def build(name, path):
+    """The teacher with the weights at `path`, or random ones."""
+    if name in ("dc", "tiny"):
+        teacher = DCAETeacher(name, TINY if name == "tiny" else VideoDCAEConfig())
+        if path is not None:
+            load_weights(teacher.vae, path / RELEASES[name][2] if path.is_dir() else path)
+        return teacher
     try:
-        from diffusers import AutoencoderKLLTXVideo
+        import diffusers
+        kind = getattr(diffusers, RELEASES[name][0])
     except ImportError:
-        raise OSError("the ltx teacher needs diffusers: pip install diffusers") from None
-    if weights is None:
-        repo, folder = HUB["ltx"]
-        return LTXTeacher("ltx", from_hub(lambda: AutoencoderKLLTXVideo.from_pretrained(repo, subfolder=folder), repo))
-    if weights != "random" and Path(weights).is_dir():
-        folder = next((f for f in (Path(weights), Path(weights) / "vae") if (f / "config.json").is_file()), None)
+        raise OSError(f"the {name} teacher needs diffusers: pip install diffusers") from None
+    except AttributeError:
+        raise OSError(f"the {name} teacher needs a newer diffusers, with {RELEASES[name][0]}: pip install -U diffusers") from None
+    if path is None or path.is_file():
+        vae = kind(**CONFIGURATIONS.get(name, {}))
+    else:
+        folder = next((f for f in (path, path / "vae") if (f / "config.json").is_file()), None)
         if folder is None:
-            raise FileNotFoundError(f"no config.json in {weights} nor in its folder vae: not a diffusers VAE")
-        vae = AutoencoderKLLTXVideo.from_config(AutoencoderKLLTXVideo.load_config(folder))
-        load_weights(vae, folder / "diffusion_pytorch_model.safetensors")
-        return LTXTeacher("ltx", vae)
-    vae = AutoencoderKLLTXVideo()          # its defaults are LTX-VAE 0.9.0
-    if weights != "random":
-        load_weights(vae, weights)
-    return LTXTeacher("ltx", vae)
+            raise FileNotFoundError(f"no config.json in {path} nor in its folder vae: not a diffusers VAE")
+        config = kind.load_config(folder)
+        if config.get("_class_name", kind.__name__) != kind.__name__:
+            raise ValueError(f"{folder} holds an {config['_class_name']}; the {name} teacher is an {kind.__name__}")
+        vae, path = kind.from_config(config), folder / WEIGHTS_FILE
+    if path is not None:
+        load_weights(vae, path)
+    return KINDS[name](name, vae)
 
 
-def from_hub(download, repo):
+def from_hub(repo, file):
+    """Path of a hub repository's file: from the cache if it is there, else downloaded, with the hub's progress bar."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.utils import logging
+    verbosity = logging.get_verbosity()
     try:
-        return download()
+        try:
+            return Path(hf_hub_download(repo, file, local_files_only=True))
+        except OSError:                    # not in the cache
+            print(f"getting {file} of {repo} from the hub", file=sys.stderr)
+            logging.set_verbosity_error()  # or every retry is a line
+            return Path(hf_hub_download(repo, file))
     except Exception as error:             # the hub's client raises a dozen kinds, whose messages run over pages
-        raise OSError(f"could not get {repo} from the hub ({type(error).__name__}); "
+        raise OSError(f"could not get {file} of {repo} from the hub ({type(error).__name__}); "
                       f"download it elsewhere and pass its folder or file as the teacher's weights") from None
+    finally:
+        logging.set_verbosity(verbosity)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# the family
+
+def main():
+    parser = argparse.ArgumentParser(description="Print the teachers: parameters, compression, clips, blocks with the shapes "
+                                                 "of their outputs, and the licence of their weights.")
+    parser.add_argument("--size", type=int, default=256, help="height and width of the clip whose shapes are shown (default 256)")
+    size = parser.parse_args().size
+    millions = lambda module: f"{sum(p.numel() for p in module.parameters()) / 1e6:.1f}"
+    for name, (_, repo, _, licence) in RELEASES.items():
+        with torch.device("meta"), torch.no_grad():     # shapes only: nothing is computed
+            teacher = build(name, None)
+            d_t, d_h, d_w = teacher.compression
+            frames = 16 + int(teacher.images)
+            try:
+                teacher.check_clip(frames, size, size)
+            except ValueError as error:
+                parser.error(str(error))
+            t = (frames - 1) // d_t + 1
+            shapes = [(block, tuple(x.shape[1:])) for block, x in
+                      teacher.blocks(torch.empty(1, teacher.latent_channels, t, size // d_h, size // d_w))]
+        print(f"{name}: encoder {millions(teacher.vae.encoder)} M, decoder {millions(teacher.vae.decoder)} M parameters; "
+              f"{teacher.latent_channels} latent channels at {d_t}x{d_h}x{d_w}; {teacher.frame_step}k{' + 1' * teacher.images} frames, sizes /{d_h}")
+        print(f"    weights: {repo or 'assets/tiny_teacher'}; licence: {licence}")
+        print(f"    blocks for {frames}x{size}x{size}: " + ", ".join(f"{b} {'x'.join(map(str, shape))}" for b, shape in shapes))
+
+
+if __name__ == "__main__":
+    main()

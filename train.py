@@ -38,6 +38,12 @@ PAPER = dict(frames=17, size=256, batch=32, micro_batch=2, steps=70_000, lr=2e-4
 RECIPES = {
     "ltx": PAPER,
     "dc": PAPER | dict(frames=16),
+    "hunyuan": PAPER | dict(micro_batch=1, align=["mid", "up0"]),
+    "cog": PAPER | dict(micro_batch=1, align=["mid", "up0"]),
+    # ours: the paper has no student for these teachers
+    "wan21": PAPER | dict(micro_batch=1, align=["mid", "up0"]),
+    "wan22": PAPER | dict(micro_batch=1, align=["mid", "up0"]),
+    "ltx2": PAPER | dict(micro_batch=1),
     # Made-up video and no LPIPS, since the embedded recipe must need no download. Muon, since AdamW alone learns
     # brightness first and leaves the student grey for hundreds of steps.
     "tiny": dict(frames=8, size=64, batch=8, micro_batch=8, steps=4000, lr=2e-3, muon_lr=0.02, schedule="cosine", align=["mid", "up0"],

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 
 import model as model_file
 from model import (BLOCKS, CONFIGS, PUBLISHED, Conv3d, SeparableConv3d, TurboVAED, TurboVAEDConfig, count_flops,
-                   count_parameters, decoupled_pixel_shuffle, pad_time, pixel_shuffle_3d, rms_norm)
+                   count_parameters, decoupled_pixel_shuffle, pad_time, pixel_shuffle_3d, rms_norm, use_student)
 
 ROOT = Path(__file__).parent.parent
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -555,3 +555,71 @@ def test_a_size_that_does_not_fit_is_one_line(monkeypatch, capsys):
     with pytest.raises(SystemExit) as exit:
         model_file.main()
     assert exit.value.code != 0 and "multiple of 32" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# In a pipeline.
+
+def tiny_pipeline(name):
+    """(a diffusers pipeline of tiny random parts, what to call it with, a student of its VAE's latents)."""
+    pytest.importorskip("transformers")
+    import diffusers
+    torch.manual_seed(0)
+    common = dict(num_inference_steps=2, output_type="pt", prompt_embeds=torch.randn(1, 4, 16), num_frames=9,
+                  prompt_attention_mask=torch.ones(1, 4, dtype=torch.bool))
+    parts = dict(text_encoder=None, tokenizer=None, scheduler=diffusers.FlowMatchEulerDiscreteScheduler())
+    if name == "LTX-Video":
+        vae = diffusers.AutoencoderKLLTXVideo(latent_channels=8, block_out_channels=(8,) * 4, decoder_block_out_channels=(8,) * 4,
+                                              layers_per_block=(1,) * 5, decoder_layers_per_block=(1,) * 5)
+        vae.latents_mean.normal_(), vae.latents_std.uniform_(0.5, 2)
+        transformer = diffusers.LTXVideoTransformer3DModel(
+            in_channels=8, out_channels=8, num_attention_heads=2, attention_head_dim=8, cross_attention_dim=16, num_layers=1,
+            caption_channels=16)
+        pipe = diffusers.LTXPipeline(vae=vae, transformer=transformer, **parts)
+        config = replace(MICRO, latent_channels=8, up=(None, (2, 2), (2, 2), (2, 2)), patch=4, widths=(32, 32, 32, 32, 16))
+        return pipe, common | dict(height=64, width=96, guidance_scale=1.0), TurboVAED(config)
+    vae = diffusers.AutoencoderKLHunyuanVideo(latent_channels=4, block_out_channels=(8, 8, 16, 16), layers_per_block=1,
+                                              norm_num_groups=4)
+    transformer = diffusers.HunyuanVideoTransformer3DModel(
+        in_channels=4, out_channels=4, num_attention_heads=2, attention_head_dim=10, num_layers=1, num_single_layers=1,
+        num_refiner_layers=1, text_embed_dim=16, pooled_projection_dim=8, rope_axes_dim=(2, 4, 4))
+    pipe = diffusers.HunyuanVideoPipeline(vae=vae, transformer=transformer, text_encoder_2=None, tokenizer_2=None, **parts)
+    config = replace(MICRO, latent_channels=4, up=(None, (2, 2), (2, 2), (1, 2)), patch=1)
+    return pipe, common | dict(height=64, width=96, pooled_prompt_embeds=torch.randn(1, 8)), TurboVAED(config)
+
+
+@pytest.mark.parametrize("name", ["LTX-Video", "HunyuanVideo"])
+@torch.no_grad()
+def test_a_pipeline_decodes_through_the_student_and_back(name):
+    pipe, call, student = tiny_pipeline(name)
+    pipe.set_progress_bar_config(disable=True)
+    generate = lambda: pipe(**call, generator=torch.Generator().manual_seed(3)).frames
+    given, original = [], pipe.vae.decode
+    pipe.vae.decode = lambda z, *args, **kwargs: given.append(z) or original(z, *args, **kwargs)
+    own = generate()
+    del pipe.vae.decode
+
+    assert use_student(pipe, student) is pipe
+    pipe.vae.enable_tiling()                          # which the student has no use for
+    frames = generate()
+    by_hand = pipe.video_processor.postprocess_video(student(given[0]), output_type="pt")
+    assert frames.shape == own.shape == (1, 9, 3, 64, 96)
+    assert torch.equal(frames, by_hand) and not torch.equal(frames, own)
+    assert torch.equal(pipe.vae.decode(given[0]).sample, student(given[0]))
+
+    use_student(pipe.vae, None)
+    pipe.vae.disable_tiling()
+    assert torch.equal(generate(), own)
+
+
+def test_a_student_of_other_latents_is_refused_in_one_line():
+    pytest.importorskip("diffusers")
+    from diffusers import AutoencoderKLWan
+    vae = AutoencoderKLWan(base_dim=8, num_res_blocks=1)
+    with pytest.raises(ValueError) as error:
+        use_student(vae, on_meta(CONFIGS["ltx"]))
+    one_line(error, "128", "AutoencoderKLWan", "16")
+    assert "decode" not in vars(vae)
+    with pytest.raises(TypeError) as error:
+        use_student(object(), on_meta(CONFIGS["ltx"]))
+    one_line(error, "object")

@@ -4,7 +4,7 @@ import json
 import subprocess
 import sys
 import zlib
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -14,15 +14,26 @@ from safetensors.torch import load_file, save_file
 
 import teachers as teachers_file
 from data import SyntheticClips
-from teachers import (TINY, TINY_WEIGHTS, DCAETeacher, LTXTeacher, VideoDCAE, VideoDCAEConfig, load_teacher, shuffle,
-                      unshuffle)
+from model import CONFIGS
+from teachers import (CONFIGURATIONS, KINDS as TEACHER_KINDS, RELEASES, TEACHERS, TINY, TINY_WEIGHTS, DCAETeacher,
+                      DiffusersTeacher, VideoDCAE, VideoDCAEConfig, load_teacher, shuffle, temporal_tiles, unshuffle)
 
 ROOT = Path(__file__).parent.parent
 FIXTURES = Path(__file__).parent / "fixtures"
 KEYS = json.loads((FIXTURES / "video_dc_ae_state_dict.json").read_text())
 SMALL = VideoDCAEConfig(16, (32, 32, 64, 64, 128, 128), (1, 1, 1, 2, 1, 1), (1, 1, 1, 1, 2, 1))
-SMALL_LTX = dict(latent_channels=8, block_out_channels=(8, 16, 16, 16), decoder_block_out_channels=(8, 16, 16, 16),
-                 layers_per_block=(1,) * 5, decoder_layers_per_block=(1,) * 5)
+# diffusers' classes at reduced width; every kind of block, chunking and compression is the released one's
+SMALL_DIFFUSERS = {
+    "ltx": dict(latent_channels=8, block_out_channels=(8, 16, 16, 16), decoder_block_out_channels=(8, 16, 16, 16),
+                layers_per_block=(1,) * 5, decoder_layers_per_block=(1,) * 5),
+    "hunyuan": dict(latent_channels=4, block_out_channels=(8, 8, 16, 16), layers_per_block=1, norm_num_groups=4),
+    "cog": dict(latent_channels=4, block_out_channels=(8, 8, 8, 16), layers_per_block=1, norm_num_groups=4),
+    "wan21": dict(base_dim=8, z_dim=4, num_res_blocks=1),
+    "wan22": CONFIGURATIONS["wan22"] | dict(base_dim=8, decoder_base_dim=8, z_dim=4, num_res_blocks=1),
+    "ltx2": CONFIGURATIONS["ltx2"] | dict(latent_channels=8, block_out_channels=(8, 8, 16, 16), layers_per_block=(1,) * 5,
+                                          decoder_block_out_channels=(8, 16, 32), decoder_layers_per_block=(1,) * 4),
+}
+SMALL_DIFFUSERS["ltx 0.9.1"] = SMALL_DIFFUSERS["ltx"] | dict(timestep_conditioning=True, decoder_inject_noise=(True,) * 5)
 
 
 def golden_weights(shapes):
@@ -50,15 +61,19 @@ def dc():
     return frozen(teacher)
 
 
-def small_ltx(**changes):
+def small_vae(name, **changes):
     diffusers = pytest.importorskip("diffusers")
     torch.manual_seed(0)
-    return diffusers.AutoencoderKLLTXVideo(**{**SMALL_LTX, **changes})
+    return getattr(diffusers, RELEASES[name.split()[0]][0])(**SMALL_DIFFUSERS[name] | changes)
 
 
 @lru_cache
-def ltx():
-    return frozen(LTXTeacher("ltx", small_ltx()))
+def of_diffusers(name):
+    vae = small_vae(name)
+    for key, p in vae.named_parameters():
+        if key.endswith("per_channel_scale1") or key.endswith("per_channel_scale2"):
+            torch.nn.init.constant_(p, 0.5)         # zero to begin with, and then injected noise changes nothing
+    return frozen(TEACHER_KINDS[name.split()[0]](name.split()[0], vae))
 
 
 @lru_cache
@@ -66,8 +81,11 @@ def tiny():
     return load_teacher("tiny")
 
 
-KINDS = {"dc": dc, "ltx": ltx, "tiny": tiny}
-LATENTS = {"dc": (1, 16, 1, 1, 2), "ltx": (1, 8, 2, 1, 2), "tiny": (1, 16, 1, 2, 3)}
+KINDS = {"dc": dc, "tiny": tiny} | {name: partial(of_diffusers, name) for name in SMALL_DIFFUSERS}
+ltx = KINDS["ltx"]
+LATENTS = {"dc": (1, 16, 1, 1, 2), "tiny": (1, 16, 1, 2, 3), "ltx": (1, 8, 2, 1, 2), "ltx 0.9.1": (2, 8, 2, 1, 2),
+           "hunyuan": (1, 4, 5, 2, 3), "cog": (2, 4, 5, 2, 3), "wan21": (1, 4, 3, 2, 3), "wan22": (2, 4, 3, 1, 2),
+           "ltx2": (1, 8, 2, 2, 2)}
 
 
 def noise(*shape, seed=0):
@@ -123,15 +141,17 @@ def test_shuffle_and_unshuffle_are_inverses(time, space):
 # The interface.
 
 @pytest.mark.parametrize("name, compression, channels, images",
-                         [("dc", (4, 32, 32), 16, False), ("ltx", (8, 32, 32), 8, True), ("tiny", (4, 8, 8), 16, False)])
+                         [("dc", (4, 32, 32), 16, False), ("tiny", (4, 8, 8), 16, False), ("ltx", (8, 32, 32), 8, True),
+                          ("hunyuan", (4, 8, 8), 4, True), ("cog", (4, 8, 8), 4, True), ("wan21", (4, 8, 8), 4, True),
+                          ("wan22", (4, 16, 16), 4, True), ("ltx2", (8, 32, 32), 8, True)])
 @torch.no_grad()
 def test_says_what_its_latents_are(name, compression, channels, images):
     teacher, (d_t, d_h, d_w) = KINDS[name](), compression
     assert (teacher.name, teacher.compression, teacher.latent_channels, teacher.images) == \
         (name, compression, channels, images)
-    video = noise(1, 3, d_t + images, d_h, 2 * d_w).clamp(-1, 1)
+    video = noise(1, 3, (8 if name == "cog" else d_t) + images, d_h, 2 * d_w).clamp(-1, 1)
     latents = teacher.encode(video)
-    assert latents.shape == (1, channels, 1 + images, 1, 2)
+    assert latents.shape == (1, channels, 1 + images * (2 if name == "cog" else 1), 1, 2)
     assert teacher.decode(latents).shape == video.shape
 
 
@@ -146,6 +166,7 @@ def test_released_dc_compresses_as_documented():
     ("dc", (2, 64, 64), ("frames = 2", "example 4")), ("dc", (0, 64, 64), ("frames = 0", "4")),
     ("tiny", (17, 64, 64), ("tiny", "frames = 17", "16 or 20")), ("tiny", (8, 64, 63), ("width = 63", "56 or 64")),
     ("ltx", (16, 64, 64), ("ltx", "frames = 16", "8k + 1", "9 or 17")), ("ltx", (17, 64, 70), ("width = 70", "64 or 96")),
+    ("cog", (13, 64, 64), ("frames = 13", "8k + 1", "9 or 17")), ("wan22", (13, 64, 72), ("width = 72", "64 or 80")),
     ("ltx", (0, 64, 64), ("frames = 0", "example 1")), ("ltx", (9, 20, 64), ("height = 20", "example 32")),
 ])
 def test_a_clip_that_does_not_fit_gets_the_nearest_that_do(name, clip, says):
@@ -164,17 +185,53 @@ def test_a_clip_that_fits_passes(name, clip):
     KINDS[name]().check_clip(*clip)
 
 
+@pytest.mark.parametrize("name", SMALL_DIFFUSERS)
+@pytest.mark.parametrize("frames", [1, 9, 17])
 @torch.no_grad()
-def test_ltx_encodes_and_decodes_as_diffusers_does():
-    teacher = ltx()
-    video = noise(2, 3, 9, 32, 64).clamp(-1, 1)
-    want = teacher.vae.encode(video).latent_dist
+def test_encodes_and_decodes_as_diffusers_does(name, frames):
+    teacher, vae = KINDS[name](), small_vae(name).eval()
+    vae.load_state_dict(teacher.vae.state_dict())
+    vae.use_framewise_encoding = vae.use_framewise_decoding = False
+    video = noise(2, 3, frames, 64, 64).clamp(-1, 1)
+    want = vae.encode(video).latent_dist
     mean, logvar = teacher.posterior(video)
     assert torch.equal(mean, want.mean) and torch.equal(logvar, want.logvar)
     assert torch.equal(teacher.encode(video, sample=False), want.mean)
-    assert torch.equal(teacher.decode(mean), teacher.vae.decode(mean).sample)
+    state = torch.get_rng_state()
+    decoded = teacher.decode(mean)
+    assert torch.equal(state, torch.get_rng_state()) and torch.equal(decoded, teacher.decode(mean))
+    if name == "ltx 0.9.1":
+        torch.manual_seed(0)                    # the noise that its decoder injects
+        assert torch.equal(decoded, vae.decode(mean, torch.full((2,), 0.05)).sample)
+    else:
+        assert torch.equal(decoded, vae.decode(mean).sample)
     draw = lambda: torch.Generator().manual_seed(7)
     torch.testing.assert_close(teacher.encode(video, generator=draw()), want.sample(draw()))
+
+
+@pytest.mark.parametrize("name", TEACHERS)
+def test_every_teacher_has_a_student_of_its_latents(name):
+    with torch.device("meta"):
+        teacher = teachers_file.build(name, None)
+    config = CONFIGS[name]
+    assert (config.latent_channels, config.compression, config.drop_first) == \
+        (teacher.latent_channels, tuple(teacher.compression), teacher.images)
+
+
+@pytest.mark.parametrize("frames", [32, 36, 40, 56, 100])
+@torch.no_grad()
+def test_long_dc_clips_are_tiled_in_time(frames):
+    """Latents and frames as many as they should be, those before the first overlap exact, a still video without seams."""
+    teacher, video = dc(), noise(1, 3, frames, 32, 32).clamp(-1, 1)
+    latents = teacher.encode(video)
+    assert latents.shape == (1, 16, frames // 4, 1, 1)
+    assert torch.equal(latents[:, :, :6], teacher.vae.encoder(video[:, :, :32])[:, :, :6])
+    decoded = teacher.decode(latents)
+    assert decoded.shape == video.shape
+    assert torch.equal(decoded[:, :, :24], teacher.vae.decoder(latents[:, :, :8])[:, :, :24])
+    ramp = torch.arange(float(frames)).view(1, 1, -1, 1, 1)
+    torch.testing.assert_close(temporal_tiles(lambda x: x[:, :, ::4], ramp, 32, 8), ramp[:, :, ::4])
+    torch.testing.assert_close(temporal_tiles(lambda x: x.repeat_interleave(4, 2), ramp, 8, 32), ramp.repeat_interleave(4, 2))
 
 
 @torch.no_grad()
@@ -230,7 +287,7 @@ def test_frozen_and_in_evaluation_mode(name):
 def decoder_blocks(teacher):
     """{name: module whose output a feature is}, as the decoder runs them; mid of a DC-AE has a shortcut besides."""
     decoder = teacher.vae.decoder
-    if isinstance(teacher, LTXTeacher):
+    if isinstance(teacher, DiffusersTeacher):
         return {"mid": decoder.mid_block, **{f"up{i}": block for i, block in enumerate(decoder.up_blocks)}}
     return {"mid": decoder.project_in["main"], **{f"up{i}": s for i, s in enumerate(reversed(decoder.stages))}}
 
@@ -245,14 +302,18 @@ def hooked(modules, action):
 def test_features_are_what_a_full_decode_passes_through(name):
     teacher, latents, seen = KINDS[name](), noise(*LATENTS[name]), {}
     blocks = decoder_blocks(teacher)
-    hooks = hooked(blocks, lambda name, output: seen.setdefault(name, output.clone()))
+    def collect(name, output):              # once for each chunk of a decoder that runs in chunks
+        seen.setdefault(name, []).append((output[0] if isinstance(output, tuple) else output).clone())
+    hooks = hooked(blocks, collect)
     teacher.decode(latents)
     for hook in hooks:
         hook.remove()
     features = teacher.features(latents, tuple(blocks))
-    assert set(features) == set(blocks) and len(blocks) == {"dc": 7, "ltx": 5, "tiny": 4}[name]
+    assert set(features) == set(blocks) and len(blocks) == {"dc": 7, "tiny": 4, "ltx2": 4}.get(name, 5)
+    assert {len(chunks) for chunks in seen.values()} == {{"cog": 2, "wan21": 3, "wan22": 3}.get(name, 1)}
     for block in blocks:
-        if block == "mid" and name != "ltx":       # the hook sees it without its shortcut
+        seen[block] = torch.cat(seen[block], 2)
+        if block == "mid" and name in ("dc", "tiny"):       # the hook sees it without its shortcut
             seen[block] = seen[block] + latents.repeat_interleave(seen[block].shape[1] // latents.shape[1], 1)
         assert torch.equal(features[block], seen[block]), block
 
@@ -351,7 +412,7 @@ def test_weights_may_be_a_file_or_a_folder(tmp_path, folder):
 @pytest.mark.parametrize("inside", [".", "vae"])
 @torch.no_grad()
 def test_an_ltx_folder_as_on_the_hub(tmp_path, inside):
-    vae = small_ltx().eval()
+    vae = small_vae("ltx").eval()
     vae.save_pretrained(tmp_path / inside)
     teacher = load_teacher("ltx", tmp_path)
     latents = noise(*LATENTS["ltx"])
@@ -363,17 +424,37 @@ def test_an_ltx_folder_that_is_not_whole_is_one_line(tmp_path):
     with pytest.raises(FileNotFoundError) as error:
         load_teacher("ltx", tmp_path)
     one_line(error, str(tmp_path), "config.json")
-    small_ltx().save_config(tmp_path)
+    small_vae("ltx").save_config(tmp_path)
     with pytest.raises(FileNotFoundError) as error:
         load_teacher("ltx", tmp_path)
     one_line(error, str(tmp_path), "diffusion_pytorch_model.safetensors")
 
 
-def test_a_timestep_conditioned_ltx_is_refused_in_one_line():
-    vae = small_ltx(timestep_conditioning=True)
+def test_a_folder_of_another_vae_is_one_line(tmp_path):
+    small_vae("hunyuan").save_pretrained(tmp_path)
     with pytest.raises(ValueError) as error:
-        LTXTeacher("ltx", vae)
-    one_line(error, "timestep", "0.9.0")
+        load_teacher("ltx", tmp_path)
+    one_line(error, str(tmp_path), "AutoencoderKLHunyuanVideo", "AutoencoderKLLTXVideo")
+
+
+@pytest.mark.parametrize("name", ["hunyuan", "cog", "wan21", "wan22", "ltx2"])
+@torch.no_grad()
+def test_folders_as_on_the_hub(tmp_path, name):
+    small_vae(name).save_pretrained(tmp_path / "vae")
+    teacher, latents = load_teacher(name, tmp_path), noise(*LATENTS[name])
+    assert teacher.name == name and torch.equal(teacher.decode(latents), small_vae(name).eval().decode(latents).sample)
+
+
+@torch.no_grad()
+def test_half_precision_stays_near_single():
+    for name in KINDS:
+        teacher, latents = KINDS[name](), noise(*LATENTS[name])
+        want = teacher.decode(latents)
+        try:
+            got = teacher.to(torch.bfloat16).decode(latents)
+        finally:
+            teacher.float()
+        assert got.dtype == torch.bfloat16 and (got.float() - want).norm() < 0.1 * want.norm(), name
 
 
 @pytest.mark.parametrize("name", ["lxt", "Tiny", ""])
@@ -437,19 +518,37 @@ def test_dc_without_the_hub_is_one_line(monkeypatch):
     one_line(error, "hpcai-tech/Open-Sora-v2-Video-DC-AE", "ConnectionError", "weights")
 
 
-def test_ltx_without_the_hub_is_one_line(monkeypatch):
-    diffusers = pytest.importorskip("diffusers")
-    monkeypatch.setattr(diffusers.AutoencoderKLLTXVideo, "from_pretrained", offline)
-    with pytest.raises(OSError) as error:
-        load_teacher("ltx")
-    one_line(error, "Lightricks/LTX-Video", "ConnectionError", "weights")
+def test_a_vae_without_the_hub_is_one_line(monkeypatch):
+    hub = pytest.importorskip("huggingface_hub")
+    monkeypatch.setattr(hub, "hf_hub_download", offline)
+    for weights, repo in ((None, "Lightricks/LTX-Video"), ("someone/else", "someone/else")):
+        with pytest.raises(OSError) as error:
+            load_teacher("ltx", weights)
+        one_line(error, f"of {repo} from", "ConnectionError", "weights")
+
+
+@pytest.mark.parametrize("cached", [True, False])
+def test_a_vae_comes_from_the_hub_or_its_cache(tmp_path, monkeypatch, cached):
+    hub, asked = pytest.importorskip("huggingface_hub"), []
+    small_vae("ltx").save_pretrained(tmp_path / "vae")
+
+    def download(repo, file, local_files_only=False):
+        asked.append((repo, file, local_files_only))
+        if local_files_only and not cached:
+            raise FileNotFoundError("not in the cache")
+        return str(tmp_path / file)
+    monkeypatch.setattr(hub, "hf_hub_download", download)
+    assert load_teacher("ltx").latent_channels == 8
+    assert {a[:2] for a in asked} == {("Lightricks/LTX-Video", f"vae/{f}") for f in
+                                      ("config.json", "diffusion_pytorch_model.safetensors")}
+    assert all(local for _, _, local in asked) == cached
 
 
 def test_dc_comes_from_the_hub(tmp_path, monkeypatch):
     hub, asked = pytest.importorskip("huggingface_hub"), []
     save_file(dc().vae.state_dict(), tmp_path / "released.safetensors")
 
-    def download(repo, name):
+    def download(repo, name, local_files_only=False):
         asked.append((repo, name))
         return str(tmp_path / "released.safetensors")
     monkeypatch.setattr(hub, "hf_hub_download", download)
