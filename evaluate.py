@@ -308,5 +308,5 @@ def main():
 if __name__ == "__main__":
     try:
         main()
-    except (ValueError, OSError, RuntimeError) as error:     # wrong input; anything else is a bug and shows its trace
+    except (ValueError, OSError) as error:     # wrong input; anything else is a bug and shows its trace
         sys.exit(f"error: {(str(error).strip() or type(error).__name__).splitlines()[0]}")

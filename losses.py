@@ -87,7 +87,9 @@ class ProjectionHead(nn.Module):
 
 def make_heads(student_shapes, teacher_shapes, kind="pointwise"):
     """One head for each block of {name: shape}; none (the identity) where channels and grid agree already, as in the
-    published code."""
+    published code. Raises ValueError for an unknown kind."""
+    if kind not in HEADS:
+        raise ValueError(f"a projection head is one of {', '.join(HEADS)}, not {kind!r}")
     return nn.ModuleDict({name: nn.Identity() if tuple(student_shapes[name][1:]) == tuple(shape[1:])
                           else ProjectionHead(student_shapes[name], shape, kind)
                           for name, shape in teacher_shapes.items()})

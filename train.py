@@ -46,7 +46,7 @@ RECIPES = {
     "ltx2": PAPER | dict(micro_batch=1),
     # Made-up video and no LPIPS, since the embedded recipe must need no download. Muon, since AdamW alone learns
     # brightness first and leaves the student grey for hundreds of steps.
-    "tiny": dict(frames=8, size=64, batch=8, micro_batch=8, steps=4000, lr=2e-3, muon_lr=0.02, schedule="cosine", align=["mid", "up0"],
+    "tiny": dict(frames=8, size=64, batch=8, micro_batch=8, steps=2000, lr=2e-3, muon_lr=0.02, schedule="cosine", align=["mid", "up0"],
                  lpips_weight=0.0, distill_weight=0.02, normalize=True, data="synthetic", eval_every=200, workers=1),
 }
 
