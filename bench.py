@@ -106,14 +106,14 @@ def bench_students(args, device, dtype):
 
 
 def bench_features(args, device, dtype):
-    """A row for each teacher: its recipe's aligned features against a whole decode of the same latents."""
-    from teachers import load_teacher
-    from train import RECIPES
+    """A row for each teacher: the features that training aligns against a whole decode of the same latents."""
+    from teachers import TEACHERS, load_teacher
     rows = []
-    for name in args.config or RECIPES:
+    for name in args.config or TEACHERS:
         teacher = load_teacher(name, None if name == "tiny" else "random", device, dtype)
         (height, width), (d_t, d_h, d_w) = args.size[0], teacher.compression
-        frames, blocks = 16 + int(teacher.images), RECIPES[name]["align"]
+        frames = 16 + int(teacher.images)
+        blocks = ["mid", "up0", "up1"] if d_h == 32 else ["mid", "up0"]        # as the paper and the recipes in train.py
         latents = torch.randn(1, teacher.latent_channels, (frames - 1) // d_t + 1, height // d_h, width // d_w, device=device, dtype=dtype)
         seconds = take_turns({"decode": lambda: teacher.decode(latents), "features": lambda: teacher.features(latents, blocks)},
                              device, args.rounds, warm_up=1)
@@ -175,13 +175,13 @@ def parse():
     parser.add_argument("--out", default="out/bench", help="folder for bench.json and bench.png (default out/bench)")
     args = parser.parse_args()
     gpu = args.device.startswith("cuda")
+    sizes = args.size or (["128x128"] if args.features else ["512x512", "720x1280"] if gpu else ["256x256"])
     try:
-        sizes = args.size or (["128x128"] if args.features else ["512x512", "720x1280"] if gpu else ["256x256"])
         args.size = [tuple(map(int, size.split("x"))) for size in sizes]
         if any(len(size) != 2 or min(size) < 1 for size in args.size):
             raise ValueError
     except ValueError:
-        parser.error(f"--size takes HEIGHTxWIDTH in pixels, such as 512x512, not {' '.join(args.size)}")
+        parser.error(f"--size takes HEIGHTxWIDTH in pixels, such as 512x512, not {' '.join(sizes)}")
     if min(args.rounds, args.frames) < 1:
         parser.error("--rounds and --frames must be at least 1")
     args.teacher = not args.config if args.teacher is None else args.teacher

@@ -293,6 +293,10 @@ class TurboVAED(nn.Module):
         """Start as a smooth upsampler of the latents: PyTorch's weights, but no biases, residual branches at a tenth,
         and the same weights for all the pixels that a shuffle makes of one, so that it begins as nearest neighbour.
 
+        The last norm runs over few channels (4 in ltx, 8 in tiny) and would leave directions only, of which brightness
+        takes the most: a quarter of them start constant, so that amplitude, and with it colour, comes through from the
+        start. (tiny in 600 steps of Muon: 30 % of the colour's variance left unexplained, against 40 % without.)
+
         On smooth made-up clips (AdamW, 1e-3, two seeds) tiny left its first plateau, one mean colour, within 25 to 75
         steps; with PyTorch's weights alone only after 125 or more.
         """
@@ -305,6 +309,9 @@ class TurboVAED(nn.Module):
             elif isinstance(module, (Upsampler, Upsampler2d)):
                 weight, n = list(module.conv.parameters())[-2], module.pixels
                 weight.copy_(weight[::n].repeat_interleave(n, 0))
+        if self.config.patch > 1:       # where the last norm's channels come from; a quarter of them, constant, are its scale
+            last = self.upsampler2d_2 if self.config.patch > 2 else self.upsampler2d_1
+            last.conv.bias[:len(last.conv.bias) // last.pixels // 4 * last.pixels] = 2
 
     def forward(self, latents, return_features=False):
         """Decode latents (B, C, t, h, w) to video (B, 3, T, H, W), in about [-1, 1] but not clamped.

@@ -132,3 +132,22 @@ def test_the_embedded_path_imports_no_diffusers(tmp_path):
     code = f"import sys; sys.argv = {command(tmp_path, '--steps', 1)!r}; import runpy; runpy.run_path(sys.argv[0], run_name='__main__'); " \
            "assert not {'diffusers', 'lpips', 'coremltools'} & set(sys.modules)"
     run("-c", code)
+
+
+def test_muon_steps_along_all_directions_alike():
+    """Singular values of the step about 1 however unlike the gradient's are; depthwise weights and biases stay with AdamW."""
+    from train import Muon, make_optimizers
+    torch.manual_seed(0)
+    u, v = (torch.linalg.qr(torch.randn(n, 6)).Q for n in (6, 54))
+    weight = torch.nn.Parameter(torch.zeros(6, 2, 3, 3, 3))
+    weight.grad = (u @ torch.diag(torch.logspace(0, -2, 6)) @ v.T).reshape(weight.shape)
+    Muon([weight], lr=1.0).step()
+    values = torch.linalg.svdvals(weight.detach().flatten(1))
+    assert values.max() < 1.3 and values.min() > 0.5
+    direction = (weight.detach().flatten(1) * weight.grad.flatten(1)).sum()
+    assert direction < 0                                        # downhill
+
+    module = torch.nn.Sequential(torch.nn.Conv3d(4, 4, 3, groups=4), torch.nn.Conv3d(4, 8, 1))
+    adamw, muon = make_optimizers(module, 1e-3, 0.02, 0.0)
+    assert [p is module[1].weight for p in muon.param_groups[0]["params"]] == [True]
+    assert len(adamw.param_groups[0]["params"]) == 3 and len(make_optimizers(module, 1e-3, 0.0, 0.0)) == 1
