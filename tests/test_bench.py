@@ -24,7 +24,7 @@ def test_student_against_teacher(tmp_path):
     assert student["parameters"] < 0.6e6 < 2e6 < teacher["parameters"]
     for row in results["rows"]:
         assert row["fps"] == pytest.approx(row["frames"] / row["milliseconds"] * 1000) and row["milliseconds"] > 0
-    assert 0 < student["of_matrix_rate"] < 1 and results["limits"]["copy_gb_per_s"] > 0
+    assert student["of_matrix_rate"] > 0 and results["limits"]["copy_gb_per_s"] > 0
     assert (tmp_path / "bench.png").stat().st_size > 5000
 
 
