@@ -1,4 +1,4 @@
-"""Clips: from folders of video files, and made up from noise.
+"""Clips: from folders of video files, made up from noise, and from a cache of what a teacher makes of them.
 
 Every data set here is a function of one number. In training, `clips[n]` for n = 0, 1, 2, ... is an endless
 stream in which the file, the window, the crop and the flip (or the whole made-up scene) depend on the seed
@@ -7,8 +7,10 @@ processes with any number of workers, sees the same clips in the same order with
 
 Clips are (3, T, H, W), float32, RGB in [-1, 1].
 """
+import json
 import math
 import os
+import shutil
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
@@ -19,6 +21,8 @@ import torch
 import torch.nn.functional as F
 from av.stream import Disposition
 from av.video.reformatter import Interpolation
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
 from torch.utils.data import Dataset
 
 
@@ -107,6 +111,12 @@ def read_frames(path, start, frames, stride):
     raise BadVideo(f"only {frames - left} of {frames} frames could be read")
 
 
+@lru_cache(maxsize=4)
+def shuffled(n, *key):
+    """The numbers below n in the order that `key` stands for; every worker draws the same."""
+    return np.random.default_rng(key).permutation(n)
+
+
 class VideoClips(Dataset):
     """Clips from a video file or from all video files in a folder, at any depth: (3, frames, height, width).
 
@@ -192,7 +202,7 @@ class VideoClips(Dataset):
             except BROKEN as error:
                 raise BadVideo(f"{self.files[n]}: {why(error)}") from None
         epoch, place = divmod(n, len(self))
-        order = np.random.default_rng((self.seed, 1, epoch)).permutation(len(self))
+        order = shuffled(len(self), self.seed, 1, epoch)
         window, y, x, flip = np.random.default_rng((self.seed, 2, n)).random(4)
         for i in np.roll(order, -place).tolist():
             try:
@@ -205,6 +215,11 @@ class VideoClips(Dataset):
             else:
                 return video.flip(-1) if flip < 0.5 else video
         raise RuntimeError(f"none of the {len(self)} videos in {self.root} can be decoded")
+
+    def describe(self, n):
+        """The file that clip n of the stream is from, if that one can be decoded."""
+        epoch, place = divmod(n, len(self))
+        return self.files[shuffled(len(self), self.seed, 1, epoch)[place]]
 
     def clip(self, i, window, y, x):
         """File i's clip at `window`, `y`, `x`, each in [0, 1): how far along the room there is."""
@@ -328,6 +343,9 @@ class SyntheticClips(Dataset):
     def __len__(self):
         return self.length
 
+    def describe(self, n):
+        return f"made-up clip {n}"
+
     @lru_cache(maxsize=2)
     def scene(self, number):
         return dead_leaves(np.random.default_rng((self.seed, 1, number)), 4 * self.size)
@@ -377,3 +395,95 @@ class SyntheticClips(Dataset):
     @lru_cache(maxsize=2)
     def blob(self, number):
         return torch.from_numpy(pink_noise(np.random.default_rng((self.seed, 3, number)), 1, 256, 1.8))
+
+
+# ----------------------------------------------------------------------------------------------------------
+# what a teacher makes of clips, computed once
+
+class CachedClips(Dataset):
+    """Clips with the teacher's latents and features, from files that a teacher filled once.
+
+    `cache[n]`, any n >= 0, is a dict of tensors: entry m of `count`, all of which come once in every `count`
+    consecutive n, in a new order each time. Entry m holds clip m of a training stream (`video`, as uint8: what files
+    hold) and what else `put` was given, in `dtype`. One safetensors file an entry, all of the same size, written
+    whole or not at all; `missing` says what is still to be made, so that filling resumes, and may be shared.
+
+    settings (str -> anything JSON holds) says whose cache it is. Raises ValueError if the folder's manifest says
+    otherwise, or when an entry cannot be read.
+    """
+
+    def __init__(self, folder, count, settings, dtype=torch.float16, blocks=(), seed=0):
+        self.folder, self.count, self.dtype, self.blocks, self.seed = os.path.abspath(folder), count, dtype, tuple(blocks), seed
+        manifest, settings = os.path.join(folder, "manifest.json"), settings | {"entries": count, "dtype": str(dtype)[6:]}
+        if os.path.exists(manifest):
+            with open(manifest) as file:
+                made = json.load(file)
+            for key, value in settings.items():
+                if made.get(key) != value:
+                    raise ValueError(f"the cache {folder} was made with {key} {made.get(key)}, this run has {value}: "
+                                     f"delete it, or name another folder")
+            if not set(blocks) <= set(made["blocks"]):
+                raise ValueError(f"the cache {folder} holds features of {' '.join(made['blocks']) or 'no block'}, this run aligns "
+                                 f"{' '.join(blocks)}: delete it, or name another folder")
+        elif os.path.isdir(folder) and os.listdir(folder):
+            raise ValueError(f"{folder} holds files but no cache's manifest.json: name an empty or a new folder for the cache")
+        else:
+            os.makedirs(folder, exist_ok=True)
+            made = settings | {"blocks": list(blocks)}
+            self.write(manifest, json.dumps(made, indent=1).encode())
+        self.made = made
+
+    @staticmethod
+    def write(path, data):
+        partial = f"{path}.{os.getpid()}.partial"
+        try:
+            with open(partial, "wb") as file:
+                file.write(data)
+            os.replace(partial, path)
+        finally:
+            if os.path.exists(partial):
+                os.remove(partial)
+
+    def path(self, m):
+        return os.path.join(self.folder, f"{m // 1000:05d}", f"{m:08d}.safetensors")
+
+    def missing(self, size):
+        """Numbers of the entries that are not there, or not of `size` bytes: never written, or cut short since."""
+        sizes = {}
+        for shard in range(-(-self.count // 1000)):
+            folder = os.path.dirname(self.path(1000 * shard))
+            if os.path.isdir(folder):
+                sizes |= {int(entry.name[:8]): entry.stat().st_size for entry in os.scandir(folder) if entry.name.endswith(".safetensors")}
+        return [m for m in range(self.count) if sizes.get(m) != size]
+
+    def check_room(self, entries, size):
+        """Raises OSError unless the disk has room for so many more entries of `size` bytes."""
+        free = shutil.disk_usage(self.folder).free
+        if entries * size > free:
+            raise OSError(f"the cache {self.folder} needs {entries * size / 1e9:.1f} GB more, its disk has {free / 1e9:.1f} GB free")
+
+    def put(self, m, video, tensors):
+        """Writes entry m: a clip in [-1, 1] and {name: tensor}, scalars in float32; returns its size in bytes."""
+        entry = {name: (t.to(self.dtype) if t.ndim else t.float()).cpu().contiguous() for name, t in tensors.items()}
+        for name, tensor in entry.items():
+            if not tensor.isfinite().all():
+                raise ValueError(f"{name} of clip {m} does not fit into {self.dtype}: try --cache-dtype bfloat16")
+        data = save(entry | {"video": video.cpu().add(1).mul(127.5).round().to(torch.uint8).contiguous()})
+        os.makedirs(os.path.dirname(self.path(m)), exist_ok=True)
+        self.write(self.path(m), data)
+        return len(data)
+
+    def number(self, n):
+        epoch, place = divmod(n, self.count)
+        return int(shuffled(self.count, self.seed, 5, epoch)[place])
+
+    def describe(self, n):
+        return self.path(self.number(n))
+
+    def __getitem__(self, n):
+        try:
+            entry = load_file(self.describe(n))
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"the cache's {self.describe(n)} cannot be read ({error}); run again with --resume, which makes it anew") from None
+        wanted = {name: t for name, t in entry.items() if not name.startswith("features.") or name[9:] in self.blocks}
+        return wanted | {"video": entry["video"].float().div(127.5).sub(1)}

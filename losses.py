@@ -1,12 +1,16 @@
-"""What the student is trained on: Equation 5's terms, stage 1.
+"""What the student is trained on: Equation 5's terms.
 
-    L = L_1 + α1 L_lpips + α2 L_distill + α3 L_kl        (α4 L_adv joins in stage 2)
+    L = L_1 + α1 L_lpips + α2 L_distill + α3 L_kl + α4 L_adv        (L_adv in stage 2 only)
 
 Videos are (B, 3, T, H, W) in [-1, 1]; every term is a scalar.
 """
+from contextlib import nullcontext
+
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 
+NOISE = 0.05        # standard deviation of the noise that the discriminator must not mind, in units of video
 HEADS = ("pointwise", "linear", "mlp1", "mlp2")
 
 
@@ -25,9 +29,10 @@ def kl_loss(mean, logvar):
 
 
 class LPIPS(nn.Module):
-    """Equation 5's L_lpips: the perceptual distance (Zhang et al. 2018) on VGG features, averaged over all frames.
+    """Equation 5's L_lpips: the perceptual distance (Zhang et al. 2018) on VGG features, averaged over frames.
 
-    The lpips package downloads torchvision's VGG16 weights on first use; where they cannot be had, OSError says so.
+    frames (B, k) says which k of each clip's frames; drawn at random, they make an unbiased estimate of the mean over
+    all, at k / T of the price. Differentiable in `video` only: `target` and the network pass without a graph. The lpips package downloads torchvision's VGG16 weights on first use; where they cannot be had, OSError says so.
     """
 
     def __init__(self, net="vgg"):
@@ -43,9 +48,12 @@ class LPIPS(nn.Module):
     def train(self, mode=True):
         return super().train(False)     # the package's dropout would turn the loss into noise
 
-    def forward(self, video, target):
-        frames, targets = (v.transpose(1, 2).flatten(0, 1) for v in (video, target))
-        return self.net(frames, targets).float().mean()
+    def forward(self, video, target, frames=None):
+        video, target = video.transpose(1, 2), target.transpose(1, 2)
+        if frames is not None:
+            clip = torch.arange(len(video), device=video.device)[:, None]
+            video, target = video[clip, frames], target[clip, frames]
+        return self.net(*(v.flatten(0, 1).contiguous(memory_format=torch.channels_last) for v in (video, target))).float().mean()
 
 
 class ProjectionHead(nn.Module):
@@ -107,27 +115,133 @@ def distillation_loss(student_features, teacher_features, heads, normalize=False
     return total
 
 
-class Stage1(nn.Module):
-    """Student, projection heads and Equation 5 without the adversarial term, as one module, so that one DDP wrapper
-    sees every parameter that is trained."""
+class StudentWithHeads(nn.Module):
+    """Student, projection heads and Equation 4 as one module, so that one DDP wrapper sees every parameter that is trained."""
 
-    def __init__(self, student, heads, lpips=None, lpips_weight=1.0, distill_weight=1.0, kl_weight=1e-7, normalize=False):
+    def __init__(self, student, heads, normalize=False):
         super().__init__()
-        self.student, self.heads, self.lpips = student, heads, lpips
-        self.lpips_weight, self.distill_weight, self.kl_weight = lpips_weight, distill_weight, kl_weight
-        self.normalize = normalize
+        self.student, self.heads, self.normalize = student, heads, normalize
 
-    def forward(self, latents, video, teacher_features, posterior):
-        """Returns (loss, {term: value, unweighted}). teacher_features: {block: tensor}; posterior: (mean, logvar)."""
-        blocks = tuple(teacher_features)
-        output = self.student(latents, return_features=blocks)
-        reconstruction, features = output if blocks else (output, {})
-        terms = {"l1": l1_loss(reconstruction, video), "kl": kl_loss(*posterior)}
-        loss = terms["l1"] + self.kl_weight * terms["kl"]
-        if self.lpips is not None:
-            terms["lpips"] = self.lpips(reconstruction, video)
-            loss = loss + self.lpips_weight * terms["lpips"]
-        if blocks:
-            terms["distill"] = distillation_loss(features, teacher_features, self.heads, self.normalize)
-            loss = loss + self.distill_weight * terms["distill"]
-        return loss, {name: value.detach() for name, value in terms.items()}
+    def forward(self, latents, teacher_features):
+        """Returns (video, distillation loss or None); teacher_features: {block: tensor}, empty for none."""
+        if not teacher_features:
+            return self.student(latents), None
+        video, features = self.student(latents, return_features=tuple(teacher_features))
+        return video, distillation_loss(features, teacher_features, self.heads, self.normalize)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Stage 2.
+
+class PatchDiscriminator(nn.Module):
+    """3D PatchGAN (Isola et al. 2017): (B, 3, T, H, W) -> a logit for each patch, (B, 1, t, h, w); positive means real.
+
+    Strided 3x3x3 convolutions of width, 2, 4 and 8 times it, halving space four times and time twice. Normalised over
+    groups of channels within a clip, not over the batch: a clip's logits must not depend on which others share its
+    micro-batch or process, and statistics that tell real batches from fake ones are what a discriminator wins by.
+    """
+
+    def __init__(self, width=64):
+        super().__init__()
+        layers, c_in = [], 3
+        for i in range(4):
+            c_out = width * 2 ** i
+            layers += [nn.Conv3d(c_in, c_out, 3, (2 if i < 2 else 1, 2, 2), 1), *[nn.GroupNorm(8, c_out)] * (i > 0), nn.LeakyReLU(0.2)]
+            c_in = c_out
+        self.layers = nn.Sequential(*layers, nn.Conv3d(c_in, 1, 3, 1, 1))
+
+    def forward(self, video):
+        return self.layers(video)
+
+
+def generator_loss(discriminator, video):
+    """Equation 5's L_adv, hinge form: minus the mean logit of what the student made."""
+    return -discriminator(video).float().mean()
+
+
+def discriminator_loss(discriminator, real, fake, noise, smoothness):
+    """Hinge loss plus smoothness times the approximate R1 penalty (Lin et al. 2025): the mean squared change of the logits
+    when noise (of unit variance, here made NOISE times as large) is added to real video. Without it the discriminator
+    separates the two perfectly, its loss is zero, and what it tells the student is arbitrary. Returns (hinge, loss)."""
+    a, b = discriminator(real).float(), discriminator(fake).float()
+    hinge = F.relu(1 - a).mean() + F.relu(1 + b).mean()
+    if not smoothness:
+        return hinge, hinge
+    change = discriminator(real + NOISE * noise).float() - a
+    return hinge, hinge + smoothness * change.square().mean()
+
+
+class Objective:
+    """Equation 5's terms, and their gradients, for one micro-batch.
+
+    The terms on the video (L_1, LPIPS, the discriminator) have graphs of their own that end at the decoded video and are
+    freed before the student's backward pass begins: less memory than one graph for all, and the gradients of
+    reconstruction and discriminator are at hand apart, as the adaptive weight needs them.
+    """
+
+    def __init__(self, lpips=None, lpips_weight=1.0, distill_weight=1.0, kl_weight=1e-7, adversarial_weight=0.05, smoothness=1.0):
+        self.lpips, self.discriminator = lpips, None
+        self.lpips_weight, self.distill_weight, self.kl_weight = lpips_weight, distill_weight, kl_weight
+        self.adversarial_weight, self.smoothness = adversarial_weight, smoothness
+        self.adaptive_weight = 0.0                  # of L_adv besides α4; train.py measures it as stage 2 goes on
+
+    def backward(self, model, latents, features, target, kl, frames=None, noise=None, scale=lambda loss: loss,
+                 autocast=nullcontext, timer=lambda name: nullcontext()):
+        """Adds the gradients of the loss to those of `model` (a StudentWithHeads, under DDP or not) and, in stage 2, of
+        the discriminator's loss to the discriminator's. kl: a scalar; frames: for LPIPS; noise: like target, for the
+        discriminator; scale multiplies a loss before its backward pass. Returns ({term: value, unweighted}, gradients on
+        the video: reconstruction's and L_adv's, None in stage 1)."""
+        with timer("student"), autocast():
+            video, distill = model(latents, features)
+        pixels = video.detach().float().requires_grad_()
+        with timer("L1 and LPIPS"):
+            with autocast():
+                terms = {"l1": l1_loss(pixels, target), "kl": kl}
+                loss = terms["l1"]
+                if self.lpips is not None:
+                    terms["lpips"] = self.lpips(pixels, target, frames)
+                    loss = loss + self.lpips_weight * terms["lpips"]
+            gradient, = torch.autograd.grad(scale(loss), pixels)
+        loss, adversarial = loss.detach() + self.kl_weight * kl, None
+        if self.discriminator is not None:
+            with timer("discriminator"):
+                with autocast():
+                    terms["adversarial"] = generator_loss(self.discriminator, pixels)
+                adversarial, = torch.autograd.grad(scale(terms["adversarial"]), pixels)
+                with autocast():
+                    terms["discriminator"], d_loss = discriminator_loss(self.discriminator, target, pixels.detach(), noise, self.smoothness)
+                scale(d_loss).backward()
+        total = gradient if adversarial is None else gradient + self.adversarial_weight * self.adaptive_weight * adversarial
+        roots, gradients = [video], [total.to(video.dtype)]
+        if distill is not None:
+            terms["distill"] = distill
+            loss = loss + self.distill_weight * distill.detach()
+            roots.append(scale(self.distill_weight * distill))
+            gradients.append(None)
+        with timer("student"):
+            torch.autograd.backward(roots, gradients)
+        return {name: value.detach() for name, value in (terms | {"loss": loss}).items()}, (gradient, adversarial)
+
+
+def last_layer_gradients(student, latents, *gradients):
+    """Those of the last convolution's weight, for each of the gradients on the decoded video."""
+    inputs = []
+    handle = student.conv_out.register_forward_pre_hook(lambda module, args: inputs.append(args[0]))
+    with torch.no_grad():
+        student.forward(latents)                    # not student(latents): a compiled one would not call the hook
+    handle.remove()
+    video, weight = student.conv_out(inputs[0]), student.conv_out.conv.weight
+    return [torch.autograd.grad(video, weight, g.to(video.dtype), retain_graph=True)[0].float() for g in gradients]
+
+
+def adaptive_weight(reconstruction, adversarial):
+    """VQGAN's (Esser et al. 2021): the ratio of the gradients' norms at the last layer, at most 10,000."""
+    return (reconstruction.norm() / (adversarial.norm() + 1e-4)).clamp(max=1e4)
+
+
+def sharpness(video):
+    """Energy of a clip in spatial frequencies above a quarter of a cycle per pixel, half of Nyquist's: the mean square of
+    what an ideal high-pass filter leaves of each frame. (B, 3, T, H, W) -> (B,). No loss term optimises it."""
+    spectrum = torch.fft.fft2(video.float(), norm="ortho").abs().square()
+    fy, fx = (torch.fft.fftfreq(n, device=video.device) for n in video.shape[-2:])
+    return (spectrum * (torch.hypot(fy[:, None], fx[None]) > 0.25)).flatten(1).mean(1)

@@ -25,6 +25,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import save_file
+from torch.utils.checkpoint import checkpoint
 
 BLOCKS = ("mid", "up0", "up1", "up2", "up3")
 UPSAMPLING = ("decoupled", "pixel_shuffle_3d", "interpolate")
@@ -272,6 +273,7 @@ class TurboVAED(nn.Module):
         super().__init__()
         self.config = config
         self.metadata = {}      # what a loaded file says of itself besides its configuration
+        self.checkpointing = False      # True: training recomputes each block in its backward pass instead of keeping it
         widths = config.widths
         conv = [partial(SeparableConv3d, kernel=config.kernel) if name in config.separable else Conv3d
                 for name in BLOCKS]
@@ -326,7 +328,7 @@ class TurboVAED(nn.Module):
         features = {}
         x = self.conv_in(latents)
         for name, block in zip(BLOCKS, (self.mid_block, *self.up_blocks)):
-            x = block(x)
+            x = checkpoint(block, x, use_reentrant=False) if self.checkpointing and torch.is_grad_enabled() else block(x)
             if name in wanted:
                 features[name] = x
         if self.config.patch > 1:                        # frame by frame to full size
