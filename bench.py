@@ -4,6 +4,7 @@
     python bench.py --config ltx dc --size 512x512 720x1280 --dtype bfloat16        # on a GPU
     python bench.py --config ltx --teacher                 # against the teacher, with random weights
     python bench.py --features                             # teachers: `features` against a whole decode
+    python bench.py --train                                # the training step, with and without cache, against a plain one
 
 What is compared takes turns within one run, after warm-up, so that whatever else the machine does slows all of it;
 medians and the middle half's spread are reported. Weights are random where speed does not depend on them. Writes
@@ -105,6 +106,11 @@ def bench_students(args, device, dtype):
     return rows, {"matrix_tflops": limits[0] / 1e12, "copy_gb_per_s": limits[1] / 1e9}
 
 
+def aligned_blocks(teacher):
+    """The blocks that training aligns, as in the paper and the recipes in train.py."""
+    return ["mid", "up0", "up1"] if teacher.compression[1] == 32 else ["mid", "up0"]
+
+
 def bench_features(args, device, dtype):
     """A row for each teacher: the features that training aligns against a whole decode of the same latents."""
     from teachers import TEACHERS, load_teacher
@@ -113,7 +119,7 @@ def bench_features(args, device, dtype):
         teacher = load_teacher(name, None if name == "tiny" else "random", device, dtype)
         (height, width), (d_t, d_h, d_w) = args.size[0], teacher.compression
         frames = 16 + int(teacher.images)
-        blocks = ["mid", "up0", "up1"] if d_h == 32 else ["mid", "up0"]        # as the paper and the recipes in train.py
+        blocks = aligned_blocks(teacher)
         latents = torch.randn(1, teacher.latent_channels, (frames - 1) // d_t + 1, height // d_h, width // d_w, device=device, dtype=dtype)
         seconds = take_turns({"decode": lambda: teacher.decode(latents), "features": lambda: teacher.features(latents, blocks)},
                              device, args.rounds, warm_up=1)
@@ -122,6 +128,90 @@ def bench_features(args, device, dtype):
         rows.append(row | {"of_decode": row["milliseconds"] / row["decode_milliseconds"]})
         print(f"{name}: {row['way']} {row['milliseconds']:.0f} ms, whole decode {row['decode_milliseconds']:.0f} ms, "
               f"{100 * rows[-1]['of_decode']:.1f} %", flush=True)
+    return rows
+
+
+def bench_train(args, device, dtype):
+    """A row for each way to take a training step of stage 1 on one micro-batch, for each configuration.
+
+    plain: what the published code does: encode, decode with the whole teacher, LPIPS on all frames, the discriminator's
+    forward pass though its weight is zero, eager. ours: train.py's step, with LPIPS on --lpips-frames random frames.
+    cached: the same from train.py's cache, reading it included. The losses are the same in expectation. Random weights;
+    reading videos is left out of all.
+    """
+    import tempfile
+
+    from data import CachedClips
+    from losses import LPIPS, Objective, PatchDiscriminator, StudentWithHeads, kl_loss, make_heads
+    from teachers import load_teacher
+    rows, (height, width) = [], args.size[0]
+    autocast = lambda: torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+    for name in args.config or ["ltx"]:
+        teacher = load_teacher(name, None if name == "tiny" else "random", device)
+        blocks, frames = aligned_blocks(teacher), 16 + int(teacher.images)
+        lpips, discriminator = LPIPS(random=True).to(device), PatchDiscriminator().to(device)
+        numbers = list(range(args.batch))
+        video = torch.rand(args.batch, 3, frames, height, width, device=device) * 2 - 1
+
+        def teach():
+            mean, logvar = teacher.posterior(video)
+            z = mean if logvar is None else mean + (0.5 * logvar).exp() * torch.randn_like(mean)
+            return z, teacher.features(z, blocks), kl_loss(mean, logvar)
+
+        with torch.no_grad():
+            latents, features, kl = teach()
+        shapes = {block: x.shape for block, x in features.items()}
+
+        def step(ours, cache=None):
+            student = TurboVAED(CONFIGS[name]).to(device)
+            if ours and device.type == "cuda":
+                student = student.channels_last()
+            heads = make_heads({b: student.config.feature_shape(b, latents.shape) for b in blocks}, shapes)
+            model = StudentWithHeads(student, heads).to(device)
+            if ours and args.compile:
+                student.compile()
+            optimizer, objective = torch.optim.AdamW(model.parameters(), 2e-4), Objective(lpips)
+
+            def plain():
+                with torch.no_grad(), autocast():
+                    z, aligned, _ = teach()
+                    teacher.decode(z)
+                with autocast():
+                    decoded, distill = model(z, aligned)
+                    loss = (decoded.float() - video).abs().mean() + lpips(decoded, video) + distill
+                    discriminator(decoded)
+                loss.backward()
+
+            def cheap():
+                with torch.no_grad(), autocast():
+                    if cache:
+                        entries = [cache[n] for n in numbers]
+                        target, z, divergence, *aligned = (torch.stack([e[key] for e in entries]).to(device)
+                                                   for key in ("video", "latents", "kl", *[f"features.{b}" for b in blocks]))
+                        z, aligned = z.float(), dict(zip(blocks, aligned))
+                    else:
+                        target, (z, aligned, divergence) = video, teach()
+                chosen = torch.stack([torch.randperm(frames)[:args.lpips_frames] for _ in numbers]).to(device)
+                objective.backward(model, z, aligned, target, divergence.mean(), chosen, autocast=autocast)
+
+            def run():
+                cheap() if ours else plain()
+                torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+            return run
+
+        with tempfile.TemporaryDirectory() as folder, torch.inference_mode(False):
+            cache = CachedClips(folder, args.batch, {}, blocks=blocks)
+            for n in numbers:
+                cache.put(n, video[n], {"latents": latents[n], "kl": kl} | {f"features.{b}": x[n] for b, x in features.items()})
+            runs = {"plain": step(False), "ours": step(True), "cached": step(True, cache)}
+            seconds = take_turns(runs, device, args.rounds)
+            for way, run in runs.items():
+                row = figures(seconds[way], args.batch * frames)
+                rows.append({"model": name, "way": f"{way} step", "frames": frames, "height": height, "width": width,
+                             "parameters": sum(p.numel() for p in TurboVAED(CONFIGS[name]).parameters()), **row,
+                             "samples_per_s": args.batch * 1000 / row["milliseconds"], "peak_bytes": peak_memory(run, device)})
     return rows
 
 
@@ -163,29 +253,32 @@ def parse():
     parser.add_argument("--config", nargs="+", choices=CONFIGS, help="students of these configurations, with random weights")
     parser.add_argument("--student", metavar="PATH", help="a run's folder or a file (default: the newest under out/, else the shipped one)")
     parser.add_argument("--size", nargs="+", metavar="HxW", help="of the video in pixels (default 512x512 and 720x1280 on a GPU, "
-                        "256x256 on a CPU; --features: 128x128)")
+                        "256x256 on a CPU; --features and --train: 128x128, --train on a GPU: 256x256)")
     parser.add_argument("--frames", type=int, default=17, help="of a clip, or the nearest fewer that latents decode to (default 17)")
     parser.add_argument("--teacher", action=argparse.BooleanOptionalAction, default=None,
                         help="the teachers' decoders too (default: without --config)")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True, help="torch.compile too (default)")
     parser.add_argument("--features", action="store_true", help="teachers: aligned features against a whole decode")
+    parser.add_argument("--train", action="store_true", help="the training step against a plain one, for --config (default ltx)")
+    parser.add_argument("--batch", type=int, default=1, help="clips in --train's micro-batch (default 1)")
+    parser.add_argument("--lpips-frames", type=int, default=2, help="frames of a clip that --train's LPIPS sees (default 2, as train.py's)")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="(default float16 on a GPU, float32 on a CPU)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(default: cuda where there is one)")
     parser.add_argument("--rounds", type=int, default=7, help="turns that count (default 7)")
     parser.add_argument("--out", default="out/bench", help="folder for bench.json and bench.png (default out/bench)")
     args = parser.parse_args()
     gpu = args.device.startswith("cuda")
-    sizes = args.size or (["128x128"] if args.features else ["512x512", "720x1280"] if gpu else ["256x256"])
+    sizes = args.size or (["256x256" if gpu and args.train else "128x128"] if args.features or args.train else ["512x512", "720x1280"] if gpu else ["256x256"])
     try:
         args.size = [tuple(map(int, size.split("x"))) for size in sizes]
         if any(len(size) != 2 or min(size) < 1 for size in args.size):
             raise ValueError
     except ValueError:
         parser.error(f"--size takes HEIGHTxWIDTH in pixels, such as 512x512, not {' '.join(sizes)}")
-    if min(args.rounds, args.frames) < 1:
-        parser.error("--rounds and --frames must be at least 1")
+    if min(args.rounds, args.frames, args.batch, args.lpips_frames) < 1:
+        parser.error("--rounds, --frames, --batch and --lpips-frames must be at least 1")
     args.teacher = not args.config if args.teacher is None else args.teacher
-    args.dtype = args.dtype or ("float16" if gpu else "float32")
+    args.dtype = args.dtype or ("float32" if not gpu else "bfloat16" if args.train else "float16")
     return args
 
 
@@ -208,6 +301,11 @@ def main():
                "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"}
     if args.features:
         results["rows"] = bench_features(args, device, dtype)
+    elif args.train:
+        with torch.inference_mode(False), torch.enable_grad():
+            results["rows"] = bench_train(args, device, dtype)
+        print(table(results["rows"]))
+        print(f"{results['device']}, {args.dtype}, torch {torch.__version__}, {args.batch} clips a step")
     else:
         args.students = [(name, CONFIGS[name], TurboVAED(CONFIGS[name])) for name in args.config] if args.config else [find_student(args.student)]
         results["rows"], results["limits"] = bench_students(args, device, dtype)

@@ -23,7 +23,8 @@ from av.stream import Disposition
 from av.video.reformatter import Interpolation
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -409,7 +410,7 @@ class CachedClips(Dataset):
     whole or not at all; `missing` says what is still to be made, so that filling resumes, and may be shared.
 
     settings (str -> anything JSON holds) says whose cache it is. Raises ValueError if the folder's manifest says
-    otherwise, or when an entry cannot be read.
+    otherwise, or when an entry cannot be read; OSError where the disk has no room.
     """
 
     def __init__(self, folder, count, settings, dtype=torch.float16, blocks=(), seed=0):
@@ -472,6 +473,30 @@ class CachedClips(Dataset):
         os.makedirs(os.path.dirname(self.path(m)), exist_ok=True)
         self.write(self.path(m), data)
         return len(data)
+
+    def fill(self, clips, make, batch, rank=0, world=1, barrier=lambda: None, workers=0, say=print):
+        """Makes what is missing of clips[m] for all m < count, this process the rank-th share of `world`.
+
+        make([m, ...], clips (B, 3, T, H, W)) returns a dict of tensors for each. Always the same `batch` clips go together,
+        whichever of them are missing, since a batch's composition shows in the last bit.
+        """
+        groups = [list(range(m, min(m + batch, self.count))) for m in range(0, self.count, batch)]
+
+        def put(group, video):
+            return [self.put(m, v, tensors) for m, v, tensors in zip(group, video, make(group, video))][0]
+
+        size = put(groups[0], torch.stack([clips[m] for m in groups[0]]))       # tells how much room the others need
+        missing = self.missing(size)
+        say(f"the cache {self.folder}: {self.count} entries of {size / 1e6:.2f} MB, {len(missing)} to make, {len(missing) * size / 1e9:.2f} GB")
+        self.check_room(len(missing), size)
+        barrier()
+        share = sorted({m // batch for m in missing})[rank::world]
+        loader = DataLoader(clips, batch_sampler=[groups[g] for g in share], num_workers=workers)
+        for g, video in zip(share, tqdm(loader, desc="cache", unit="batch", disable=rank > 0 or not sys.stderr.isatty())):
+            put(groups[g], video)
+        barrier()
+        if self.missing(size):
+            raise OSError(f"the cache {self.folder} is not complete after all processes made their share: do all nodes see the same folder?")
 
     def number(self, n):
         epoch, place = divmod(n, self.count)

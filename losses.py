@@ -32,14 +32,16 @@ class LPIPS(nn.Module):
     """Equation 5's L_lpips: the perceptual distance (Zhang et al. 2018) on VGG features, averaged over frames.
 
     frames (B, k) says which k of each clip's frames; drawn at random, they make an unbiased estimate of the mean over
-    all, at k / T of the price. Differentiable in `video` only: `target` and the network pass without a graph. The lpips package downloads torchvision's VGG16 weights on first use; where they cannot be had, OSError says so.
+    all, at k / T of the price. Differentiable in `video` only: `target` and the network pass without a graph. The lpips
+    package downloads torchvision's VGG16 weights on first use; where they cannot be had, OSError says so. random=True
+    leaves them random: for speed, without the download.
     """
 
-    def __init__(self, net="vgg"):
+    def __init__(self, net="vgg", random=False):
         super().__init__()
         import lpips
         try:
-            self.net = lpips.LPIPS(net=net, verbose=False).eval().requires_grad_(False)
+            self.net = lpips.LPIPS(net=net, verbose=False, pnet_rand=random, pretrained=not random).eval().requires_grad_(False)
         except Exception as error:
             raise OSError(f"LPIPS needs torchvision's {net} weights, which could not be downloaded "
                           f"({type(error).__name__}); put them into {torch.hub.get_dir()}/checkpoints, "

@@ -17,6 +17,7 @@ Training and evaluation use whole clips: tiling is off, but for dc's temporal ti
 decodes that way too.
 """
 import argparse
+import hashlib
 import re
 import sys
 from dataclasses import dataclass
@@ -271,6 +272,13 @@ class Teacher(nn.Module):
     @property
     def dtype(self):
         return next(self.parameters()).dtype
+
+    def weights_hash(self):
+        """SHA-256 of names and values, to tell whose latents a file holds."""
+        digest = hashlib.sha256()
+        for name, tensor in sorted(self.vae.state_dict().items()):
+            digest.update(name.encode() + tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()
 
     def check_clip(self, frames, height, width):
         """Raises ValueError, naming the nearest sizes that fit, unless the clip is one this teacher can encode."""

@@ -23,6 +23,7 @@ number of processes changes what is trained on.
 import argparse
 import copy
 import hashlib
+import io
 import json
 import math
 import os
@@ -49,7 +50,7 @@ from teachers import TEACHERS, load_teacher
 # Weight decay and EMA as in the published code; 70,000 and 40,000 steps as a user's reproduction of ltx reports.
 PAPER = dict(frames=17, size=256, batch=32, micro_batch=2, steps=70_000, lr=2e-4, muon_lr=0.0, schedule="constant", align=["mid", "up0", "up1"],
              lpips_weight=1.0, distill_weight=1.0, normalize=False, data="data/vidgen", eval_every=1000, workers=4,
-             stage2="auto", stage2_steps=40_000, disc_width=64)
+             stage2="auto", stage2_steps=40_000, stage2_lr=1.0, disc_width=64)
 RECIPES = {
     "ltx": PAPER,
     "dc": PAPER | dict(frames=16),
@@ -63,7 +64,7 @@ RECIPES = {
     # brightness first and leaves the student grey for hundreds of steps.
     "tiny": dict(frames=8, size=64, batch=8, micro_batch=8, steps=2000, lr=2e-3, muon_lr=0.02, schedule="cosine", align=["mid", "up0"],
                  lpips_weight=0.0, distill_weight=0.02, normalize=True, data="synthetic", eval_every=200, workers=1,
-                 stage2="off", stage2_steps=1000, disc_width=32),
+                 stage2="off", stage2_steps=1000, stage2_lr=0.1, disc_width=32),
 }
 
 
@@ -89,6 +90,7 @@ def parse_args(argv=None):
     p.add_argument("--stage2", type=stage2, metavar="auto|STEP|off", help="when the adversarial term joins: once validation PSNR has gained "
                    "less than --stage2-gain over --stage2-evaluations, or --steps are over; at that step; never *")
     p.add_argument("--stage2-steps", type=int, help="optimiser steps of stage 2 *")
+    p.add_argument("--stage2-lr", type=float, help="the student's learning rates in stage 2, as a part of stage 1's *")
     p.add_argument("--stage2-gain", type=float, default=0.05, help="in dB (default: 0.05)")
     p.add_argument("--stage2-evaluations", type=int, default=5, help="(default: 5)")
     p.add_argument("--minutes", type=float, help="stop after this long at the latest; the cosine then ends with the time")
@@ -260,11 +262,14 @@ def decode_all(decode, latents):
 
 
 def write_atomically(path, write):
-    partial = path.with_name(path.name + ".partial")
+    """Writes what `write` puts into a binary file; OSError, and what `path` held before, where the disk cannot take it."""
+    partial, data = path.with_name(path.name + ".partial"), io.BytesIO()
+    write(data)
     try:
-        with open(partial, "wb") as file:       # ours, since torch.save's own says little of a full disk
-            write(file)
+        partial.write_bytes(data.getbuffer())
         os.replace(partial, path)
+    except OSError as error:
+        raise OSError(f"{path} cannot be written ({error.strerror}); what it held before is still there") from None
     finally:
         partial.unlink(missing_ok=True)
 
@@ -378,14 +383,6 @@ def plot_curves(path, log, teacher_psnr, start2):
     plt.close(figure)
 
 
-def weights_hash(module):
-    """SHA-256 of a module's parameters and buffers, to tell whose cache it is."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(module.state_dict().items()):
-        digest.update(name.encode() + tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
-
-
 def teach(teacher, video, numbers, blocks, seed):
     """(latents, {block: features}, KL divergence of each clip) of the clips with these numbers: what the student learns from."""
     mean, logvar = teacher.posterior(video)
@@ -398,7 +395,7 @@ def teach(teacher, video, numbers, blocks, seed):
 def fill_cache(args, teacher, clips, device, autocast, rank, world, say):
     """A CachedClips of --cache-crops crops of each clip, of which this process makes its share of what is missing."""
     videos = 512 if args.data == "synthetic" else len(clips)
-    settings = {"teacher": args.teacher, "weights": weights_hash(teacher), "seed": args.seed, "precision": args.dtype} \
+    settings = {"teacher": args.teacher, "weights": teacher.weights_hash(), "seed": args.seed, "precision": args.dtype} \
         | {key: getattr(args, key) for key in ("frames", "size", "stride", "cache_crops")} \
         | {"files": "made-up" if args.data == "synthetic" else hashlib.sha256(json.dumps([clips.files, clips.counts]).encode()).hexdigest()}
     barrier = dist.barrier if world > 1 else lambda: None
@@ -410,25 +407,9 @@ def fill_cache(args, teacher, clips, device, autocast, rank, world, say):
     def make(numbers, video):
         with autocast():
             latents, features, kl = teach(teacher, video.to(device), numbers, cache.made["blocks"], args.seed)
-        for i, n in enumerate(numbers):
-            size = cache.put(n, video[i], {"latents": latents[i], "kl": kl[i]} | {f"features.{k}": f[i] for k, f in features.items()})
-        return size
+        return [{"latents": latents[i], "kl": kl[i]} | {f"features.{name}": f[i] for name, f in features.items()} for i in range(len(video))]
 
-    # Always the same clips together, whichever of them are missing: a batch's composition shows in the last bit.
-    group = lambda n: list(range(n - n % args.micro_batch, min(n - n % args.micro_batch + args.micro_batch, cache.count)))
-    first = group(0)
-    size = make(first, torch.stack([clips[n] for n in first]))
-    missing = cache.missing(size)
-    groups = sorted({group(n)[0] for n in missing})
-    say(f"the cache {args.cache}: {cache.count} entries of {size / 1e6:.2f} MB, {len(missing)} to make, {len(missing) * size / 1e9:.2f} GB")
-    cache.check_room(len(missing), size)
-    barrier()
-    loader = DataLoader(Indexed(clips), batch_sampler=[group(n) for n in groups[rank::world]], num_workers=args.workers)
-    for batch in tqdm(loader, desc="cache", unit="batch", disable=not (rank == 0 and sys.stderr.isatty())):
-        make(batch["n"].tolist(), batch["video"])
-    barrier()
-    if cache.missing(size):
-        raise RuntimeError(f"{args.cache} is not complete after all processes made their share: do all nodes see the same folder?")
+    cache.fill(clips, make, args.micro_batch, rank, world, barrier, args.workers, say)
     return cache
 
 
@@ -450,7 +431,7 @@ def finite_values(micros, norm, scaled, step, clips, out):
 
 RESUMES_WITH = ("teacher", "teacher_weights", "config", "data", "frames", "size", "stride", "batch", "lr", "muon_lr", "schedule", "warmup",
                 "weight_decay", "clip", "ema", "align", "head", "lpips_weight", "lpips_frames", "distill_weight", "kl_weight", "normalize",
-                "adversarial_weight", "max_drop", "disc_lr", "disc_width", "smoothness", "cache", "seed")
+                "adversarial_weight", "max_drop", "stage2_lr", "disc_lr", "disc_width", "smoothness", "cache", "seed")
 
 
 def main(args):
@@ -501,14 +482,14 @@ def main(args):
                           smoothness=args.smoothness)
     trained = [p for p in both.parameters() if p.requires_grad]
     optimizers = make_optimizers(both, args.lr, args.muon_lr, args.weight_decay)
-    peaks = [args.lr, args.muon_lr]
+    peaks = [args.lr, args.muon_lr][:len(optimizers)]
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
 
     def begin_stage2():
         torch.manual_seed(args.seed + 1)
         objective.discriminator = PatchDiscriminator(args.disc_width).to(device)
         optimizers.append(torch.optim.AdamW(objective.discriminator.parameters(), args.disc_lr, betas=(0.5, 0.9), weight_decay=args.weight_decay))
-        peaks.append(args.disc_lr)
+        peaks[:] = [args.lr * args.stage2_lr, args.muon_lr * args.stage2_lr][:len(peaks)] + [args.disc_lr]
 
     # resume --------------------------------------------------------------------------------------------------
     step, start2, elapsed, log = 0, None, 0.0, []             # start2: the step at which stage 2 began
@@ -606,6 +587,7 @@ def main(args):
         for optimizer, peak in zip(optimizers, peaks):
             optimizer.param_groups[0]["lr"] = peak * decay * warmup
         objective.adversarial_weight = args.adversarial_weight * damp * warmup
+        weight = objective.adversarial_weight * objective.adaptive_weight
         if args.profile and step == first_step + 3:
             timer = Timer(device)
 
@@ -675,21 +657,21 @@ def main(args):
                 means /= world
             line = {"step": step} | {name: round(value, 7) for name, value in zip(sums, means.tolist())}
             if start2 is not None:
-                line["weight"] = round(objective.adversarial_weight * objective.adaptive_weight, 7)     # of L_adv
+                line["weight"] = round(weight, 7)             # of L_adv
             line |= {"lr": optimizers[0].param_groups[0]["lr"], "grad_norm": round(norm.item(), 4), "clipped": clipped / (step - last_step),
                      "samples_per_s": round(args.batch * (step - last_step) / (elapsed - last_elapsed), 3), "minutes": round(elapsed / 60, 3)}
             sums, clipped, last_step, last_elapsed = {}, 0, step, elapsed
             bar.set_postfix(loss=f"{line['loss']:.4f}")
             if chief and not args.profile:
                 write_line(line)
-        if step % args.eval_every == 0 and step < begun + length and chief and not args.profile:
+        if (step % args.eval_every == 0 or step == begun + length) and chief and not args.profile:
             validate_and_save()
             clock = time.time()                               # the clock of --minutes counts training
     bar.close()
     if chief and args.profile:
         report(timer, args, device, world, Path("profile.png"))
     elif chief:
-        if not any(line["step"] == step and "psnr" in line for line in log):
+        if not any(line["step"] == step and "psnr" in line for line in log):       # --minutes are over
             validate_and_save()
         say(f"the student is in {out}/student.safetensors, the best one, of step {best_step(log, start2, args.max_drop)}, in best.safetensors; "
             f"pictures: {out}/samples.png, {out}/curves.png")

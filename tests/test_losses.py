@@ -1,11 +1,13 @@
-"""The losses: each against its formula, the projection heads against an explicit loop, and the sum of stage 1."""
+"""The losses: each against its formula, the projection heads against an explicit loop, and both stages' gradients
+against one graph over everything."""
 
 import numpy as np
 import pytest
 import torch
 import torch.nn as nn
 
-from losses import HEADS, LPIPS, ProjectionHead, Stage1, distillation_loss, kl_loss, l1_loss, make_heads
+from losses import (HEADS, LPIPS, NOISE, Objective, PatchDiscriminator, ProjectionHead, StudentWithHeads, adaptive_weight,
+                    discriminator_loss, distillation_loss, kl_loss, l1_loss, last_layer_gradients, make_heads, sharpness)
 from model import CONFIGS, TurboVAED
 
 lpips = pytest.importorskip("lpips")
@@ -220,11 +222,21 @@ def test_lpips_is_frozen_but_lets_gradients_through(perceptual):
 
 
 def test_lpips_stays_in_evaluation_mode_when_the_student_trains(perceptual):
-    """Its dropout would make the loss noise, and a training loop calls .train() on the whole of Stage1."""
-    stage = Stage1(nn.Identity(), nn.ModuleDict(), lpips=perceptual).train()
+    """Its dropout would make the loss noise, and whatever holds it may be put to training."""
+    whole = nn.ModuleList([nn.Identity(), perceptual]).train()
     video, target = noise(1, 3, 2, 8, 8), noise(1, 3, 2, 8, 8, seed=1)
-    assert stage.training and stage.student.training
-    assert stage.lpips(video, target) == stage.lpips(video, target)
+    assert whole[0].training and perceptual(video, target) == perceptual(video, target)
+
+
+def test_lpips_of_random_frames_is_the_mean_over_all_in_expectation(perceptual):
+    """Every subset of two frames for each clip, drawn alike: their mean is the loss over all frames."""
+    video, target = noise(2, 3, 4, 8, 8), noise(2, 3, 4, 8, 8, seed=1)
+    video[1] *= 3
+    pairs = [(i, j) for i in range(4) for j in range(i)]
+    estimates = [perceptual(video, target, torch.tensor([a, b])).item() for a in pairs for b in pairs]
+    assert np.mean(estimates) == pytest.approx(perceptual(video, target).item(), rel=1e-5) and np.std(estimates) > 0
+    one = perceptual(video, target, torch.tensor([[3], [0]]))
+    torch.testing.assert_close(one, ((video[0, :, 3] - target[0, :, 3]).square().mean() + (video[1, :, 0] - target[1, :, 0]).square().mean()) / 2)
 
 
 def test_lpips_that_cannot_be_downloaded_says_how_to_go_on(monkeypatch):
@@ -237,87 +249,137 @@ def test_lpips_that_cannot_be_downloaded_says_how_to_go_on(monkeypatch):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Stage 1.
+# Equation 5.
 
-def stage1(blocks=("mid", "up0"), **options):
-    """A tiny student and what it is trained on: the module and its four inputs."""
+def parts(blocks=("mid", "up0"), normalize=False):
+    """A tiny student with heads, and the inputs of one micro-batch: latents, features, target, KL divergence."""
     torch.manual_seed(0)
     student, latents = TurboVAED(CONFIGS["tiny"]), noise(2, 16, 1, 2, 2)
     shapes = {b: student.config.feature_shape(b, latents.shape) for b in blocks}
     features = {b: noise(s[0], s[1] + 8, *s[2:], seed=i) for i, (b, s) in enumerate(shapes.items())}
     heads = make_heads(shapes, {b: x.shape for b, x in features.items()})
-    posterior = noise(2, 16, 1, 2, 2, seed=5), noise(2, 16, 1, 2, 2, seed=6)
-    return Stage1(student, heads, **options), latents, noise(2, 3, 4, 16, 16, seed=7), features, posterior
+    kl = kl_loss(noise(2, 16, 1, 2, 2, seed=5), noise(2, 16, 1, 2, 2, seed=6))
+    return StudentWithHeads(student, heads, normalize), latents, features, noise(2, 3, 4, 16, 16, seed=7), kl
 
 
-def test_stage_1_is_the_weighted_sum_of_its_terms(perceptual):
+def gradients(module):
+    return {name: p.grad.clone() for name, p in module.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_gradients_are_those_of_one_graph_over_equation_5(perceptual, stage):
     weights = {"lpips": 0.5, "distill": 3.0, "kl": 0.01}
-    stage, *inputs = stage1(lpips=perceptual, **{f"{name}_weight": w for name, w in weights.items()})
-    stage.eval()
-    loss, terms = stage(*inputs)
-    latents, video, features, posterior = inputs
-    reconstruction, student_features = stage.student(latents, return_features=tuple(features))
-    want = {"l1": l1_loss(reconstruction, video), "lpips": perceptual(reconstruction, video), "kl": kl_loss(*posterior),
-            "distill": distillation_loss(student_features, features, stage.heads)}
-    assert set(terms) == set(want)
-    for name in want:
-        torch.testing.assert_close(terms[name], want[name].detach())
-        assert want[name] > 0 and not terms[name].requires_grad
-    torch.testing.assert_close(loss, sum(weights.get(name, 1.0) * value for name, value in want.items()))
+    model, latents, features, target, kl = parts()
+    frames, extra = torch.tensor([[0, 2], [3, 1]]), noise(2, 3, 4, 16, 16, seed=9)
+    objective = Objective(perceptual, **{f"{name}_weight": w for name, w in weights.items()}, adversarial_weight=0.3, smoothness=2.0)
+    if stage == 2:
+        objective.discriminator, objective.adaptive_weight = PatchDiscriminator(8), 0.7
+    terms, (of_video, adversarial) = objective.backward(model, latents, features, target, kl, frames, extra, scale=lambda loss: 4 * loss)
+    got = gradients(model)
+
+    model.zero_grad()
+    video, distill = model(latents, features)
+    want = {"l1": l1_loss(video, target), "lpips": perceptual(video, target, frames), "kl": kl, "distill": distill}
+    loss = sum(weights.get(name, 1.0) * value for name, value in want.items())
+    reconstruction, = torch.autograd.grad(4 * (want["l1"] + 0.5 * want["lpips"]), video, retain_graph=True)
+    torch.testing.assert_close(of_video, reconstruction)
+    if stage == 2:
+        trained = gradients(objective.discriminator)
+        objective.discriminator.zero_grad()
+        want["adversarial"] = -objective.discriminator(video).mean()
+        want["discriminator"], d_loss = discriminator_loss(objective.discriminator, target, video.detach(), extra, 2.0)
+        (4 * d_loss).backward()
+        torch.testing.assert_close(trained, gradients(objective.discriminator))
+    (4 * (loss + (0.3 * 0.7 * want["adversarial"] if stage == 2 else 0))).backward()
+    torch.testing.assert_close(got, gradients(model), rtol=1e-4, atol=1e-6)
+    assert set(got) == {name for name, _ in model.named_parameters()}
+    assert terms.keys() == want.keys() | {"loss"} and (adversarial is not None) == (stage == 2)
+    torch.testing.assert_close(terms, {name: value.detach() for name, value in (want | {"loss": loss}).items()})
+    assert all(p.grad is None for p in perceptual.parameters())
 
 
 def test_weights_are_equation_5s_unless_said_otherwise(perceptual):
-    stage, *inputs = stage1(lpips=perceptual)
-    loss, terms = stage.eval()(*inputs)
-    torch.testing.assert_close(loss.detach(), terms["l1"] + terms["lpips"] + terms["distill"] + 1e-7 * terms["kl"])
+    terms, _ = Objective(perceptual).backward(*parts())
+    torch.testing.assert_close(terms["loss"], terms["l1"] + terms["lpips"] + terms["distill"] + 1e-7 * terms["kl"])
+    assert Objective().adversarial_weight == 0.05
 
 
 def test_terms_that_are_off_are_not_there():
-    stage, latents, video, _, (mean, _) = stage1(blocks=())
-    loss, terms = stage(latents, video, {}, (mean, None))
-    assert set(terms) == {"l1", "kl"} and terms["kl"] == 0
-    torch.testing.assert_close(loss.detach(), terms["l1"])
+    model, latents, features, target, kl = parts(blocks=())
+    terms, _ = Objective().backward(model, latents, {}, target, torch.zeros(()))
+    assert set(terms) == {"l1", "kl", "loss"}
+    torch.testing.assert_close(terms["loss"], terms["l1"])
 
 
 def test_normalize_reaches_the_distillation():
     distill = {}
     for normalize in (False, True):
         for scale in (1, 1000):
-            stage, latents, video, features, posterior = stage1(normalize=normalize)
+            model, latents, features, *rest = parts(normalize=normalize)
             features = {b: scale * x for b, x in features.items()}
-            distill[normalize, scale] = stage(latents, video, features, posterior)[1]["distill"].item()
+            distill[normalize, scale] = Objective().backward(model, latents, features, *rest)[0]["distill"].item()
     assert distill[True, 1000] == pytest.approx(distill[True, 1], rel=1e-4)
     assert distill[False, 1000] > 100 * distill[False, 1]
 
 
-@pytest.mark.parametrize("normalize", [False, True])
-def test_gradients_reach_the_student_and_the_heads_and_nothing_else(perceptual, normalize):
-    stage, latents, video, features, posterior = stage1(lpips=perceptual, normalize=normalize)
-    loss, _ = stage(latents, video, features, posterior)
-    loss.backward()
-    for part in (stage.student, stage.heads):
-        idle = [key for key, p in part.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
-        assert list(part.parameters()) and not idle
-    assert all(x.grad is None and not x.requires_grad for x in (latents, video, *features.values(), *posterior))
-    assert all(p.grad is None for p in stage.lpips.parameters())
-
-
 def test_distillation_alone_trains_the_blocks_up_to_the_deepest_named():
-    stage, latents, video, features, posterior = stage1(blocks=("mid",))
-    student = stage.student
-    distillation_loss(student(latents, return_features=("mid",))[1], features, stage.heads).backward()
-    trained = {key.split(".")[0] for key, p in student.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}
+    model, latents, features, *_ = parts(blocks=("mid",))
+    model(latents, features)[1].backward()
+    trained = {key.split(".")[0] for key, p in model.student.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}
     assert trained == {"conv_in", "mid_block"}
-    assert all(p.grad.abs().sum() > 0 for p in stage.heads.parameters())
+    assert all(p.grad.abs().sum() > 0 for p in model.heads.parameters())
 
 
 def test_training_lowers_every_term():
-    stage, latents, video, features, posterior = stage1(normalize=True)
-    optimizer, history = torch.optim.AdamW(stage.parameters(), lr=2e-3), []
+    model, *inputs = parts(normalize=True)
+    optimizer, history = torch.optim.AdamW(model.parameters(), lr=2e-3), []
     for _ in range(15):
-        loss, terms = stage(latents, video, features, posterior)
         optimizer.zero_grad()
-        loss.backward()
+        history.append(Objective().backward(model, *inputs)[0])
         optimizer.step()
-        history.append(terms)
     assert all(history[-1][name] < history[0][name] for name in ("l1", "distill"))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Stage 2.
+
+def test_the_discriminator_gives_a_logit_for_each_patch_and_knows_no_batch():
+    torch.manual_seed(0)
+    discriminator, video = PatchDiscriminator(8), noise(3, 3, 17, 64, 48)
+    logits = discriminator(video)
+    assert logits.shape == (3, 1, 5, 4, 3)
+    torch.testing.assert_close(logits[1:2], discriminator(video[1:2]), rtol=1e-4, atol=1e-5)
+    assert sum(p.numel() for p in PatchDiscriminator().parameters()) == 27 * 172_736 + 961 + 1792      # weights, biases, norms
+
+
+def test_discriminator_loss_is_the_hinge_and_the_approximate_r1_penalty():
+    logits = lambda video: video.mean((1, 2, 3, 4))              # real 3 and -1, fake -2 and 0.5
+    fill = lambda *values: torch.tensor(values).view(-1, 1, 1, 1, 1).expand(-1, 3, 2, 4, 4)
+    real, fake, extra = fill(3.0, -1.0), fill(-2.0, 0.5), fill(1.0, 2.0)
+    hinge, loss = discriminator_loss(logits, real, fake, extra, smoothness=10.0)
+    assert hinge.item() == pytest.approx((0 + 2) / 2 + (0 + 1.5) / 2)
+    assert loss.item() == pytest.approx(hinge.item() + 10 * NOISE ** 2 * (1 + 4) / 2, rel=1e-4)
+    assert discriminator_loss(logits, real, fake, None, 0.0) == (hinge, hinge)
+
+
+def test_the_adaptive_weight_is_the_ratio_of_norms_at_the_last_layer():
+    model, latents, features, target, _ = parts()
+    student, weight = model.student, model.student.conv_out.conv.weight
+    video = student(latents)
+    a, b = l1_loss(video, target), 5 * video.square().mean()
+    on_video = [torch.autograd.grad(loss, video, retain_graph=True)[0] for loss in (a, b)]
+    want = [torch.autograd.grad(loss, weight, retain_graph=True)[0] for loss in (a, b)]
+    got = last_layer_gradients(student, latents, *on_video)
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-7)
+    assert adaptive_weight(*got).item() == pytest.approx((want[0].norm() / (want[1].norm() + 1e-4)).item(), rel=1e-4)
+    assert adaptive_weight(torch.full((3,), 1e9), torch.zeros(3)) == 1e4
+    assert not student.conv_out._forward_pre_hooks and weight.grad is None
+
+
+def test_sharpness_is_the_energy_above_a_quarter_of_a_cycle_per_pixel():
+    y = torch.arange(32.0)[:, None].expand(32, 32)
+    waves = torch.stack([torch.sin(2 * torch.pi * f * y) for f in (1 / 32, 7 / 32, 9 / 32, 15 / 32)])
+    values = sharpness(waves[:, None, None].expand(-1, 3, 2, -1, -1))
+    torch.testing.assert_close(values, torch.tensor([0, 0, 0.5, 0.5]), atol=1e-5, rtol=1e-4)
+    video = noise(1, 3, 2, 32, 32)
+    assert sharpness(torch.nn.functional.avg_pool3d(video, (1, 3, 3), 1, (0, 1, 1))) < 0.2 * sharpness(video)
