@@ -413,19 +413,19 @@ def fill_cache(args, teacher, clips, device, autocast, rank, world, say):
     return cache
 
 
-def finite_values(micros, norm, scaled, step, clips, out):
-    """{term: mean over the step's micro-batches}; raises RuntimeError where one, or the gradient, is not finite. Float16's
-    gradients may be: its scaler skips such steps. Everything is read in one go, since reading waits for the device."""
+def finite_values(micros, norms, scaled, step, clips, out):
+    """{term: mean over the step's micro-batches}; raises RuntimeError where one, or the norm of a gradient, is not finite.
+    Float16's gradients may be: its scaler skips such steps. All is read in one go, since reading waits for the device."""
     names = list(micros[0][1])
-    *values, norm = torch.cat([torch.stack([terms[name].float() for name in names]) for _, terms in micros] + [norm.float()[None]]).tolist()
-    rows = [values[i:i + len(names)] for i in range(0, len(values), len(names))]
-    bad = next(((numbers, name, value) for (numbers, _), row in zip(micros, rows) for name, value in zip(names, row) if not math.isfinite(value)), None)
-    if bad is None and not math.isfinite(norm) and not scaled:
-        bad = [n for numbers, _ in micros for n in numbers], "the gradient", norm
-    if bad:
-        numbers, name, value = bad
-        raise RuntimeError(f"{name} is {value} at step {step}, clips {', '.join(dict.fromkeys(map(clips.describe, numbers)))}; the last good "
-                           f"checkpoint is {out}/checkpoint.pt")
+    flat = torch.stack([terms[name].float() for _, terms in micros for name in names] + [norm.float() for norm in norms.values()]).tolist()
+    rows = [flat[i * len(names):][:len(names)] for i in range(len(micros))]
+    found = [(numbers, name, value) for (numbers, _), row in zip(micros, rows) for name, value in zip(names, row)]
+    if not scaled:
+        found += [([n for numbers, _ in micros for n in numbers], name, value) for name, value in zip(norms, flat[-len(norms):])]
+    for numbers, name, value in found:
+        if not math.isfinite(value):
+            raise RuntimeError(f"{name} is {value} at step {step}, clips {', '.join(dict.fromkeys(map(clips.describe, numbers)))}; "
+                               f"the last good checkpoint is {out}/checkpoint.pt")
     return {name: sum(column) / len(rows) for name, column in zip(names, zip(*rows))}
 
 
@@ -624,9 +624,10 @@ def main(args):
             for optimizer in optimizers:
                 scaler.unscale_(optimizer)
             norm = torch.nn.utils.clip_grad_norm_(trained, args.clip)
+            norms = {"the gradient": norm}
             if start2 is not None:
-                torch.nn.utils.clip_grad_norm_(objective.discriminator.parameters(), args.clip)
-            values = finite_values(micros, norm, scaler.is_enabled(), step + 1, train_clips, out)
+                norms["the discriminator's gradient"] = torch.nn.utils.clip_grad_norm_(objective.discriminator.parameters(), args.clip)
+            values = finite_values(micros, norms, scaler.is_enabled(), step + 1, train_clips, out)
             for optimizer in optimizers:
                 scaler.step(optimizer)
                 optimizer.zero_grad(set_to_none=True)

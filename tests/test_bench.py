@@ -36,6 +36,17 @@ def test_features_against_a_whole_decode(tmp_path):
     assert row["of_decode"] == pytest.approx(row["milliseconds"] / row["decode_milliseconds"])
 
 
+def test_the_training_step_against_a_plain_one(tmp_path):
+    pytest.importorskip("lpips")
+    result = bench(tmp_path, "--train", "--config", "tiny", "--size", "32x32", "--no-compile")
+    assert result.returncode == 0, result.stderr
+    rows = {row["way"]: row for row in json.loads((tmp_path / "bench.json").read_text())["rows"]}
+    assert list(rows) == ["plain step", "ours step", "cached step"]
+    assert rows["plain step"]["milliseconds"] > rows["ours step"]["milliseconds"]
+    for row in rows.values():
+        assert row["samples_per_s"] == pytest.approx(1000 / row["milliseconds"])
+
+
 def test_wrong_sizes_are_one_line(tmp_path):
     result = bench(tmp_path, "--size", "512")
     assert result.returncode == 2 and "HEIGHTxWIDTH" in result.stderr.splitlines()[-1]
