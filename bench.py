@@ -19,6 +19,8 @@ import time
 from pathlib import Path
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 
 from model import CONFIGS, OWN_FILE, TurboVAED, count_flops
 
@@ -131,6 +133,17 @@ def bench_features(args, device, dtype):
     return rows
 
 
+class FlopCounter(TorchDispatchMode):
+    """Adds up the arithmetic of what runs under it. (PyTorch's FlopCounterMode fails on gradients of a leaf.)"""
+    total = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **kwargs or {})
+        if func.overloadpacket in flop_registry:
+            self.total += flop_registry[func.overloadpacket](*args, **kwargs or {}, out_val=out)
+        return out
+
+
 def bench_train(args, device, dtype):
     """A row for each way to take a training step of stage 1 on one micro-batch, for each configuration.
 
@@ -144,7 +157,7 @@ def bench_train(args, device, dtype):
     from data import CachedClips
     from losses import LPIPS, Objective, PatchDiscriminator, StudentWithHeads, kl_loss, make_heads
     from teachers import load_teacher
-    rows, (height, width) = [], args.size[0]
+    limits, rows, (height, width) = machine_limits(device, dtype), [], args.size[0]
     autocast = lambda: torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
     for name in args.config or ["ltx"]:
         teacher = load_teacher(name, None if name == "tiny" else "random", device)
@@ -162,13 +175,13 @@ def bench_train(args, device, dtype):
             latents, features, kl = teach()
         shapes = {block: x.shape for block, x in features.items()}
 
-        def step(ours, cache=None):
+        def step(ours, cache=None, compiles=args.compile):
             student = TurboVAED(CONFIGS[name]).to(device)
             if ours and device.type == "cuda":
                 student = student.channels_last()
             heads = make_heads({b: student.config.feature_shape(b, latents.shape) for b in blocks}, shapes)
             model = StudentWithHeads(student, heads).to(device)
-            if ours and args.compile:
+            if ours and compiles:
                 student.compile()
             optimizer, objective = torch.optim.AdamW(model.parameters(), 2e-4), Objective(lpips)
 
@@ -205,14 +218,20 @@ def bench_train(args, device, dtype):
             cache = CachedClips(folder, args.batch, {}, blocks=blocks)
             for n in numbers:
                 cache.put(n, video[n], {"latents": latents[n], "kl": kl} | {f"features.{b}": x[n] for b, x in features.items()})
+            flops = {}
+            for way, made in {"plain": step(False), "ours": step(True, compiles=False), "cached": step(True, cache, False)}.items():
+                with FlopCounter() as counter:
+                    made()
+                flops[way] = counter.total
             runs = {"plain": step(False), "ours": step(True), "cached": step(True, cache)}
             seconds = take_turns(runs, device, args.rounds)
             for way, run in runs.items():
-                row = figures(seconds[way], args.batch * frames)
+                row = figures(seconds[way], args.batch * frames, flops[way], limits)
                 rows.append({"model": name, "way": f"{way} step", "frames": frames, "height": height, "width": width,
                              "parameters": sum(p.numel() for p in TurboVAED(CONFIGS[name]).parameters()), **row,
-                             "samples_per_s": args.batch * 1000 / row["milliseconds"], "peak_bytes": peak_memory(run, device)})
-    return rows
+                             "samples_per_s": args.batch * 1000 / row["milliseconds"], "flops_per_sample": flops[way] / args.batch,
+                             "peak_bytes": peak_memory(run, device)})
+    return rows, {"matrix_tflops": limits[0] / 1e12, "copy_gb_per_s": limits[1] / 1e9}
 
 
 def table(rows):
@@ -229,6 +248,12 @@ def table(rows):
     lines = ["  ".join([c[0].ljust(widths[0]), c[1].ljust(widths[1])] + [v.rjust(w) for v, w in zip(c[2:], widths[2:])])
              for c in (header, *cells)]
     return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
+
+
+def report(results, args):
+    print(table(results["rows"]))
+    print(f"{results['device']}, {args.dtype}, torch {torch.__version__}; measured here: {results['limits']['matrix_tflops']:.2f} TFLOP/s of a "
+          f"matrix product, {results['limits']['copy_gb_per_s']:.0f} GB/s of a copy")
 
 
 def picture(path, rows):
@@ -303,15 +328,13 @@ def main():
         results["rows"] = bench_features(args, device, dtype)
     elif args.train:
         with torch.inference_mode(False), torch.enable_grad():
-            results["rows"] = bench_train(args, device, dtype)
-        print(table(results["rows"]))
-        print(f"{results['device']}, {args.dtype}, torch {torch.__version__}, {args.batch} clips a step")
+            results["rows"], results["limits"] = bench_train(args, device, dtype)
+        report(results, args)
+        print(f"arithmetic of a sample: {', '.join(r['way'] + ' %.2f TFLOP' % (r['flops_per_sample'] / 1e12) for r in results['rows'])}")
     else:
         args.students = [(name, CONFIGS[name], TurboVAED(CONFIGS[name])) for name in args.config] if args.config else [find_student(args.student)]
         results["rows"], results["limits"] = bench_students(args, device, dtype)
-        print(table(results["rows"]))
-        print(f"{results['device']}, {args.dtype}, torch {torch.__version__}; measured here: {results['limits']['matrix_tflops']:.2f} TFLOP/s of a "
-              f"matrix product, {results['limits']['copy_gb_per_s']:.0f} GB/s of a copy")
+        report(results, args)
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
     (out / "bench.json").write_text(json.dumps(results, indent=1) + "\n")

@@ -247,8 +247,8 @@ def clip_rng(seed, purpose, n):
 
 def clip_noise(seed, purpose, numbers, like):
     """Unit normal noise of the shape of `like`, whose first dimension are the clips `numbers`."""
-    return torch.stack([torch.randn(like.shape[1:], generator=torch.Generator().manual_seed(int(clip_rng(seed, purpose, n).integers(2 ** 62))))
-                        for n in numbers]).to(like)
+    generators = [torch.Generator(like.device).manual_seed(int(clip_rng(seed, purpose, n).integers(2 ** 62))) for n in numbers]
+    return torch.stack([torch.randn(like.shape[1:], generator=g, device=like.device) for g in generators]).to(like.dtype)
 
 
 def psnr(video, target):
