@@ -268,6 +268,7 @@ class Teacher(nn.Module):
         self.name, self.vae, self.images = name, vae, images
         self.latent_channels, self.compression = latent_channels, compression
         self.frame_step = compression[0]            # a clip's frames are k of these, or k and one
+        self.smallest = 1                           # height and width of the latents at least
 
     @property
     def dtype(self):
@@ -283,11 +284,11 @@ class Teacher(nn.Module):
     def check_clip(self, frames, height, width):
         """Raises ValueError, naming the nearest sizes that fit, unless the clip is one this teacher can encode."""
         _, d_h, d_w = self.compression
-        for what, value, step, extra in (("frames", frames, self.frame_step, int(self.images)),
-                                         ("height", height, d_h, 0), ("width", width, d_w, 0)):
-            if value < 1 or (value - extra) % step:
+        for what, value, step, extra, least in (("frames", frames, self.frame_step, int(self.images), 1),
+                                                ("height", height, d_h, 0, self.smallest * d_h), ("width", width, d_w, 0, self.smallest * d_w)):
+            if value < least or (value - extra) % step:
                 below = (value - extra) // step * step + extra
-                nearest = [str(v) for v in (below, below + step) if v > 0]
+                nearest = dict.fromkeys(str(max(v, least)) for v in (below, below + step) if v > 0)
                 raise ValueError(f"the {self.name} teacher cannot take {what} = {value}: it needs {step}k"
                                  f"{' + 1' if extra else ''}, for example {' or '.join(nearest)}")
 
@@ -390,6 +391,10 @@ class LTXTeacher(DiffusersTeacher):
     """LTX-VAE and LTX-2's, AutoencoderKLLTXVideo and AutoencoderKLLTX2Video. Releases 0.9.1 to 0.9.8 are conditioned on
     the timestep: they decode at 0.05, as their model cards have it, and always with the same injected noise."""
     timestep = 0.05
+
+    def __init__(self, name, vae):
+        super().__init__(name, vae)
+        self.smallest = 2 if vae.config.get("decoder_spatial_padding_mode") == "reflect" else 1     # something to mirror
 
     def conditioning(self, latents):
         """The decoder's timestep for each clip, or None; fixes the noise that the decoder may draw."""

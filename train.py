@@ -50,7 +50,7 @@ from teachers import TEACHERS, load_teacher
 # Weight decay and EMA as in the published code; 70,000 and 40,000 steps as a user's reproduction of ltx reports.
 PAPER = dict(frames=17, size=256, batch=32, micro_batch=2, steps=70_000, lr=2e-4, muon_lr=0.0, schedule="constant", align=["mid", "up0", "up1"],
              lpips_weight=1.0, distill_weight=1.0, normalize=False, data="data/vidgen", eval_every=1000, workers=4,
-             stage2="auto", stage2_steps=40_000, stage2_lr=1.0, disc_width=64)
+             stage2="auto", stage2_steps=40_000, stage2_lr=1.0, adversarial_weight=0.05, disc_lr=2e-4, disc_width=64)
 RECIPES = {
     "ltx": PAPER,
     "dc": PAPER | dict(frames=16),
@@ -64,7 +64,7 @@ RECIPES = {
     # brightness first and leaves the student grey for hundreds of steps.
     "tiny": dict(frames=8, size=64, batch=8, micro_batch=8, steps=2000, lr=2e-3, muon_lr=0.02, schedule="cosine", align=["mid", "up0"],
                  lpips_weight=0.0, distill_weight=0.02, normalize=True, data="synthetic", eval_every=200, workers=1,
-                 stage2="off", stage2_steps=1000, stage2_lr=0.1, disc_width=32),
+                 stage2="off", stage2_steps=1000, stage2_lr=0.1, adversarial_weight=0.5, disc_lr=1e-3, disc_width=32),
 }
 
 
@@ -109,10 +109,10 @@ def parse_args(argv=None):
     p.add_argument("--lpips-frames", type=int, default=2, help="random frames of each clip that LPIPS sees, an unbiased estimate; 0: all (default: 2)")
     p.add_argument("--distill-weight", type=float, help="α2 of Equation 5; 0 turns the distillation loss off *")
     p.add_argument("--kl-weight", type=float, default=1e-7, help="α3 of Equation 5 (default: 1e-7)")
-    p.add_argument("--adversarial-weight", type=float, default=0.05, help="α4 of Equation 5, besides the adaptive weight (default: 0.05)")
+    p.add_argument("--adversarial-weight", type=float, help="α4 of Equation 5, besides the adaptive weight *")
     p.add_argument("--max-drop", type=float, default=0.3, help="dB of validation PSNR that stage 2 may cost: where it costs more, the "
                    "adversarial weight is halved at each validation until it does not (default: 0.3)")
-    p.add_argument("--disc-lr", type=float, default=2e-4, help="the discriminator's learning rate (default: 2e-4)")
+    p.add_argument("--disc-lr", type=float, help="the discriminator's learning rate *")
     p.add_argument("--disc-width", type=int, help="channels of the discriminator's first layer *")
     p.add_argument("--smoothness", type=float, default=10.0, help="weight of the discriminator's approximate R1 penalty (default: 10)")
     p.add_argument("--normalize", action=argparse.BooleanOptionalAction, default=None,

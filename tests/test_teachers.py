@@ -168,7 +168,8 @@ def test_released_dc_compresses_as_documented():
     ("dc", (2, 64, 64), ("frames = 2", "example 4")), ("dc", (0, 64, 64), ("frames = 0", "4")),
     ("tiny", (17, 64, 64), ("tiny", "frames = 17", "16 or 20")), ("tiny", (8, 64, 63), ("width = 63", "56 or 64")),
     ("ltx", (16, 64, 64), ("ltx", "frames = 16", "8k + 1", "9 or 17")), ("ltx", (17, 64, 70), ("width = 70", "64 or 96")),
-    ("cog", (13, 64, 64), ("frames = 13", "8k + 1", "9 or 17")), ("wan22", (13, 64, 72), ("width = 72", "64 or 80")),
+    ("cog", (13, 64, 64), ("frames = 13", "8k + 1", "9 or 17")), ("ltx2", (9, 32, 64), ("height = 32", "example 64")),
+    ("wan22", (13, 64, 72), ("width = 72", "64 or 80")),
     ("ltx", (0, 64, 64), ("frames = 0", "example 1")), ("ltx", (9, 20, 64), ("height = 20", "example 32")),
 ])
 def test_a_clip_that_does_not_fit_gets_the_nearest_that_do(name, clip, says):

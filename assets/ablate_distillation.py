@@ -1,0 +1,74 @@
+"""Training with and without the distillation term, on the embedded teacher: results/distillation/.
+
+    python assets/ablate_distillation.py                   # all runs (about five hours on one core), the table, the picture
+    python assets/ablate_distillation.py --steps 50 --seeds 0 --out /tmp/ablation      # try it
+
+Every run is train.py with the embedded recipe (8 clips of 8x64x64 a step, cosine) and one thread; runs of one seed share
+a teacher's cache and see the same clips. Runs that are there already are not repeated.
+"""
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+import matplotlib
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt          # noqa: E402
+
+ROOT = Path(__file__).resolve().parent.parent
+ADAMW = ["--muon-lr", "0"]
+ARMS = {        # flags besides the recipe's; "none" is without the term, "paper" is Equation 4 as it stands
+    "none": ["--distill-weight", "0"],
+    "norm0.02": [],
+    "paper": ["--distill-weight", "1", "--no-normalize"],
+    "adamw-none": ["--distill-weight", "0", *ADAMW],
+    "adamw-norm0.02": ADAMW,
+    "adamw-paper": ["--distill-weight", "1", "--no-normalize", *ADAMW],
+}
+NAMES = {"none": "without", "norm0.02": "normalised features, weight 0.02", "paper": "Equation 4, weight 1"}
+
+
+def main():
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
+    p.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    p.add_argument("--steps", type=int, default=600)
+    p.add_argument("--work", default="out/ablation", help="runs and caches (default: out/ablation)")
+    p.add_argument("--out", default=str(ROOT / "results" / "distillation"), help="for curves.json and curves.png")
+    args = p.parse_args()
+    work, out = Path(args.work), Path(args.out)
+    curves = {}
+    for seed in args.seeds:
+        for arm in args.arms:
+            run = work / "runs" / f"{arm}-{seed}"
+            if not (run / "log.jsonl").exists() or json.loads((run / "log.jsonl").read_text().splitlines()[-1])["step"] < args.steps:
+                subprocess.run([sys.executable, str(ROOT / "train.py"), "--seed", str(seed), "--cache", str(work / f"cache{seed}"),
+                                "--cache-crops", "8", "--steps", str(args.steps), "--val-clips", "16", "--eval-every", "50", "--out", str(run),
+                                "--overwrite", *ARMS[arm]], env=os.environ | {"OMP_NUM_THREADS": "1"}, check=True)
+            lines = map(json.loads, (run / "log.jsonl").read_text().splitlines())
+            curves.setdefault(arm, {})[seed] = {line["step"]: line["psnr"] for line in lines if "psnr" in line}
+
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "curves.json").write_text(json.dumps(curves, indent=1) + "\n")
+    figure, axes = plt.subplots(1, 2, figsize=(10, 3.6), sharey=True, layout="constrained")
+    for axis, prefix, title in zip(axes, ("", "adamw-"), ("Muon and AdamW, the embedded recipe", "AdamW alone")):
+        for colour, (arm, name) in zip(("black", "tab:blue", "tab:orange"), NAMES.items()):
+            for i, curve in enumerate(curves.get(prefix + arm, {}).values()):
+                axis.plot(curve.keys(), curve.values(), color=colour, linewidth=1, label=None if i else name)
+        axis.set(xlabel="step", title=title)
+        axis.legend(fontsize=8)
+    axes[0].set(ylabel="validation PSNR in dB", ylim=(14, None))
+    figure.savefig(out / "curves.png", dpi=150)
+
+    print(f"{'arm':16} PSNR in dB after {args.steps // 3}, {args.steps} steps, mean over {len(args.seeds)} seeds (each seed's)")
+    for arm, seeds in curves.items():
+        at = lambda step: [curve[step] for curve in seeds.values()]
+        early = at(min(next(iter(seeds.values())), key=lambda step: abs(step - args.steps / 3)))
+        print(f"{arm:16} {statistics.mean(early):.2f}  {statistics.mean(at(args.steps)):.2f}  ({', '.join(f'{v:.2f}' for v in at(args.steps))})")
+
+
+if __name__ == "__main__":
+    main()
