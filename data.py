@@ -401,6 +401,19 @@ class SyntheticClips(Dataset):
 # ----------------------------------------------------------------------------------------------------------
 # what a teacher makes of clips, computed once
 
+def write_file(path, data):
+    """Writes bytes to a temporary name, then renames: OSError, and what `path` held before, where the disk cannot take them."""
+    partial = f"{path}.partial"
+    try:
+        with open(partial, "wb") as file:
+            file.write(data)
+        os.replace(partial, path)
+    except OSError as error:
+        if os.path.exists(partial):
+            os.remove(partial)
+        raise OSError(f"{path} cannot be written ({error.strerror}); what was there before still is") from None
+
+
 class CachedClips(Dataset):
     """Clips with the teacher's latents and features, from files that a teacher filled once.
 
@@ -431,19 +444,8 @@ class CachedClips(Dataset):
         else:
             os.makedirs(folder, exist_ok=True)
             made = settings | {"blocks": list(blocks)}
-            self.write(manifest, json.dumps(made, indent=1).encode())
+            write_file(manifest, json.dumps(made, indent=1).encode())
         self.made = made
-
-    @staticmethod
-    def write(path, data):
-        partial = f"{path}.{os.getpid()}.partial"
-        try:
-            with open(partial, "wb") as file:
-                file.write(data)
-            os.replace(partial, path)
-        finally:
-            if os.path.exists(partial):
-                os.remove(partial)
 
     def path(self, m):
         return os.path.join(self.folder, f"{m // 1000:05d}", f"{m:08d}.safetensors")
@@ -464,15 +466,14 @@ class CachedClips(Dataset):
             raise OSError(f"the cache {self.folder} needs {entries * size / 1e9:.1f} GB more, its disk has {free / 1e9:.1f} GB free")
 
     def put(self, m, video, tensors):
-        """Writes entry m: a clip in [-1, 1] and {name: tensor}, scalars in float32; returns its size in bytes."""
+        """Writes entry m: a clip in [-1, 1] and {name: tensor}, scalars in float32."""
         entry = {name: (t.to(self.dtype) if t.ndim else t.float()).cpu().contiguous() for name, t in tensors.items()}
         for name, tensor in entry.items():
             if not tensor.isfinite().all():
                 raise ValueError(f"{name} of clip {m} does not fit into {self.dtype}: try --cache-dtype bfloat16")
-        data = save(entry | {"video": video.cpu().add(1).mul(127.5).round().to(torch.uint8).contiguous()})
+        entry = save(entry | {"video": video.cpu().add(1).mul(127.5).round().to(torch.uint8).contiguous()})
         os.makedirs(os.path.dirname(self.path(m)), exist_ok=True)
-        self.write(self.path(m), data)
-        return len(data)
+        write_file(self.path(m), entry)
 
     def fill(self, clips, make, batch, rank=0, world=1, barrier=lambda: None, workers=0, say=print):
         """Makes what is missing of clips[m] for all m < count, this process the rank-th share of `world`.
@@ -483,9 +484,13 @@ class CachedClips(Dataset):
         groups = [list(range(m, min(m + batch, self.count))) for m in range(0, self.count, batch)]
 
         def put(group, video):
-            return [self.put(m, v, tensors) for m, v, tensors in zip(group, video, make(group, video))][0]
+            for m, v, tensors in zip(group, video, make(group, video)):
+                self.put(m, v, tensors)
 
-        size = put(groups[0], torch.stack([clips[m] for m in groups[0]]))       # tells how much room the others need
+        if rank == 0:
+            put(groups[0], torch.stack([clips[m] for m in groups[0]]))
+        barrier()
+        size = os.path.getsize(self.path(0))                    # all entries': it tells which are whole, and the room they need
         missing = self.missing(size)
         say(f"the cache {self.folder}: {self.count} entries of {size / 1e6:.2f} MB, {len(missing)} to make, {len(missing) * size / 1e9:.2f} GB")
         self.check_room(len(missing), size)

@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch.utils.checkpoint import checkpoint
 
@@ -362,10 +362,12 @@ class TurboVAED(nn.Module):
         path = path if path.suffix == ".safetensors" else path / OWN_FILE
         path.parent.mkdir(parents=True, exist_ok=True)
         state = {key: tensor.detach().cpu().contiguous() for key, tensor in self.state_dict().items()}
-        partial_file = path.with_name(f".{path.name}.{os.getpid()}")
+        partial_file = path.with_name(f"{path.name}.partial")
         try:
             save_file(state, partial_file, metadata={**(metadata or {}), "config": json.dumps(asdict(self.config))})
             os.replace(partial_file, path)
+        except SafetensorError as error:
+            raise OSError(f"{path} cannot be written ({summary(error)}); what was there before still is") from None
         finally:
             partial_file.unlink(missing_ok=True)
         return path

@@ -40,7 +40,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from data import CachedClips, SyntheticClips, VideoClips
+from data import CachedClips, SyntheticClips, VideoClips, write_file
 from losses import (HEADS, LPIPS, Objective, PatchDiscriminator, StudentWithHeads, adaptive_weight, kl_loss,
                     last_layer_gradients, make_heads, sharpness)
 from model import CONFIGS, TurboVAED
@@ -261,17 +261,11 @@ def decode_all(decode, latents):
     return [decode(z).float().clamp(-1, 1).cpu() for z in latents]
 
 
-def write_atomically(path, write):
-    """Writes what `write` puts into a binary file; OSError, and what `path` held before, where the disk cannot take it."""
-    partial, data = path.with_name(path.name + ".partial"), io.BytesIO()
-    write(data)
-    try:
-        partial.write_bytes(data.getbuffer())
-        os.replace(partial, path)
-    except OSError as error:
-        raise OSError(f"{path} cannot be written ({error.strerror}); what it held before is still there") from None
-    finally:
-        partial.unlink(missing_ok=True)
+def save_as(path, save, *args, **options):
+    """save(*args, file, **options), written whole or not at all."""
+    file = io.BytesIO()
+    save(*args, file, **options)
+    write_file(path, file.getbuffer())
 
 
 def converged(log, evaluations, gain):
@@ -338,7 +332,7 @@ def report(timer, args, device, world, path):
     axes.bar_label(bars, [f"{100 * seconds / total:.0f} %" for seconds in timer.seconds.values()], padding=3)
     axes.set(xlabel="milliseconds a step", xmargin=0.1)
     axes.invert_yaxis()
-    write_atomically(path, lambda file: figure.savefig(file, dpi=150, format="png"))
+    save_as(path, figure.savefig, dpi=150, format="png")
     print(path)
 
 
@@ -355,7 +349,7 @@ def plot_samples(path, columns):
             axes[i, j].imshow((clips[i][:, clips[i].shape[1] // 2] + 1).div(2).permute(1, 2, 0).numpy(), interpolation="nearest")
             axes[i, j].set_axis_off()
             axes[i, j].set_title(title if j == 0 else f"{title}, {psnr(clips[i], target[i]):.1f} dB", fontsize=8)
-    write_atomically(path, lambda file: figure.savefig(file, dpi=150, format="png"))
+    save_as(path, figure.savefig, dpi=150, format="png")
     plt.close(figure)
 
 
@@ -379,7 +373,7 @@ def plot_curves(path, log, teacher_psnr, start2):
         if start2 is not None:
             axis.axvline(start2, color="grey", linewidth=0.8, linestyle=":", label="stage 2 begins")
         axis.legend(fontsize=8)
-    write_atomically(path, lambda file: figure.savefig(file, dpi=120, format="png"))
+    save_as(path, figure.savefig, dpi=120, format="png")
     plt.close(figure)
 
 
@@ -512,8 +506,8 @@ def main(args):
         log = [line for line in map(json.loads, lines) if line["step"] <= step]
     if chief and not args.profile:
         out.mkdir(parents=True, exist_ok=True)
-        write_atomically(out / "args.json", lambda file: file.write(json.dumps(vars(args), indent=1).encode()))
-        write_atomically(out / "log.jsonl", lambda file: file.write("".join(json.dumps(line) + "\n" for line in log).encode()))
+        write_file(out / "args.json", json.dumps(vars(args), indent=1).encode())
+        write_file(out / "log.jsonl", "".join(json.dumps(line) + "\n" for line in log).encode())
 
     if args.compile or args.compile is None and device.type == "cuda":
         student.compile()
@@ -555,7 +549,7 @@ def main(args):
                       "scaler": scaler.state_dict(), "step": step, "start2": start2, "elapsed": elapsed, "args": vars(args)}
         if start2 is not None:
             checkpoint |= {"discriminator": objective.discriminator.state_dict(), "adaptive_weight": objective.adaptive_weight}
-        write_atomically(out / "checkpoint.pt", lambda file: torch.save(checkpoint, file))
+        save_as(out / "checkpoint.pt", torch.save, checkpoint)
         say(f"step {step}: PSNR {line['psnr']:.2f} dB ({100 * line['psnr'] / teacher_psnr:.1f} % of the teacher's), "
             f"sharpness {100 * line['sharpness']:.0f} % of the input's, {elapsed / 60:.1f} min")
 
@@ -628,6 +622,7 @@ def main(args):
             if start2 is not None:
                 norms["the discriminator's gradient"] = torch.nn.utils.clip_grad_norm_(objective.discriminator.parameters(), args.clip)
             values = finite_values(micros, norms, scaler.is_enabled(), step + 1, train_clips, out)
+            clipped += norm.item() > args.clip
             for optimizer in optimizers:
                 scaler.step(optimizer)
                 optimizer.zero_grad(set_to_none=True)
@@ -646,7 +641,6 @@ def main(args):
             break
         for name, value in values.items():
             sums[name] = sums.get(name, 0.0) + value
-        clipped += norm.item() > args.clip
         elapsed += time.time() - clock
         clock = time.time()
         bar.update()

@@ -298,7 +298,7 @@ def test_a_disk_that_fills_up_stops_the_run_in_one_line_and_keeps_the_checkpoint
     before = (out / "checkpoint.pt").read_bytes()
     limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2,) * 2)
     result = run(*command(out, "--steps", 12, "--eval-every", 4, "--resume"), check=False, preexec_fn=limit)
-    fails_in_one_line(result, "checkpoint.pt cannot be written (File too large)", "still there")
+    fails_in_one_line(result, "checkpoint.pt cannot be written (File too large)", "still is")
     assert (out / "checkpoint.pt").read_bytes() == before and not (out / "checkpoint.pt.partial").exists()
 
 
