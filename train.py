@@ -114,6 +114,8 @@ def parse_args(argv=None):
                    "adversarial weight is halved at each validation until it does not (default: 0.3)")
     p.add_argument("--disc-lr", type=float, help="the discriminator's learning rate *")
     p.add_argument("--disc-width", type=int, help="channels of the discriminator's first layer *")
+    p.add_argument("--disc-floor", type=float, default=1.0, help="the discriminator rests in steps where its hinge loss is below this, so that "
+                   "it does not outrun the student; 0 for never (default: 1)")
     p.add_argument("--smoothness", type=float, default=10.0, help="weight of the discriminator's approximate R1 penalty (default: 10)")
     p.add_argument("--normalize", action=argparse.BooleanOptionalAction, default=None,
                    help="divide the teacher's features by their standard deviation in Equation 4 *")
@@ -425,7 +427,7 @@ def finite_values(micros, norms, scaled, step, clips, out):
 
 RESUMES_WITH = ("teacher", "teacher_weights", "config", "data", "frames", "size", "stride", "batch", "lr", "muon_lr", "schedule", "warmup",
                 "weight_decay", "clip", "ema", "align", "head", "lpips_weight", "lpips_frames", "distill_weight", "kl_weight", "normalize",
-                "adversarial_weight", "max_drop", "stage2_lr", "disc_lr", "disc_width", "smoothness", "cache", "seed")
+                "adversarial_weight", "max_drop", "stage2_lr", "disc_lr", "disc_width", "disc_floor", "smoothness", "cache", "seed")
 
 
 def main(args):
@@ -623,9 +625,16 @@ def main(args):
                 norms["the discriminator's gradient"] = torch.nn.utils.clip_grad_norm_(objective.discriminator.parameters(), args.clip)
             values = finite_values(micros, norms, scaler.is_enabled(), step + 1, train_clips, out)
             clipped += norm.item() > args.clip
-            for optimizer in optimizers:
+            hinge = values.get("discriminator", math.inf)
+            if start2 is not None and world > 1:
+                total = torch.tensor(hinge, dtype=torch.float64, device=device)
+                dist.all_reduce(total)
+                hinge = total.item() / world
+            for optimizer in optimizers[:-1] if hinge < args.disc_floor else optimizers:
                 scaler.step(optimizer)
-                optimizer.zero_grad(set_to_none=True)
+            both.zero_grad(set_to_none=True)
+            if start2 is not None:
+                objective.discriminator.zero_grad(set_to_none=True)
             scaler.update()
             step += 1
             with torch.no_grad():                             # young averages forget sooner, or they would keep the start
