@@ -64,7 +64,7 @@ RECIPES = {
     # brightness first and leaves the student grey for hundreds of steps.
     "tiny": dict(frames=8, size=64, batch=8, micro_batch=8, steps=2000, lr=2e-3, muon_lr=0.02, schedule="cosine", align=["mid", "up0"],
                  lpips_weight=0.0, distill_weight=0.02, normalize=True, data="synthetic", eval_every=200, workers=1,
-                 stage2="off", stage2_steps=1000, stage2_lr=0.1, adversarial_weight=0.5, disc_lr=1e-3, disc_width=32),
+                 stage2="off", stage2_steps=600, stage2_lr=0.1, adversarial_weight=1.0, disc_lr=1e-3, disc_width=32),
 }
 
 
