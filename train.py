@@ -108,6 +108,7 @@ def parse_args(argv=None):
     p.add_argument("--lpips-weight", type=float, help="α1 of Equation 5; 0 turns LPIPS off *")
     p.add_argument("--lpips-frames", type=int, default=2, help="random frames of each clip that LPIPS sees, an unbiased estimate; 0: all (default: 2)")
     p.add_argument("--distill-weight", type=float, help="α2 of Equation 5; 0 turns the distillation loss off *")
+    p.add_argument("--equation4", action="store_true", help="the distillation loss as the paper has it: weight 1, features as they are")
     p.add_argument("--kl-weight", type=float, default=1e-7, help="α3 of Equation 5 (default: 1e-7)")
     p.add_argument("--adversarial-weight", type=float, help="α4 of Equation 5, besides the adaptive weight *")
     p.add_argument("--max-drop", type=float, default=0.3, help="dB of validation PSNR that stage 2 may cost: where it costs more, the "
@@ -141,6 +142,8 @@ def parse_args(argv=None):
     for name, value in RECIPES[args.teacher].items():
         if getattr(args, name) is None:
             setattr(args, name, value)
+    if args.equation4:
+        args.distill_weight, args.normalize = 1.0, False
     args.config = args.config or args.teacher
     args.out = args.out or f"out/{args.teacher}"
     if not args.distill_weight:
@@ -370,7 +373,7 @@ def plot_curves(path, log, teacher_psnr, start2):
     axes[1].set(xlabel="step", ylabel="validation PSNR in dB")
     curve(axes[2], "sharpness", marker=".", label="student (EMA)")
     axes[2].axhline(1, color="grey", linestyle="--", label="input")
-    axes[2].set(xlabel="step", ylabel="energy of high frequencies, of the input's")
+    axes[2].set(xlabel="step", ylabel="sharpness (1: the input's)")
     for axis in axes:
         if start2 is not None:
             axis.axvline(start2, color="grey", linewidth=0.8, linestyle=":", label="stage 2 begins")
@@ -504,7 +507,7 @@ def main(args):
         for optimizer, state in zip(optimizers, saved["optimizers"]):
             optimizer.load_state_dict(state)
         scaler.load_state_dict(saved["scaler"])
-        lines = (out / "log.jsonl").read_text().splitlines() if (out / "log.jsonl").exists() else []
+        lines = (out / "log.jsonl").read_text().split("\n")[:-1]      # a line that a kill cut short is of a later step anyway
         log = [line for line in map(json.loads, lines) if line["step"] <= step]
     if chief and not args.profile:
         out.mkdir(parents=True, exist_ok=True)

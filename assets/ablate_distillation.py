@@ -23,10 +23,10 @@ ADAMW = ["--muon-lr", "0"]
 ARMS = {        # flags besides the recipe's; "none" is without the term, "paper" is Equation 4 as it stands
     "none": ["--distill-weight", "0"],
     "norm0.02": [],
-    "paper": ["--distill-weight", "1", "--no-normalize"],
+    "paper": ["--equation4"],
     "adamw-none": ["--distill-weight", "0", *ADAMW],
     "adamw-norm0.02": ADAMW,
-    "adamw-paper": ["--distill-weight", "1", "--no-normalize", *ADAMW],
+    "adamw-paper": ["--equation4", *ADAMW],
 }
 NAMES = {"none": "without", "norm0.02": "normalised features, weight 0.02", "paper": "Equation 4, weight 1"}
 
