@@ -507,7 +507,8 @@ def main(args):
         for optimizer, state in zip(optimizers, saved["optimizers"]):
             optimizer.load_state_dict(state)
         scaler.load_state_dict(saved["scaler"])
-        lines = (out / "log.jsonl").read_text().split("\n")[:-1]      # a line that a kill cut short is of a later step anyway
+        text = (out / "log.jsonl").read_text() if (out / "log.jsonl").exists() else ""
+        lines = text.split("\n")[:-1]                         # without one that a kill cut short: it is of a later step anyway
         log = [line for line in map(json.loads, lines) if line["step"] <= step]
     if chief and not args.profile:
         out.mkdir(parents=True, exist_ok=True)

@@ -623,3 +623,19 @@ def test_a_student_of_other_latents_is_refused_in_one_line():
     with pytest.raises(TypeError) as error:
         use_student(object(), on_meta(CONFIGS["ltx"]))
     one_line(error, "object")
+
+
+def test_checkpointing_changes_memory_and_not_gradients():
+    """What autograd keeps for the backward pass is counted, and every gradient compared."""
+    gradients, kept = [], []
+    for checkpointing in (False, True):
+        torch.manual_seed(0)
+        model, latents = TurboVAED(CONFIGS["tiny"]), torch.randn(1, 16, 2, 4, 4)
+        model.checkpointing, sizes = checkpointing, []
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: (sizes.append(x.numel()), x)[1], lambda x: x):
+            video, features = model(latents, return_features=("mid",))
+        (video.square().mean() + features["mid"].abs().mean()).backward()
+        gradients.append({name: p.grad for name, p in model.named_parameters()})
+        kept.append(sum(sizes))
+    torch.testing.assert_close(*gradients)
+    assert kept[1] < 0.5 * kept[0]
