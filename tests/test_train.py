@@ -262,7 +262,7 @@ def test_a_run_killed_at_random_moments_ends_as_if_it_was_not(staged, videos, tm
         if process.returncode == 0:                             # it came to its end first: begin again
             same_run(staged / "out", out)
             shutil.rmtree(out)
-    run(*arguments, *["--resume"] * (out / "args.json").exists())
+    run(*arguments[1:], *["--resume"] * (out / "args.json").exists())
     same_run(staged / "out", out)
 
 
