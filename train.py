@@ -325,7 +325,8 @@ def report(timer, args, device, world, path):
     total, steps = sum(timer.seconds.values()), args.profile
     for part, seconds in timer.seconds.items():
         print(f"{part:16} {1000 * seconds / steps:9.1f} ms a step  {100 * seconds / total:5.1f} %")
-    rate, samples = args.batch * steps / total, args.batch * (args.steps + (args.stage2_steps if args.stage2 != "off" else 0))
+    stage1 = args.stage2 if isinstance(args.stage2, int) else args.steps
+    rate, samples = args.batch * steps / total, args.batch * (stage1 + (args.stage2_steps if args.stage2 != "off" else 0))
     hours = samples / rate / 3600
     import resource
     peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
