@@ -1,6 +1,6 @@
 """Training with and without the distillation term, on the embedded teacher: results/distillation/.
 
-    python assets/ablate_distillation.py                   # all runs (about five hours on one core), the table, the picture
+    python assets/ablate_distillation.py                   # all runs (some four minutes each on one core), the table, the picture
     python assets/ablate_distillation.py --steps 50 --seeds 0 --out /tmp/ablation      # try it
 
 Every run is train.py with the embedded recipe (8 clips of 8x64x64 a step, cosine) and one thread; runs of one seed share
