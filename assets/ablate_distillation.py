@@ -21,8 +21,8 @@ import matplotlib.pyplot as plt          # noqa: E402
 ROOT = Path(__file__).resolve().parent.parent
 ADAMW = ["--muon-lr", "0"]
 ARMS = {        # flags besides the recipe's; "none" is without the term, "paper" is Equation 4 as it stands
+    "norm0.02": [],                      # first, since a cache holds the features of the run that made it
     "none": ["--distill-weight", "0"],
-    "norm0.02": [],
     "paper": ["--equation4"],
     "adamw-none": ["--distill-weight", "0", *ADAMW],
     "adamw-norm0.02": ADAMW,
