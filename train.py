@@ -48,7 +48,7 @@ from teachers import TEACHERS, load_teacher
 
 # Section 4.2: AdamW, learning rate 2e-4, betas 0.9 and 0.95, effective batch 32, 17 (dc: 16) frames at 256x256.
 # Weight decay and EMA as in the published code; 70,000 and 40,000 steps as a user's reproduction of ltx reports.
-PAPER = dict(frames=17, size=256, batch=32, micro_batch=2, steps=70_000, lr=2e-4, muon_lr=0.0, schedule="constant", align=["mid", "up0", "up1"],
+PAPER = dict(frames=17, size=256, batch=32, micro_batch=2, steps=110_000, lr=2e-4, muon_lr=0.0, schedule="constant", align=["mid", "up0", "up1"],
              lpips_weight=1.0, distill_weight=1.0, normalize=False, data="data/vidgen", eval_every=1000, workers=4,
              stage2="auto", stage2_steps=40_000, stage2_lr=1.0, adversarial_weight=0.05, disc_lr=2e-4, disc_width=64)
 RECIPES = {
@@ -86,10 +86,10 @@ def parse_args(argv=None):
     p.add_argument("--frames", type=int, help="frames of a clip *")
     p.add_argument("--size", type=int, help="height and width of a clip in pixels *")
     p.add_argument("--stride", type=int, default=1, help="keep every so many frames of a video (default: 1)")
-    p.add_argument("--steps", type=int, help="optimiser steps of stage 1, at most *")
+    p.add_argument("--steps", type=int, help="optimiser steps, both stages together, at most *")
     p.add_argument("--stage2", type=stage2, metavar="auto|STEP|off", help="when the adversarial term joins: once validation PSNR has gained "
-                   "less than --stage2-gain over --stage2-evaluations, or --steps are over; at that step; never *")
-    p.add_argument("--stage2-steps", type=int, help="optimiser steps of stage 2 *")
+                   "less than --stage2-gain over --stage2-evaluations, or --stage2-steps are left; at that step; never *")
+    p.add_argument("--stage2-steps", type=int, help="optimiser steps of stage 2 where it begins by itself *")
     p.add_argument("--stage2-lr", type=float, help="the student's learning rates in stage 2, as a part of stage 1's *")
     p.add_argument("--stage2-gain", type=float, default=0.05, help="in dB (default: 0.05)")
     p.add_argument("--stage2-evaluations", type=int, default=5, help="(default: 5)")
@@ -148,8 +148,8 @@ def parse_args(argv=None):
     args.out = args.out or f"out/{args.teacher}"
     if not args.distill_weight:
         args.align = []
-    if isinstance(args.stage2, int) and args.stage2 > args.steps:
-        p.error(f"--stage2 {args.stage2} lies behind --steps {args.steps}, the end of stage 1")
+    if isinstance(args.stage2, int) and args.stage2 >= args.steps:
+        p.error(f"--stage2 {args.stage2} lies behind the run's --steps {args.steps}")
     return args
 
 
@@ -325,8 +325,7 @@ def report(timer, args, device, world, path):
     total, steps = sum(timer.seconds.values()), args.profile
     for part, seconds in timer.seconds.items():
         print(f"{part:16} {1000 * seconds / steps:9.1f} ms a step  {100 * seconds / total:5.1f} %")
-    stage1 = args.stage2 if isinstance(args.stage2, int) else args.steps
-    rate, samples = args.batch * steps / total, args.batch * (stage1 + (args.stage2_steps if args.stage2 != "off" else 0))
+    rate, samples = args.batch * steps / total, args.batch * args.steps
     hours = samples / rate / 3600
     import resource
     peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -565,11 +564,13 @@ def main(args):
                              pin_memory=device.type == "cuda"))
     bar = tqdm(total=args.steps, initial=step, unit="step", disable=not (chief and sys.stderr.isatty()))
     first_step = last_step = step
+    latest = args.steps - args.stage2_steps                   # auto's; a run too short for that has stage 2 only if it converges
+    stage1 = args.stage2 if isinstance(args.stage2, int) else latest if args.stage2 == "auto" and latest > 0 else args.steps
     clock, sums, clipped, last_elapsed, spent, damp, timer = time.time(), {}, 0, elapsed, 0.0, 1.0, lambda part: nullcontext()
     while True:
-        if args.minutes or step % args.eval_every == 0 or step in (first_step, args.steps, args.stage2):
-            begins = start2 is None and (step == args.stage2 or args.stage2 == "auto" and (
-                step == args.steps or converged(log, args.stage2_evaluations, args.stage2_gain)))
+        if args.minutes or step % args.eval_every == 0 or step in (first_step, stage1):
+            begins = start2 is None and step < args.steps and (
+                step == stage1 or args.stage2 == "auto" and converged(log, args.stage2_evaluations, args.stage2_gain))
             decision = torch.tensor([elapsed / (60 * args.minutes) if args.minutes else 0, begins, damping(log, start2, args.max_drop)],
                                     dtype=torch.float64, device=device)
             if world > 1:                                     # the chief has the clock and the validations
@@ -578,8 +579,10 @@ def main(args):
             if begins:
                 start2 = step
                 begin_stage2()
-                say(f"step {step}: stage 2 begins, {args.stage2_steps} steps")
-        begun, length = (0, args.steps) if start2 is None else (start2, args.stage2_steps)
+                say(f"step {step}: stage 2 begins")
+        begun, length = (0, stage1) if start2 is None else (start2, args.steps - start2)
+        if args.stage2 == "auto" and start2 is not None:
+            length = min(length, args.stage2_steps)
         if step >= begun + length or spent >= 1:
             break
         bar.total, bar.desc = begun + length, f"stage {1 if start2 is None else 2}"
