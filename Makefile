@@ -8,7 +8,7 @@ RUN = .venv/bin/python
 .PHONY: demo test clean
 
 demo: .venv/ready
-	$(RUN) train.py --minutes 4 --steps 100000 --batch 4 --micro-batch 4 --warmup 30 --out out/demo --overwrite
+	$(RUN) train.py --minutes 4 --steps 100000 --out out/demo --overwrite
 	$(RUN) evaluate.py --student out/demo $(wildcard assets/tiny_student.safetensors) --out out/demo
 
 test: .venv/ready
