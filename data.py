@@ -1,4 +1,4 @@
-"""Clips: from folders of video files, made up from noise, and from a cache of what a teacher makes of them.
+"""Clips: from videos, from the data sets of the paper, made up from noise, and from a cache of what a teacher makes of them.
 
 Every data set here is a function of one number. In training, `clips[n]` for n = 0, 1, 2, ... is an endless
 stream in which the file, the window, the crop and the flip (or the whole made-up scene) depend on the seed
@@ -10,8 +10,11 @@ Clips are (3, T, H, W), float32, RGB in [-1, 1].
 import json
 import math
 import os
+import re
 import shutil
 import sys
+import tempfile
+import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 
@@ -21,6 +24,7 @@ import torch
 import torch.nn.functional as F
 from av.stream import Disposition
 from av.video.reformatter import Interpolation
+from PIL import Image, ImageOps
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch.utils.data import DataLoader, Dataset
@@ -31,6 +35,7 @@ from tqdm import tqdm
 # video files
 
 SUFFIXES = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".ts", ".wmv", ".flv", ".3gp", ".ogv", ".gif")
+IMAGES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")      # a folder of these is a video too
 BROKEN = (av.FFmpegError, OSError, ValueError, MemoryError)     # all that PyAV raises on damaged files
 EXACT = Interpolation.BILINEAR | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT  # the default loses 2 of 255 levels
 
@@ -56,8 +61,16 @@ def video_stream(container):
     raise BadVideo("no video stream that can be decoded")
 
 
+def frame_files(folder):
+    """The names of a folder's images in the order of the numbers in them, 2 before 10."""
+    names = [name for name in os.listdir(folder) if name.lower().endswith(IMAGES) and not name.startswith(".")]
+    return sorted(names, key=lambda name: [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)])
+
+
 def count_frames(path):
-    """How many frames the file's header promises; raises one of BROKEN if it is no video."""
+    """How many frames the file's header promises, or the folder holds; raises one of BROKEN if it is no video."""
+    if os.path.isdir(path):
+        return len(frame_files(path))
     if not os.path.getsize(path):
         raise BadVideo("empty file")
     # Without a decoder FFmpeg cannot decode a first frame to learn more than we ask: 0.3 ms a file, not 10.
@@ -74,6 +87,16 @@ def count_frames(path):
 def read_frames(path, start, frames, stride):
     """Yields `frames` frames, (H, W, 3) uint8 RGB, every `stride`-th of the file from about number `start` on,
     holding one at a time. Raises one of BROKEN if the file ends early or is damaged there."""
+    if os.path.isdir(path):
+        for name in frame_files(path)[start:start + (frames - 1) * stride + 1:stride]:
+            try:
+                with Image.open(os.path.join(path, name)) as image:
+                    if image.mode.startswith(("I", "F")):           # Pillow would clip more than 8 bits to white
+                        raise BadVideo(f"images of 8 bits are needed, not mode {image.mode}")
+                    yield np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
+            except (OSError, ValueError, SyntaxError) as error:     # all that Pillow raises on damaged files
+                raise BadVideo(f"{name}: {why(error)}") from None
+        return
     with open_video(path) as container:
         stream, rate = video_stream(container)
         codec = stream.codec_context
@@ -118,9 +141,22 @@ def shuffled(n, *key):
     return np.random.default_rng(key).permutation(n)
 
 
-class VideoClips(Dataset):
-    """Clips from a video file or from all video files in a folder, at any depth: (3, frames, height, width).
+def find_videos(root):
+    """Yields (relative to root) all video files at any depth, and all folders that hold images and nothing to look into."""
+    for folder, below, found in os.walk(root, followlinks=True):
+        relative = lambda path: os.path.relpath(path, root).replace(os.sep, "/")
+        videos = [name for name in found if name.lower().endswith(SUFFIXES)]
+        yield from (relative(os.path.join(folder, name)) for name in videos)
+        if not videos and not below and frame_files(folder):
+            yield relative(folder)
 
+
+class VideoClips(Dataset):
+    """Clips from a video or from all videos in a folder, at any depth: (3, frames, height, width).
+
+    A video is a file, or a folder of its frames as images.
+
+    names    the videos of `root` to take, as relative paths, instead of all that are there
     size     an int or (height, width): the largest crop of that shape, resized (bicubic, antialiased), so the
              short side fits exactly
     stride   keeps every stride-th frame
@@ -136,21 +172,18 @@ class VideoClips(Dataset):
     ValueError if it holds nothing usable; `clips[n]` raises RuntimeError if no file at all can be decoded.
     """
 
-    def __init__(self, root, frames, size, stride=1, train=True, seed=0):
+    def __init__(self, root, frames, size, stride=1, train=True, seed=0, names=None):
         self.height, self.width = (size, size) if isinstance(size, int) else size
         self.frames, self.stride, self.train, self.seed = frames, stride, train, seed
         if min(frames, stride, self.height, self.width) < 1:
             raise ValueError(f"frames, size and stride must be at least 1, not {frames}, {size} and {stride}")
-        if os.path.isfile(root):
-            self.root, names = os.path.split(os.path.abspath(root))
-            names = [names]
-        elif os.path.isdir(root):
-            self.root = os.path.abspath(root)
-            names = sorted(os.path.relpath(os.path.join(folder, name), root).replace(os.sep, "/")
-                           for folder, _, found in os.walk(root, followlinks=True)
-                           for name in found if name.lower().endswith(SUFFIXES))
-        else:
+        self.root = os.path.abspath(root)
+        if not os.path.exists(root):
             raise FileNotFoundError(f"no video file or folder {root}")
+        names = sorted(find_videos(root)) if names is None else list(names)
+        if os.path.isfile(root) or names == ["."]:
+            self.root, name = os.path.split(self.root)
+            names = [name]
 
         self.span = (frames - 1) * stride + 1
         self.files, self.counts, self.skipped = [], [], {}
@@ -169,7 +202,7 @@ class VideoClips(Dataset):
                 print(line, file=sys.stderr)
         if not self.files:
             raise ValueError(f"no usable video in {root}: looked for files of {self.span} frames or more that end in "
-                             f"{' '.join(SUFFIXES)}, found {len(names)} files and skipped them all")
+                             f"{' '.join(SUFFIXES)}, and for folders of images; found {len(names)} and skipped them all")
         self.gave_way = torch.zeros(len(self.files), dtype=torch.bool).share_memory_()    # one table for all workers
 
     def probe(self, name):
@@ -241,6 +274,87 @@ class VideoClips(Dataset):
         top, left = int(y * (image.shape[0] - h + 1)), int(x * (image.shape[1] - w + 1))
         image = torch.from_numpy(np.ascontiguousarray(image[top:top + h, left:left + w])).permute(2, 0, 1)[None]
         return F.interpolate(image, (self.height, self.width), mode="bicubic", antialias=True)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# the paper's data sets
+
+# name: (height and width the paper evaluates at, where the data set is to be had)
+DATA_SETS = {
+    "davis": ((512, 512), "https://davischallenge.org/davis2017/code.html"),
+    "ucf101": ((256, 256), "https://www.crcv.ucf.edu/data/UCF101.php"),
+    "vidgen": ((256, 256), "https://huggingface.co/datasets/Fudan-FUXI/VIDGEN-1M"),
+    "openvid": ((360, 640), "https://huggingface.co/datasets/nkp37/OpenVid-1M"),
+}
+# name: (address, SHA-256) of archives. No checksum is published of DAVIS's test-dev archive, whose place is beside this one.
+ARCHIVES = {
+    "davis": [("https://data.vision.ee.ethz.ch/csergi/share/davis/DAVIS-2017-trainval-480p.zip",
+               "e3d0b5b77c3d031b000a19e0e25e3e2cac65d183755601bc2cf066df1a2aa492")],
+    "ucf101": [("https://www.crcv.ucf.edu/data/UCF101/UCF101TrainTestSplits-RecognitionTask.zip",
+                "5c0d1a53b8ed364a2ac830a73f405e51bece7d98ce1254fd19ed4a36b224bd27"),
+               ("https://storage.googleapis.com/thumos14_files/UCF101_videos.zip",
+                "dabf56f573cd19c79e096563529fec8126a2a34e18e10c72eb621dd687532b0d")],
+}
+
+
+def split_names(root, split):
+    """The first words of the lines of a split's file, wherever under `root` it lies, or of the file `split`."""
+    lists = [split] if os.path.isfile(split) else sorted(
+        os.path.join(folder, name) for folder, _, found in os.walk(root) for name in found if name in (split, f"{split}.txt"))
+    if not lists:
+        raise FileNotFoundError(f"no split {split}: neither a file of that name nor {split}.txt under {root}")
+    with open(lists[0]) as file:
+        return [line.split()[0] for line in file if line.strip()]
+
+
+def find_clips(data, root=None, split=None):
+    """(folder, names) of the videos that `data` means, for VideoClips; names None for all in the folder.
+
+    data: davis, which is the split test-dev where that is there, else val; ucf101, which is testlist01, the 3,783 clips
+    of the paper; vidgen, openvid, or a video or folder. A name is looked for in data/<name>, or in `root`. split: another
+    list of the data set's, or a text file with a name a line. Raises FileNotFoundError that says where to get it.
+    """
+    folder = str(root or (data if os.path.exists(data) else os.path.join("data", data)))
+    if not os.path.exists(folder):
+        hint = f"; it is to be had from {DATA_SETS[data][1]}" if data in DATA_SETS else ""
+        hint += ", or by --download" if data in ARCHIVES else ""
+        raise FileNotFoundError(f"no videos called {data}: put them into the folder {folder}, or name the folder that holds them{hint}")
+    if data == "davis":
+        folder = os.path.join(folder, "DAVIS") if os.path.isdir(os.path.join(folder, "DAVIS")) else folder      # as unpacked
+        frames, lists = (os.path.join(folder, *parts) for parts in (("JPEGImages", "480p"), ("ImageSets", "2017")))
+        if not os.path.isdir(frames):
+            raise FileNotFoundError(f"{folder} holds no JPEGImages/480p, as DAVIS-2017 does; get it from {DATA_SETS[data][1]}, or by --download")
+        names = split_names(lists, split or ("test-dev" if os.path.exists(os.path.join(lists, "test-dev.txt")) else "val"))
+        return frames, names
+    if data == "ucf101":
+        there = {os.path.basename(name): name for name in find_videos(folder)}      # by class in the release, flat in the mirror
+        return folder, [there.get(os.path.basename(name), name) for name in split_names(folder, split or "testlist01")]
+    return folder, split_names(folder, split) if split else None
+
+
+def download(data, root=None):
+    """Fetches and unpacks the archives of davis (0.8 GB) or ucf101 (7 GB) into data/<name>, or `root`, checking their sums.
+
+    Raises ValueError for other data sets, or for an archive that is not what it was; OSError where it cannot be had.
+    """
+    if data not in ARCHIVES:
+        raise ValueError(f"--download fetches {' and '.join(ARCHIVES)}; {data} is to be had from {DATA_SETS[data][1]}" if data in DATA_SETS
+                         else f"--download fetches {' and '.join(ARCHIVES)}, not {data}")
+    root = root or os.path.join("data", data)
+    os.makedirs(root, exist_ok=True)
+    for address, sha256 in ARCHIVES[data]:
+        print(f"fetching {address} into {root}", flush=True)
+        with tempfile.TemporaryDirectory(dir=root) as folder:
+            archive = os.path.join(folder, "archive.zip")
+            try:
+                torch.hub.download_url_to_file(address, archive, hash_prefix=sha256, progress=sys.stderr.isatty())
+            except OSError as error:
+                raise OSError(f"{address} could not be fetched ({why(error)}); fetch it by hand and unpack it into {root}") from None
+            except RuntimeError:
+                raise ValueError(f"{address} is not the archive whose SHA-256 is {sha256}: nothing was unpacked") from None
+            with zipfile.ZipFile(archive) as held:
+                held.extractall(os.path.join(folder, "all"))
+            shutil.copytree(os.path.join(folder, "all"), root, dirs_exist_ok=True, copy_function=os.replace)
 
 
 # ----------------------------------------------------------------------------------------------------------

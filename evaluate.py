@@ -1,14 +1,21 @@
-"""How good and how fast are a teacher and its students? PSNR, SSIM, decoding speed, and a side-by-side picture.
+"""How good and how fast are a teacher and its students? The rows of the paper's Tables 3 and 4, and pictures to look at.
 
     python evaluate.py                                     # the newest student under out/, on made-up video
-    python evaluate.py --data davis                        # on the videos in data/davis
-    python evaluate.py --data my_videos --clips 100 --size 512
-    python evaluate.py --student out/a out/b --teacher ltx --device cuda      # several students, several rows
+    python evaluate.py --data davis                        # Table 4: DAVIS-2017 in data/davis (--download fetches it)
+    torchrun --nproc_per_node=8 evaluate.py --data ucf101 --teacher ltx --student out/a out/b      # Table 3, two students
+    python evaluate.py --data my_videos --size 480x832 --against teacher
+
+    python evaluate.py --reconstruct in.mp4 out.mp4        # any video through encoder and student
+
+    python evaluate.py --generate prompts.txt --pipeline Lightricks/LTX-Video --latents out/latents
+    python evaluate.py --latents out/latents --data openvid        # Table 3's FVD: generated against real video
 
 Every clip is encoded once (the posterior's mean), decoded by the teacher and by every student, and compared with the
-input. Prints a table and writes results.json and compare.png.
+input. Values go from [-1, 1] to [0, 1] and are clamped, nothing else. Prints a table and writes results.json,
+results.md, compare.png and compare.mp4.
 """
 import argparse
+import hashlib
 import json
 import math
 import os
@@ -16,18 +23,35 @@ import platform
 import statistics
 import sys
 import time
+import warnings
+from collections import deque
+from fractions import Fraction
+from importlib.metadata import version
 from pathlib import Path
 
+import av
+import numpy as np
 import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageFont
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm import tqdm
 
-from data import CLIPS_PER_SCENE, BadVideo, SyntheticClips, VideoClips
+from data import (BROKEN, CLIPS_PER_SCENE, DATA_SETS, EXACT, BadVideo, SyntheticClips, VideoClips, download, find_clips,
+                  open_video, video_stream, why)
 from model import CONFIGS, OWN_FILE, TurboVAED
 from teachers import TEACHERS, load_teacher
 
 SHIPPED = Path(__file__).resolve().parent / "assets" / "tiny_student.safetensors"
 HELD_OUT = 10_000               # seed of made-up clips that training, which counts its seeds from 0, does not see
 WARM_UP, ROUNDS = 2, 7          # of the speed measurement
+# name: (heading, decimals); "fvd" is the rFVD of reconstructions and the FVD of generated video
+METRICS = {"psnr": ("PSNR (dB)", 2), "ssim": ("SSIM", 4), "lpips": ("LPIPS", 4), "temporal": ("temporal", 2), "fvd": ("rFVD", 2)}
+I3D_URL = "https://huggingface.co/flateon/FVD-I3D-torchscript/resolve/main/i3d_torchscript.pt"
+I3D_SHA256 = "bec6519f66ea534e953026b4ae2c65553c17bf105611c746d904657e5860a5e2"
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -38,13 +62,17 @@ def frames_of(video):
     return video.float().clamp(-1, 1).add(1).div(2).transpose(1, 2).flatten(0, 1)
 
 
+def check_shapes(a, b):
+    if a.shape != b.shape:
+        raise ValueError(f"cannot compare clips of shapes {tuple(a.shape)} and {tuple(b.shape)}")
+
+
 def psnr(a, b):
     """PSNR in dB of each clip, (B,): the mean over frames of each frame's PSNR, with a peak of 1 in [0, 1].
 
     a, b: (B, 3, T, H, W) in [-1, 1], clamped to it. Infinite for equal frames. ValueError if shapes differ.
     """
-    if a.shape != b.shape:
-        raise ValueError(f"cannot compare clips of shapes {tuple(a.shape)} and {tuple(b.shape)}")
+    check_shapes(a, b)
     error = (frames_of(a) - frames_of(b)).square().mean((1, 2, 3))
     return (-10 * error.log10()).view(len(a), -1).mean(1)
 
@@ -56,12 +84,109 @@ def ssim(a, b):
     window, 11 pixels.
     """
     from torchmetrics.functional.image import structural_similarity_index_measure
-    if a.shape != b.shape:
-        raise ValueError(f"cannot compare clips of shapes {tuple(a.shape)} and {tuple(b.shape)}")
+    check_shapes(a, b)
     if min(a.shape[-2:]) < 11:
         raise ValueError(f"SSIM needs frames of 11x11 or more, not {a.shape[-2]}x{a.shape[-1]}")
     each = structural_similarity_index_measure(frames_of(a), frames_of(b), data_range=1.0, reduction="none")
     return each.view(len(a), -1).mean(1)
+
+
+def temporal_error(a, b):
+    """Temporal consistency of each clip, (B,): the mean absolute error of the differences between neighbouring frames,
+    in 8-bit levels (1/255 of [0, 1]). Zero where a moves and flickers as b does, whatever their colours.
+
+    a, b: (B, 3, T, H, W) in [-1, 1], clamped to it. NaN for single frames. ValueError if shapes differ.
+    """
+    check_shapes(a, b)
+    change_a, change_b = (frames_of(v).unflatten(0, v.shape[:1] + v.shape[2:3]).diff(dim=1) for v in (a, b))
+    return 255 * (change_a - change_b).abs().mean((1, 2, 3, 4))
+
+
+def frechet_distance(features_a, features_b):
+    """Fréchet distance between the Gaussians that fit two sets of features, (n, d) and (m, d): |μa - μb|² +
+    tr(Σa + Σb - 2 (Σa Σb)^½), as in FVD (Unterthiner et al. 2018), covariances with n - 1. A float, in float64.
+
+    The last trace is the sum of square roots of the eigenvalues of the symmetric Σa^½ Σb Σa^½. With Σ = XᵀX, X the centred
+    features, those roots are the singular values of Xa Xbᵀ: exact for any rank, so also for fewer clips than dimensions,
+    and no product is squared on the way. ValueError for fewer than two rows, or for features that are not finite.
+    """
+    a, b = features_a.double(), features_b.double()
+    if min(len(a), len(b)) < 2 or a.shape[1:] != b.shape[1:] or a.ndim != 2:
+        raise ValueError(f"a Fréchet distance needs two sets of two or more rows, not {tuple(a.shape)} and {tuple(b.shape)}")
+    if not (a.isfinite().all() and b.isfinite().all()):
+        raise ValueError("a Fréchet distance needs finite features")
+    shift = (a.mean(0) - b.mean(0)).square().sum()
+    a, b = ((x - x.mean(0)) / math.sqrt(len(x) - 1) for x in (a, b))
+    a, b = (torch.linalg.qr(x, mode="r").R if len(x) > x.shape[1] else x for x in (a, b))      # the same Σ from d rows
+    distance = shift + a.square().sum() + b.square().sum() - 2 * torch.linalg.svdvals(a @ b.T).sum()
+    return max(distance.item(), 0.0)
+
+
+def load_lpips(path, device):
+    """A function of two clips (B, 3, T, H, W) in [-1, 1]: LPIPS (Zhang et al. 2018) on AlexNet, mean over frames, (B,).
+
+    path: torchvision's AlexNet weights; None downloads them, with a checked sum, into PyTorch's cache, or OSError.
+    """
+    import lpips
+    try:
+        with warnings.catch_warnings():         # of torchvision's, about how the package asks for the weights
+            warnings.simplefilter("ignore")
+            net = lpips.LPIPS(net="alex", verbose=False, pnet_rand=path is not None)
+        if path:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+            net.net.load_state_dict({key: state[f"features.{key.split('.', 1)[1]}"] for key in net.net.state_dict()})
+    except Exception as error:      # no network, no such file, another file: all mean "not there"
+        raise OSError(f"no AlexNet weights ({why(error)}); name torchvision's alexnet-owt-7be5be79.pth with --lpips-weights, "
+                      f"or put it into {torch.hub.get_dir()}/checkpoints".replace("\n", " ")) from None
+    net = net.to(device).eval()
+    clean = lambda video: frames_of(video) * 2 - 1
+    return lambda a, b: net(clean(a), clean(b)).view(len(a), -1).mean(1)
+
+
+def load_i3d(path, device, frames):
+    """A function of clips (B, 3, T, H, W) in [-1, 1] that gives I3D features, (B, d) with d = 400, for FVD.
+
+    The detector is StyleGAN-V's TorchScript, whose features are the original FVD's. It says itself what it wants:
+    rescale=True takes values in [0, 255] to [-1, 1], resize=True frames of any size to 224x224, trilinearly. Both are left to
+    it, and the range is checked here: [0, 255] rescaled must give what [-1, 1] gives as it is. path: the file; None
+    downloads it, with a checked sum, into PyTorch's cache. OSError without it, ValueError if it is another detector or
+    clips of so many frames are too short for it.
+    """
+    file = Path(path) if path else Path(torch.hub.get_dir()) / "checkpoints" / "i3d_torchscript.pt"
+    if not path and not file.is_file():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            torch.hub.download_url_to_file(I3D_URL, str(file), hash_prefix=I3D_SHA256, progress=sys.stderr.isatty())
+        except (OSError, RuntimeError) as error:
+            raise OSError(f"no I3D weights ({why(error)}); name i3d_torchscript.pt with --i3d, or put it into {file.parent}") from None
+    try:
+        detector = torch.jit.load(str(file), map_location=device).eval()
+    except (RuntimeError, ValueError, OSError) as error:
+        raise OSError(f"{file} is no TorchScript file ({why(error).strip().splitlines()[0]})") from None
+    detect = lambda x, rescale: detector(x, rescale=rescale, resize=True, return_features=True)
+    probe = torch.rand(1, 3, frames, 64, 64, generator=torch.Generator().manual_seed(0)).to(device)
+    try:
+        rescaled, plain = detect(255 * probe, True), detect(2 * probe - 1, False)
+    except RuntimeError:
+        raise ValueError(f"I3D takes no clips of {frames} frames" if frames < 10 else f"{file} is not the I3D detector of FVD") from None
+    if rescaled.ndim != 2 or not torch.allclose(rescaled, plain, rtol=1e-3, atol=1e-3 * plain.abs().max().item()):
+        raise ValueError(f"{file} is not the I3D detector of FVD: it does not rescale [0, 255] to [-1, 1]")
+    return lambda video: detect(255 * frames_of(video).unflatten(0, (len(video), -1)).transpose(1, 2), True)
+
+
+def load_metrics(args, frames, device):
+    """({name: function of two clips}, I3D or None, {metric left out: why})."""
+    functions, detector, without = {"psnr": psnr, "ssim": ssim, "temporal": temporal_error}, None, {}
+    functions = {name: f for name, f in functions.items() if name in args.metrics}
+    for name, load in (("lpips", lambda: load_lpips(args.lpips_weights, device)), ("fvd", lambda: load_i3d(args.i3d, device, frames))):
+        if name in args.metrics:
+            try:
+                loaded = load()
+            except (OSError, ValueError) as error:
+                without[name] = str(error)
+            else:
+                functions, detector = (functions | {name: loaded}, detector) if name == "lpips" else (functions, loaded)
+    return functions, detector, without
 
 
 def decode_speeds(decoders, latents):
@@ -96,7 +221,6 @@ def find_students(paths):
     if not SHIPPED.is_file():
         raise FileNotFoundError(f"no student: out/ holds none and neither does {short(SHIPPED)}; "
                                 f"train one (make demo), or name one with --student")
-    print(f"no student in out/: evaluating the shipped one, {short(SHIPPED)}")
     return [SHIPPED]
 
 
@@ -113,37 +237,172 @@ def teacher_name(student):
     return student.metadata.get("teacher", named)
 
 
-def open_data(data, frames, size, seed):
-    """(number and name of each clip in order, data set)."""
-    if data == "synthetic":
-        clips = SyntheticClips(frames, size, seed=seed)
+def load_decoders(args, device):
+    """(teacher, {name: student}, {name: file})."""
+    files = {short(file): file for file in find_students(args.student)}
+    students = {name: TurboVAED.from_pretrained(file) for name, file in files.items()}
+    dtype = getattr(torch, args.dtype)
+    teacher = load_teacher(args.teacher or teacher_name(next(iter(students.values()))), args.teacher_weights, device, dtype)
+    for name, student in students.items():
+        config = student.config
+        fits = (teacher.latent_channels, tuple(teacher.compression), teacher.images)
+        if (config.latent_channels, config.compression, config.drop_first) != fits:
+            raise ValueError(f"{name} decodes {config.latent_channels} channels at {config.compression}, not the latents "
+                             f"of the {teacher.name} teacher, {teacher.latent_channels} channels at {fits[1]}")
+        student.to(device, dtype).eval()
+        if device.type == "cuda":
+            student.channels_last()
+    return teacher, students, files
+
+
+def clip_shape(args, teacher):
+    """(frames, height, width) of a clip: what was asked for, else the paper's for that data set and teacher.
+
+    The embedded teacher, which never saw anything else, takes 8 frames.
+    """
+    step, extra, tiny = teacher.frame_step, int(teacher.images), teacher.name == "tiny"
+    frames = args.frames or (8 if tiny else (17 - extra) // step * step + extra)
+    usual = DATA_SETS[args.data][0] if args.data in DATA_SETS else (128, 128) if tiny else (256, 256)
+    size = args.size or tuple(side // d * d for side, d in zip(usual, teacher.compression[1:]))   # 360 is no multiple of 32
+    teacher.check_clip(frames, *size)
+    return frames, *size
+
+
+def open_clips(args, frames, height, width):
+    """(clips, the numbers of those to evaluate, a function from number to name, {name: why it was skipped at once})."""
+    if args.data == "synthetic":
+        if height != width:
+            raise ValueError(f"made-up video is square: --size {height}, not {height}x{width}")
         # one clip of each painted scene
-        return ((n, f"clip {n}") for n in range(0, len(clips), CLIPS_PER_SCENE)), clips
-    root = Path(data) if Path(data).exists() else Path("data") / data
-    if not root.exists():
-        raise FileNotFoundError(f"no videos called {data}: put the video files into the folder {root}, "
-                                f"or pass --data the folder that holds them")
-    clips = VideoClips(root, frames, size, train=False)
-    return enumerate(clips.files), clips
+        return SyntheticClips(frames, height, seed=args.seed), range(0, CLIPS_PER_SCENE * (args.clips or 16), CLIPS_PER_SCENE), "clip {}".format, {}
+    if args.download and int(os.environ.get("RANK", 0)) == 0:
+        download(args.data, args.root)
+    if args.download and dist.is_initialized():
+        dist.barrier()
+    folder, names = find_clips(args.data, args.root, args.split)
+    clips = VideoClips(folder, frames, (height, width), train=False, names=names)
+    return clips, range(min(args.clips or len(clips), len(clips))), lambda n: clips.files[n], clips.skipped
+
+
+class SavedLatents(Dataset):
+    """Latents from files that --generate, or anybody, wrote: one .safetensors each that holds `latents`, (1, C, t, h, w)."""
+
+    def __init__(self, folder):
+        self.files = sorted(Path(folder).glob("*.safetensors"))
+        if not self.files:
+            raise FileNotFoundError(f"no latents in {folder}: --generate prompts.txt --pipeline HUB_ID makes some")
+
+    def __len__(self):
+        return len(self.files)
+
+    def __getitem__(self, n):
+        try:
+            latents = load_file(self.files[n])["latents"]
+        except Exception as error:      # safetensors has a class of its own for damaged files
+            raise BadVideo(f"{self.files[n].name}: no safetensors file with latents ({type(error).__name__})") from None
+        return latents.flatten(0, -5).float()
+
+
+class OrReason(Dataset):
+    """(n, item, None), or (n, None, why it cannot be had): what worker processes can hand over."""
+
+    def __init__(self, items):
+        self.items = items
+
+    def __len__(self):
+        return len(self.items)
+
+    def __getitem__(self, n):
+        try:
+            return n, self.items[n], None
+        except BadVideo as error:
+            return n, None, str(error)
+
+
+def measure(items, numbers, args, videos_of, reference, functions, detector, device, name_of, shape=None):
+    """This process's share of `numbers`: {n: {model: {metric: value}}, {model: {n: features}}, {name: why skipped}.
+
+    videos_of(items (B, ...)) -> {model: (B, 3, T, H, W)}; each is compared with that of `reference`, None for no comparison.
+    One batch is held at a time. All items have one shape, `shape` or the first one's; others are skipped by name.
+    """
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    records, features, skipped = {}, {}, {}
+    loader = DataLoader(Subset(OrReason(items), list(numbers)[rank::world]), args.batch, collate_fn=list, num_workers=args.workers)
+    with tqdm(total=len(numbers), unit="clip", disable=rank > 0 or not sys.stderr.isatty(), leave=False) as bar:
+        for batch in loader:
+            for n, item, reason in batch:
+                shape = shape or (item.shape if item is not None else None)
+                if reason is None and item.shape != shape:
+                    reason = f"of shape {tuple(item.shape)}, the others are {tuple(shape)}"
+                if reason:
+                    skipped[name_of(n)] = reason.removeprefix(f"{name_of(n)}: ")
+                    tqdm.write(f"skipping {name_of(n)}: {skipped[name_of(n)]}", file=sys.stderr)
+            good = [(n, item) for n, item, _ in batch if item is not None and item.shape == shape]
+            if good:
+                videos = videos_of(torch.stack([item for _, item in good]).to(device))
+                for model, video in videos.items():
+                    values = {name: f(video, videos[reference]).tolist() for name, f in functions.items()} if reference else {}
+                    found = detector(video).cpu() if detector else [None] * len(good)
+                    for i, (n, _) in enumerate(good):
+                        records.setdefault(n, {})[model] = {name: value[i] for name, value in values.items()}
+                        features.setdefault(model, {})[n] = found[i]
+            bar.update(world * len(batch))
+    return gather(records), gather(features), gather(skipped)
+
+
+def gather(mine):
+    """The dicts of all processes as one, on the first process; dicts of dicts are joined below."""
+    parts = [mine]
+    if dist.is_initialized():
+        parts = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
+        dist.gather_object(mine, parts)
+    whole = {}
+    for part in parts or []:
+        for key, value in part.items():
+            whole[key] = {**whole.get(key, {}), **value} if isinstance(value, dict) else value
+    return {key: whole[key] for key in sorted(whole)} if all(isinstance(key, int) for key in whole) else whole
+
+
+def distances(features, reference):
+    """{model: Fréchet distance of its clips to those of `reference`}, and a warning where they are too few."""
+    stacked = {model: torch.stack([found[n] for n in sorted(found)]) for model, found in features.items()}
+    clips, (_, d) = min(map(len, stacked.values())), next(iter(stacked.values())).shape
+    if clips < 2:
+        return {}, "needs two clips or more"
+    few = f"{clips} clips are too few to mean much: I3D has {d} features, and the distance falls with more clips" if clips <= d else None
+    return {model: frechet_distance(stacked[model], stacked[reference]) for model in stacked if model != reference}, few
 
 
 # ----------------------------------------------------------------------------------------------------------
 # what comes out
 
-def table(rows):
+def cell(value, decimals, unit=""):
+    return f"{value:.{decimals}f}{unit}" if value is not None and math.isfinite(value) else "-"
+
+
+def table(rows, metrics):
     """The rows as lines of text, numbers aligned to the right."""
-    header = ("model", "decoder (M)", "PSNR (dB)", "PSNR kept", "SSIM", "decode FPS", "speed-up")
-    cells = [(r["model"], f"{r['parameters'] / 1e6:.2f}", f"{r['psnr']:.2f}", f"{r['psnr_kept']:.1f}%",
-              f"{r['ssim']:.4f}", f"{r['fps']:.1f}", f"{r['speed_up']:.2f}x") for r in rows]
+    header = ("model", "decoder (M)", *(METRICS[m][0] for m in metrics), "PSNR kept", "decode FPS", "speed-up")
+    cells = [(r["model"], cell(r["parameters"] / 1e6, 2), *(cell(r[m], METRICS[m][1]) for m in metrics),
+              cell(r["psnr_kept"], 1, "%"), cell(r["fps"], 1), cell(r["speed_up"], 2, "x")) for r in rows]
     widths = [max(map(len, column)) for column in zip(header, *cells)]
     lines = ["  ".join([c[0].ljust(widths[0])] + [v.rjust(w) for v, w in zip(c[1:], widths[1:])])
              for c in (header, *cells)]
     return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
 
 
+def markdown(rows, metrics, compression, clips):
+    """The rows in the form of the paper's Table 3."""
+    arrow = {"psnr": "↑", "ssim": "↑"}
+    header = ["Model", "Decoder Param (M)", "(d_t, d_h, d_w)", "FPS↑", *(METRICS[m][0].split(" ")[0] + arrow.get(m, "↓") for m in metrics)]
+    lines = [[r["model"], cell(r["parameters"] / 1e6, 1), str(tuple(compression)), cell(r["fps"], 1),
+              *(cell(r[m], METRICS[m][1]) for m in metrics)] for r in rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in (header, ["---"] * len(header), *lines)) + f"\n\n{clips}\n"
+
+
 def replace(path, write):
     """write(temporary file), then rename it to path: a crash leaves no half file."""
-    partial_file = path.with_name(f".{path.name}.{os.getpid()}")
+    partial_file = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
     try:
         write(partial_file)
         os.replace(partial_file, path)
@@ -160,151 +419,397 @@ def finite(value):
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def picture(path, rows):
-    """One row of frames for each (label, [(title, (3, H, W) in [0, 1])]); whole pixels, so that nothing is blurred."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    h, w = rows[0][1][0][1].shape[1:]
-    scale = -(-384 // max(h, w))                         # small frames are magnified by a whole number
-    h, w, dpi, gap, left, top = h * scale, w * scale, 150, 12, 72, 56
-    width, height = left + len(rows[0][1]) * (w + gap), len(rows) * (h + top) + gap
-    figure = plt.figure(figsize=(width / dpi, height / dpi), dpi=dpi)
-    for i, (label, images) in enumerate(rows):
-        for j, (title, image) in enumerate(images):
-            x, y = left + j * (w + gap), height - (i + 1) * (h + top)
-            axes = figure.add_axes((x / width, y / height, w / width, h / height))
-            axes.imshow(image.permute(1, 2, 0).cpu().numpy(), interpolation="nearest")
-            axes.set(xticks=[], yticks=[])
-            axes.set_title(title, fontsize=8, pad=3)
-            if not j:
-                axes.set_ylabel(label, fontsize=8)
-    replace(path, lambda file: figure.savefig(file, dpi=dpi, format="png"))
-    plt.close(figure)
+def pixels(frame):
+    """(3, H, W) in [0, 1] -> (H, W, 3) uint8."""
+    return frame.mul(255).round().to(torch.uint8).permute(1, 2, 0).cpu().numpy()
+
+
+def sheet(rows, t):
+    """(H, W, 3) uint8: frame t of one row of clips for each (label, [(title, (T, 3, H, W) in [0, 1])])."""
+    h, w = rows[0][1][0][1].shape[-2:]
+    scale = -(-384 // max(h, w))                         # small frames are magnified by a whole number: nothing is blurred
+    h, w, gap, top, font = h * scale, w * scale, 8, 48, ImageFont.load_default(15)
+    width, height = gap + len(rows[0][1]) * (w + gap), gap + len(rows) * (h + top)
+    image = Image.new("RGB", (width + width % 2, height + height % 2), "white")         # H.264 likes even sizes
+    draw = ImageDraw.Draw(image)
+    for i, (label, clips) in enumerate(rows):
+        y = i * (h + top)
+        draw.text((gap, y + 6), label, "black", font)
+        for j, (title, clip) in enumerate(clips):
+            x = gap + j * (w + gap)
+            while draw.textlength(title, font) > w:      # a path's end says more than its beginning
+                title = title[1:]
+            draw.text((x, y + 26), title, "black", font)
+            image.paste(Image.fromarray(pixels(clip[t])).resize((w, h), Image.Resampling.NEAREST), (x, y + top))
+    return np.asarray(image)
+
+
+def add_h264(container, rate, height, width):
+    """An H.264 stream that says which colours its numbers mean; full chroma where the size is odd."""
+    stream = container.add_stream("libx264", rate=rate, options={"crf": "15"})
+    stream.height, stream.width, stream.pix_fmt = height, width, "yuv444p" if height % 2 or width % 2 else "yuv420p"
+    codec = stream.codec_context
+    codec.colorspace, codec.color_primaries, codec.color_trc, codec.color_range = 1, 1, 1, 1    # BT.709, limited range
+    return stream
+
+
+def to_frame(image, stream):
+    """(H, W, 3) uint8 RGB as a frame of that stream."""
+    return av.VideoFrame.from_ndarray(image, format="rgb24").reformat(
+        format=stream.pix_fmt, dst_colorspace="ITU709", dst_color_range="MPEG", interpolation=EXACT)
+
+
+def write_film(path, images, rate=12, seconds=4):
+    """A film of (H, W, 3) uint8 images, slowly and over and over."""
+    def write(file):
+        with av.open(str(file), "w") as container:
+            stream = add_h264(container, rate, *images[0].shape[:2])
+            for _ in range(max(1, round(rate * seconds / len(images)))):
+                for image in images:
+                    container.mux(stream.encode(to_frame(image, stream)))
+            container.mux(stream.encode())
+    replace(path, write)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# whole videos
+
+def upright_frames(container, stream, other):
+    """Yields (image (H, W, 3) uint8 RGB, upright, its time stamp) of a video stream; other(packet) takes the audio's packets."""
+    for packet in container.demux(stream, *container.streams.audio):
+        if packet.stream is not stream:
+            other(packet)
+            continue
+        for frame in packet.decode():
+            image = frame.to_ndarray(format="rgb24", interpolation=EXACT)
+            yield np.ascontiguousarray(np.rot90(image, round(frame.rotation / 90))), frame.pts
+
+
+def in_windows(frames, length, overlap):
+    """Yields lists of `length` frames that each share `overlap` with the one before; the last one may be shorter."""
+    held, new = [], 0
+    for frame in frames:
+        held, new = [*held, frame], new + 1
+        if len(held) == length:
+            yield held
+            held, new = held[length - overlap:], 0
+    if new:
+        yield held
+
+
+def reconstruct(teacher, student, source, target, frames, device, dtype):
+    """Writes the video `source`, of any size and length, through the teacher's encoder and the student to `target`.
+
+    Size, frames, their time stamps and the audio are kept. Windows of `frames` frames overlap and are faded into each other, so memory depends on `frames` and the size only; edges are repeated up to what the teacher takes, then cut.
+    Returns (frames, PSNR in dB, mean over frames). ValueError for a source that cannot be read.
+    """
+    (_, d_h, d_w), errors, waiting = teacher.compression, [], deque()
+    overlap = min(4, frames // 4)
+
+    def through(images):
+        video = torch.from_numpy(np.stack(images)).permute(3, 0, 1, 2)[None].to(device, dtype).div(127.5).sub(1)
+        t, h, w = video.shape[2:]
+        video = F.pad(video, (0, -w % d_w, 0, -h % d_h, 0, frames - t), mode="replicate")
+        return frames_of(student(teacher.encode(video, sample=False))[..., :t, :h, :w])
+
+    def faded(windows):
+        """Yields (image, time stamp) and measures."""
+        tail = None
+        for window in windows:
+            images, stamps = zip(*window)
+            decoded = through(images)
+            if tail is not None:
+                weight = (torch.arange(1, len(tail) + 1, device=device) / (len(tail) + 1)).view(-1, 1, 1, 1)
+                decoded[:len(tail)] = tail + weight * (decoded[:len(tail)] - tail)
+            last = len(window) < frames
+            ready = len(window) if last else frames - overlap
+            tail, kept = (None, ()) if last else (decoded[ready:], window[ready:])
+            yield from emit(decoded[:ready], images, stamps)
+        if tail is not None:
+            yield from emit(tail, *zip(*kept))
+
+    def emit(decoded, images, stamps):
+        for image, original, stamp in zip(map(pixels, decoded), images, stamps):
+            error = np.square(image.astype(np.float32) - original).mean() / 255 ** 2
+            errors.append(-10 * math.log10(max(error, 1e-10)))
+            yield image, stamp
+
+    def write(file):
+        with open_video(source) as container, av.open(str(file), "w") as out:
+            stream, rate = video_stream(container)
+            stream.thread_type = "AUTO"
+            written, sounds = None, {}
+
+            def mux_audio():
+                while waiting:
+                    packet = waiting.popleft()
+                    sound = sounds[packet.stream.index]
+                    if sound.name == packet.stream.name and packet.dts is not None:
+                        packet.stream = sound
+                        out.mux(packet)
+                    elif sound.name != packet.stream.name:
+                        for frame in packet.decode():
+                            out.mux(sound.encode(frame))
+
+            film = faded(in_windows(upright_frames(container, stream, waiting.append), frames, overlap))
+            for n, (image, stamp) in enumerate(tqdm(film, total=stream.frames or None, unit="frame", disable=not sys.stderr.isatty(), leave=False)):
+                if written is None:
+                    written = add_h264(out, rate, *image.shape[:2])
+                    written.time_base = written.codec_context.time_base = stream.time_base
+                    for audio in container.streams.audio:       # as it is where the container takes it, else AAC
+                        copied = audio.name in out.supported_codecs
+                        sounds[audio.index] = out.add_stream_from_template(audio) if copied else out.add_stream("aac", rate=audio.rate)
+                frame = to_frame(image, written)
+                frame.pts, frame.time_base = (stamp, stream.time_base) if stamp is not None else (n, 1 / Fraction(rate))
+                out.mux(written.encode(frame))
+                mux_audio()
+            if written is None:
+                raise BadVideo("no frame in it can be decoded")
+            out.mux(written.encode())
+            mux_audio()
+            for audio in container.streams.audio:
+                if sounds[audio.index].name != audio.name:
+                    out.mux(sounds[audio.index].encode())
+    try:
+        replace(Path(target), write)
+    except BROKEN as error:
+        raise ValueError(f"{source}: {why(error)}") from None
+    return len(errors), statistics.fmean(errors)
+
+
+def generate(args, device):
+    """Writes what a diffusers pipeline hands to its VAE's decoder, one file for each line of args.generate.
+
+    Taken where `vae.decode` is called, since pipelines' output_type="latent" is not that: each scales, shifts and packs it in its
+    own way. Files that are there are kept, so a stopped run goes on; processes share the prompts.
+    """
+    from diffusers import DiffusionPipeline
+    from diffusers.models.autoencoders.vae import DecoderOutput
+    prompts = [line.strip() for line in Path(args.generate).read_text().splitlines() if line.strip()]
+    folder = Path(args.latents)
+    folder.mkdir(parents=True, exist_ok=True)
+    todo = {}
+    for n, prompt in enumerate(prompts):
+        file, origin = folder / f"{n:05d}.safetensors", {"prompt": prompt, "pipeline": args.pipeline, "seed": str(args.seed + n)}
+        if not file.is_file():
+            todo[file] = origin
+        else:
+            with safe_open(file, "pt") as held:
+                if held.metadata() != origin:
+                    raise ValueError(f"{file} was made from {held.metadata()}, not from {origin}: name another folder")
+    print(f"{len(prompts)} prompts, {len(todo)} to do", flush=True)
+    if not todo:
+        return
+    try:
+        pipe = DiffusionPipeline.from_pretrained(args.pipeline, torch_dtype=getattr(torch, args.dtype)).to(device)
+    except Exception as error:      # a dozen classes, from no network to no such repository
+        raise OSError(f"no pipeline {args.pipeline}: {why(error).strip().splitlines()[0]}") from None
+    taken = []
+
+    def decode(latents, *_, return_dict=True, **__):
+        taken.append(latents)
+        nothing = torch.zeros(len(latents), 3, 1, 8, 8, device=latents.device, dtype=latents.dtype)
+        return DecoderOutput(sample=nothing) if return_dict else (nothing,)
+    pipe.vae.decode = decode
+    pipe.set_progress_bar_config(disable=True)
+    shape = {"num_frames": args.frames, **dict(zip(("height", "width"), args.size or ()))}
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    for file, origin in tqdm(list(todo.items())[rank::world], unit="prompt", disable=rank > 0 or not sys.stderr.isatty()):
+        taken.clear()
+        pipe(origin["prompt"], generator=torch.Generator().manual_seed(int(origin["seed"])), output_type="pt",
+             **{key: value for key, value in shape.items() if value})
+        replace(file, lambda partial_file: save_file({"latents": torch.cat(taken).cpu().contiguous()}, partial_file, metadata=origin))
 
 
 # ----------------------------------------------------------------------------------------------------------
 
+def size_of(text):
+    """"512" or "360x640" -> (height, width)."""
+    try:
+        sides = tuple(map(int, text.split("x")))
+    except ValueError:
+        sides = ()
+    if len(sides) not in (1, 2) or min(sides) < 1:
+        raise argparse.ArgumentTypeError(f"takes pixels, such as 512 or 360x640, not {text}")
+    return sides * 2 if len(sides) == 1 else sides
+
+
 def parse():
-    parser = argparse.ArgumentParser(description="PSNR, SSIM and decoding speed of a teacher and its students: "
-                                     "a table, results.json and a side-by-side picture.")
-    parser.add_argument("--data", default="synthetic", help="a folder of videos or one video; a name such as davis, for "
-                        "data/davis; or synthetic, made-up video that no training sees (default)")
-    parser.add_argument("--student", nargs="+", metavar="PATH", help="students: a run's folder or a file, one or several "
-                        "(default: the newest under out/, else the shipped one)")
-    parser.add_argument("--teacher", choices=TEACHERS, help="default: the one that the first student was trained with")
-    parser.add_argument("--teacher-weights", metavar="W", help='a folder or file, or "random" to measure speed only '
-                        "(default: the released weights)")
-    parser.add_argument("--clips", type=int, default=16, help="at most that many clips (default 16)")
-    parser.add_argument("--frames", type=int, help="frames of a clip (default: 8 for tiny, 16 for dc, 17 for ltx)")
-    parser.add_argument("--size", type=int, help="height and width in pixels (default: 128 for tiny, else 256)")
-    parser.add_argument("--seed", type=int, default=HELD_OUT, help=f"of made-up video (default {HELD_OUT})")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu",
-                        help="cpu, cuda, cuda:1 ... (default: cuda where there is one)")
-    parser.add_argument("--out", metavar="DIR", help="folder for results.json and compare.png (default: that of the "
-                        "first student's run, else out/evaluate)")
-    parser.add_argument("--threads", type=int, help="CPU threads (default: PyTorch's choice)")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--data", default="synthetic", help="davis, ucf101, vidgen or openvid, in data/<name>; a video or a folder of videos or of folders "
+        "of frames; or synthetic, made-up video that no training sees (default)")
+    add("--root", metavar="DIR", help="where the data set lies, if not in data/<name>")
+    add("--split", help="a data set's list, such as val or testlist02, or a text file with a name a line (default: DAVIS's test-dev "
+        "where it is there, else val; UCF-101's testlist01)")
+    add("--download", action="store_true", help="fetch davis (trainval, 0.8 GB) or ucf101 (7 GB) first")
+    add("--student", nargs="+", metavar="PATH", help="students: a run's folder or a file, one or several "
+        "(default: the newest under out/, else the shipped one)")
+    add("--teacher", choices=TEACHERS, help="default: the one that the first student was trained with")
+    add("--teacher-weights", metavar="W", help='a folder or file, or "random" to measure speed only (default: the released weights)')
+    add("--against", choices=("input", "teacher"), default="input", help="what reconstructions are compared with (default input)")
+    add("--metrics", nargs="+", choices=METRICS, help="default: psnr ssim temporal, and on real video lpips fvd, whose networks are downloaded")
+    add("--lpips-weights", metavar="FILE", help="torchvision's alexnet-owt-7be5be79.pth (default: PyTorch's cache, or a download of 233 MB)")
+    add("--i3d", metavar="FILE", help="i3d_torchscript.pt (default: PyTorch's cache, or a download of 51 MB)")
+    add("--clips", type=int, help="the first so many (default: all; 16 of made-up video)")
+    add("--frames", type=int, help="frames of a clip (default: 17; 16 for dc, 8 for tiny)")
+    add("--size", type=size_of, metavar="S|HxW", help="pixels (default: 512 for davis, 360x640 for openvid, else 256; 128 for tiny)")
+    add("--batch", type=int, default=1, help="clips at a time (default 1)")
+    add("--workers", type=int, default=0, help="processes that read clips ahead (default 0)")
+    add("--seed", type=int, default=HELD_OUT, help=f"of made-up video and of generation (default {HELD_OUT})")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1 ... (default: cuda where there is one)")
+    add("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="of teacher, students and pipeline (default float32)")
+    add("--threads", type=int, help="CPU threads (default: PyTorch's choice)")
+    add("--out", metavar="DIR", help="folder for what is written (default: that of the first student's run, else out/evaluate)")
+    add("--reconstruct", nargs=2, metavar=("IN", "OUT"), help="a video through encoder and first student, audio and time stamps kept; nothing else")
+    add("--latents", metavar="DIR", help="evaluate on saved latents: students against teacher, and both against real video, if --data has any")
+    add("--generate", metavar="PROMPTS", help="make --latents with --pipeline, a file a line; --size and --frames are the pipeline's")
+    add("--pipeline", metavar="HUB_ID", help="a diffusers pipeline, or a folder with one")
     args = parser.parse_args()
-    for name in ("clips", "frames", "size", "threads"):
+    for name in ("clips", "frames", "threads", "batch"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise ValueError(f"--{name} must be at least 1, not {getattr(args, name)}")
-    if args.seed < 0:
-        raise ValueError(f"--seed must be at least 0, not {args.seed}")
+    if min(args.seed, args.workers) < 0:
+        raise ValueError(f"--seed and --workers must be at least 0, not {args.seed} and {args.workers}")
     if args.device.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(f"--device {args.device}: PyTorch sees no CUDA device here; use --device cpu")
+    if args.generate and not (args.pipeline and args.latents):
+        raise ValueError("--generate needs --pipeline HUB_ID and --latents DIR, for what it makes")
+    if args.reconstruct and Path(args.reconstruct[1]).suffix not in (".mp4", ".mkv", ".mov"):
+        raise ValueError(f"--reconstruct writes .mp4, .mkv or .mov, not {args.reconstruct[1]}")
+    if args.reconstruct and Path(args.reconstruct[0]).resolve() == Path(args.reconstruct[1]).resolve():
+        raise ValueError(f"--reconstruct cannot write over its source, {args.reconstruct[0]}")
+    args.metrics = [m for m in METRICS if m in (args.metrics or (METRICS if args.data != "synthetic" or args.latents else ("psnr", "ssim", "temporal")))]
     return args
 
 
+def one_video(args, teacher, students, device):
+    """--reconstruct."""
+    source, target = map(Path, args.reconstruct)
+    if not source.is_file():
+        raise FileNotFoundError(f"no video {source}")
+    name, student = next(iter(students.items()))
+    target.parent.mkdir(parents=True, exist_ok=True)
+    frames, _, _ = clip_shape(args, teacher)
+    start = time.perf_counter()
+    count, quality = reconstruct(teacher, student, source, target, frames, device, getattr(torch, args.dtype))
+    print(f"{target}: {count} frames through the {teacher.name} teacher's encoder and {name}, PSNR {quality:.2f} dB, "
+          f"{count / (time.perf_counter() - start):.2f} frames per second, video decoding and encoding included")
+
+
 @torch.inference_mode()
-def main():
-    args = parse()
+def evaluate(args):
     if args.threads:
         torch.set_num_threads(args.threads)
-    device = torch.device(args.device)
-    files = list(dict.fromkeys(find_students(args.student)))
-    students = {short(file): TurboVAED.from_pretrained(file) for file in files}
-    teacher = load_teacher(args.teacher or teacher_name(next(iter(students.values()))), args.teacher_weights, device)
-    for name, student in students.items():
-        config = student.config
-        fits = (teacher.latent_channels, tuple(teacher.compression), teacher.images)
-        if (config.latent_channels, config.compression, config.drop_first) != fits:
-            raise ValueError(f"{name} decodes {config.latent_channels} channels at {config.compression}, not the latents "
-                             f"of the {teacher.name} teacher, {teacher.latent_channels} channels at {fits[1]}")
-        student.to(device).eval()
-    d_t, extra = teacher.compression[0], int(teacher.images)
-    frames = args.frames or (8 if teacher.name == "tiny" else (17 - extra) // d_t * d_t + extra)
-    size = args.size or (128 if teacher.name == "tiny" else 256)
-    teacher.check_clip(frames, size, size)
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    local = int(os.environ.get("LOCAL_RANK", 0))
+    device = torch.device(f"cuda:{local}" if args.device == "cuda" and dist.is_initialized() else args.device)
+    if args.generate:
+        return generate(args, device)
+    teacher, students, files = load_decoders(args, device)
+    if not args.student and rank == 0:
+        print(f"the student {next(iter(students))}" if list(files.values()) != [SHIPPED] else f"no student in out/: evaluating the shipped one, {short(SHIPPED)}")
+    if args.reconstruct:
+        return one_video(args, teacher, students, device)
 
     label = f"{teacher.name} (teacher)"
     decoders = {label: teacher.decode, **students}
-    numbered, clips = open_data(args.data, frames, size, args.seed)
-    skipped = dict(getattr(clips, "skipped", {}))
-    load = lambda n: clips[n][None].to(device)
-    done, scores = [], {name: {"psnr": [], "ssim": []} for name in decoders}
-    total = args.clips if args.data == "synthetic" else min(args.clips, len(clips))
-    with tqdm(total=total, unit="clip", disable=not sys.stderr.isatty(), leave=False) as bar:
-        for n, name in numbered:
-            if len(done) == args.clips:
-                break
-            try:
-                video = load(n)
-            except BadVideo as error:
-                skipped[name] = str(error).removeprefix(f"{name}: ")
-                tqdm.write(f"skipping {name}: {skipped[name]}", file=sys.stderr)
-                continue
-            latents = teacher.encode(video, sample=False)
-            for decoder, score in scores.items():
-                decoded = decoders[decoder](latents)
-                score["psnr"] += psnr(decoded, video).tolist()
-                score["ssim"] += ssim(decoded, video).tolist()
-            done.append((n, name))
-            bar.update()
-    if not done:
-        raise ValueError(f"none of the videos in {args.data} can be decoded")
+    encode = lambda video: teacher.encode(video.to(teacher.dtype), sample=False)
+    decode = lambda latents: {name: run(latents) for name, run in decoders.items()}
+    if args.latents:
+        items, reference = SavedLatents(args.latents), label
+        numbers, name_of, skipped = range(min(args.clips or len(items), len(items))), lambda n: items.files[n].name, {}
+        first = next((item for _, item, _ in map(OrReason(items).__getitem__, numbers) if item is not None), None)
+        if first is None:
+            raise ValueError(f"none of the files in {args.latents} holds latents")
+        frames, height, width = students[next(iter(students))](first[None].to(device, teacher.dtype)).shape[2:]
+        videos_of = lambda latents: decode(latents.to(teacher.dtype))
+    else:
+        frames, height, width = clip_shape(args, teacher)
+        items, numbers, name_of, skipped = open_clips(args, frames, height, width)
+        reference, first = {"input": "input", "teacher": label}[args.against], None
+        videos_of = lambda video: {"input": video, **decode(encode(video))}
+    functions, detector, without = load_metrics(args, frames, device)
+    records, features, failed = measure(items, numbers, args, videos_of, reference, functions, detector, device, name_of,
+                                        first if first is None else first.shape)
+    skipped = {**skipped, **failed}
+    real = None
+    if args.latents and detector and args.data != "synthetic":
+        clips, real, name_of_real, skipped_real = open_clips(args, frames, height, width)
+        seen, found, failed = measure(clips, real, args, lambda video: {"input": video}, None, {}, detector, device, name_of_real)
+        features, skipped, real = {**features, **found}, {**skipped, **skipped_real, **failed}, [name_of_real(n) for n in seen]
+    elif args.latents and "fvd" in args.metrics and detector:
+        without["fvd"] = "real video is needed: --data openvid, for example"
+    if rank:
+        return
+    if not records:
+        raise ValueError(f"none of the clips in {args.latents or args.data} can be evaluated")
+
+    done, fvd, few = list(records), {}, None
+    if detector:
+        fvd, few = distances(features, "input" if args.latents else reference) if "fvd" not in without else ({}, None)
+    mean = lambda model, metric: statistics.fmean(records[n][model][metric] for n in done)
+    sample = items[done[0]][None].to(device)
+    latents = sample.to(teacher.dtype) if args.latents else encode(sample)
     # Small clips are timed four at a time: PyTorch's convolutions on a CPU take a slow path for one clip with few channels.
-    together = max(1, min(4, 2 ** 20 // (frames * size * size)))
+    together = max(1, min(4, 2 ** 20 // (frames * height * width)))
     fps = decode_speeds(decoders, latents.repeat(together, 1, 1, 1, 1))
-
-    mean = {name: {metric: statistics.fmean(values) for metric, values in score.items()} for name, score in scores.items()}
-    size_of = lambda module: sum(p.numel() for p in module.parameters())
-    rows = [{"model": name, "parameters": size_of(students.get(name, teacher.vae.decoder)), **mean[name],
-             "psnr_kept": 100 * mean[name]["psnr"] / mean[label]["psnr"], "fps": fps[name],
-             "speed_up": fps[name] / fps[label]} for name in decoders]
+    count = lambda module: sum(p.numel() for p in module.parameters())
+    rows = []
+    for name in decoders:
+        values = {m: mean(name, m) if m in functions and name != reference else fvd.get(name) if m == "fvd" else None for m in args.metrics}
+        rows.append({"model": name, "parameters": count(students.get(name, teacher.vae.decoder)), **values, "fps": fps[name],
+                     "psnr_kept": None, "speed_up": fps[name] / fps[label]})
+        if "psnr" in functions and reference == "input":
+            rows[-1]["psnr_kept"] = 100 * rows[-1]["psnr"] / rows[0]["psnr"]
     hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    print(table(rows))
-    print(f"{args.data}: {len(done)} clips of {frames}x{size}x{size} (frames x height x width); {hardware}, "
-          f"{torch.get_num_threads()} CPU threads, float32, {together} at a time for speed; {len(skipped)} clips skipped")
+    what = (f"{args.latents or args.data}: {len(done)} clips of {frames}x{height}x{width} (frames x height x width)"
+            f"{f', FVD to {len(real)} real clips of {args.data}' if real else ''}{', against the teacher' if reference == label else ''}; "
+            f"{hardware}, {torch.get_num_threads()} CPU threads, {args.dtype}, {together} at a time for speed; {len(skipped)} clips skipped")
+    notes = [f"{METRICS[m][0]}: {reason}" for m, reason in without.items()] + [f"{METRICS['fvd'][0]}: {few}"] * bool(few)
+    print("\n".join([table(rows, args.metrics), what, *notes]))
 
-    run = files[0].resolve().parent
+    run = next(iter(files.values())).resolve().parent
     out = Path(args.out) if args.out else run if run.parent == Path("out").resolve() else Path("out/evaluate")
     out.mkdir(parents=True, exist_ok=True)
-    import torchmetrics
+    names = [name_of(n) for n in done]
+    digest = lambda data: hashlib.sha256(data).hexdigest()
     results = {
-        "rows": rows, "data": args.data, "seed": args.seed if args.data == "synthetic" else None, "clips": len(done),
-        "frames": frames, "height": size, "width": size, "device": hardware, "threads": torch.get_num_threads(), "timed_together": together,
-        "dtype": "float32", "skipped": skipped, "command": ["python", *sys.argv],
-        "versions": {"python": platform.python_version(), "torch": torch.__version__,
-                     "torchmetrics": torchmetrics.__version__},
-        "per_clip": [{"clip": name, **{decoder: {metric: values[i] for metric, values in score.items()}
-                                       for decoder, score in scores.items()}} for i, (_, name) in enumerate(done)]}
+        "rows": rows, "data": args.data, "latents": args.latents, "seed": args.seed if args.data == "synthetic" else None, "clips": len(done),
+        "against": reference, "frames": frames, "height": height, "width": width, "device": hardware, "threads": torch.get_num_threads(),
+        "timed_together": together, "dtype": args.dtype, "skipped": skipped, "without": without, "too_few_for_fvd": few, "command": ["python", *sys.argv],
+        "versions": {"python": platform.python_version(), **{p: version(p) for p in ("torch", "torchvision", "torchmetrics", "lpips", "av")}},
+        "weights": {label: teacher.weights_hash(), **{name: digest(file.read_bytes()) for name, file in files.items()}},
+        "clips_hash": digest(json.dumps([names, real]).encode()),
+        "per_clip": [{"clip": name_of(n), **records[n]} for n in done]}
     replace(out / "results.json", lambda file: file.write_text(json.dumps(finite(results), indent=1) + "\n"))
+    replace(out / "results.md", lambda file: file.write_text(markdown(rows, args.metrics, teacher.compression, what)))
 
-    # The picture's clips are decoded again: keeping all of them until it is known which ones would take memory.
-    first = next(iter(students))
-    order = sorted(range(len(done)), key=scores[first]["psnr"].__getitem__)
+    # The pictures' clips are decoded again: keeping all of them until it is known which ones would take memory.
+    student = next(iter(students))
+    order = sorted(done, key=lambda n: records[n][student].get("psnr", 0))
     picks = {order[len(order) // 2]: "median", order[0]: "worst", order[-1]: "best"}
-    grid = []
-    for i in sorted(picks, key=order.index):
-        video = load(done[i][0])
-        latents = teacher.encode(video, sample=False)
-        shown = {name: frames_of(decode(latents))[frames // 2] for name, decode in decoders.items()}
-        reference = frames_of(video)[frames // 2]
-        grid.append((f"{picks[i]}: {done[i][1]}", [("input", reference)]
-                     + [(f"{name[-40:]}\n{scores[name]['psnr'][i]:.2f} dB", image) for name, image in shown.items()]
-                     + [(f"|error| x4 of\n{first[-40:]}", (4 * (shown[first] - reference).abs()).clamp(max=1))]))
-    picture(out / "compare.png", grid)
-    print(f"{short(out / 'compare.png')}\n{short(out / 'results.json')}")
+    shown = []
+    for n in sorted(picks, key=order.index):
+        videos = {name: frames_of(video) for name, video in videos_of(items[n][None].to(device)).items()}
+        title = lambda name: name + (f", {records[n][name]['psnr']:.2f} dB" if "psnr" in functions and name != reference else "")
+        error = (4 * (videos[student] - videos[reference]).abs()).clamp(max=1)
+        shown.append((f"{picks[n]}: {name_of(n)}", [(title(name), v) for name, v in videos.items()] + [(f"|error| x4 of {student}", error)]))
+    sheets = [sheet(shown, t) for t in range(frames)]
+    replace(out / "compare.png", lambda file: Image.fromarray(sheets[frames // 2]).save(file))
+    write_film(out / "compare.mp4", sheets)
+    print("\n".join(short(out / name) for name in ("compare.png", "compare.mp4", "results.md", "results.json")))
+
+
+def main():
+    args = parse()
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        dist.init_process_group("gloo")         # records are gathered on the CPU
+    try:
+        evaluate(args)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 if __name__ == "__main__":
