@@ -25,7 +25,6 @@ import sys
 import time
 import warnings
 from collections import deque
-from fractions import Fraction
 from importlib.metadata import version
 from pathlib import Path
 
@@ -78,7 +77,8 @@ def psnr(a, b):
 
 
 def ssim(a, b):
-    """SSIM of each clip, (B,): the mean over frames of torchmetrics' SSIM (Gaussian window, sigma 1.5).
+    """SSIM of each clip, (B,): the mean over frames of torchmetrics' SSIM (Gaussian window, sigma 1.5, frames reflected at
+    their borders; scikit-image leaves the border out).
 
     a, b: (B, 3, T, H, W) in [-1, 1], clamped to it. ValueError if shapes differ, or frames are smaller than the
     window, 11 pixels.
@@ -160,7 +160,9 @@ def load_i3d(path, device, frames):
         except (OSError, RuntimeError) as error:
             raise OSError(f"no I3D weights ({why(error)}); name i3d_torchscript.pt with --i3d, or put it into {file.parent}") from None
     try:
-        detector = torch.jit.load(str(file), map_location=device).eval()
+        with warnings.catch_warnings():             # the detector is a TorchScript file, deprecated or not
+            warnings.simplefilter("ignore")
+            detector = torch.jit.load(str(file), map_location=device).eval()
     except (RuntimeError, ValueError, OSError) as error:
         raise OSError(f"{file} is no TorchScript file ({why(error).strip().splitlines()[0]})") from None
     detect = lambda x, rescale: detector(x, rescale=rescale, resize=True, return_features=True)
@@ -300,7 +302,7 @@ class SavedLatents(Dataset):
             latents = load_file(self.files[n])["latents"]
         except Exception as error:      # safetensors has a class of its own for damaged files
             raise BadVideo(f"{self.files[n].name}: no safetensors file with latents ({type(error).__name__})") from None
-        return latents.flatten(0, -5).float()
+        return latents.flatten(0, -4).float()      # with or without a batch of one
 
 
 class OrReason(Dataset):
@@ -446,7 +448,7 @@ def sheet(rows, t):
 
 def add_h264(container, rate, height, width):
     """An H.264 stream that says which colours its numbers mean; full chroma where the size is odd."""
-    stream = container.add_stream("libx264", rate=rate, options={"crf": "15"})
+    stream = container.add_stream("libx264", rate=rate, options={"crf": "15", "preset": "veryfast"})
     stream.height, stream.width, stream.pix_fmt = height, width, "yuv444p" if height % 2 or width % 2 else "yuv420p"
     codec = stream.codec_context
     codec.colorspace, codec.color_primaries, codec.color_trc, codec.color_range = 1, 1, 1, 1    # BT.709, limited range
@@ -538,7 +540,8 @@ def reconstruct(teacher, student, source, target, frames, device, dtype):
         with open_video(source) as container, av.open(str(file), "w") as out:
             stream, rate = video_stream(container)
             stream.thread_type = "AUTO"
-            written, sounds = None, {}
+            step = max(1, round(1 / (rate * stream.time_base)))
+            written, sounds, last = None, {}, -step
 
             def mux_audio():
                 while waiting:
@@ -552,7 +555,7 @@ def reconstruct(teacher, student, source, target, frames, device, dtype):
                             out.mux(sound.encode(frame))
 
             film = faded(in_windows(upright_frames(container, stream, waiting.append), frames, overlap))
-            for n, (image, stamp) in enumerate(tqdm(film, total=stream.frames or None, unit="frame", disable=not sys.stderr.isatty(), leave=False)):
+            for image, stamp in tqdm(film, total=stream.frames or None, unit="frame", disable=not sys.stderr.isatty(), leave=False):
                 if written is None:
                     written = add_h264(out, rate, *image.shape[:2])
                     written.time_base = written.codec_context.time_base = stream.time_base
@@ -560,7 +563,10 @@ def reconstruct(teacher, student, source, target, frames, device, dtype):
                         copied = audio.name in out.supported_codecs
                         sounds[audio.index] = out.add_stream_from_template(audio) if copied else out.add_stream("aac", rate=audio.rate)
                 frame = to_frame(image, written)
-                frame.pts, frame.time_base = (stamp, stream.time_base) if stamp is not None else (n, 1 / Fraction(rate))
+                if stamp is None or stamp <= last or container.format.name == "avi":      # which holds no stamps, only a rate
+                    stamp = last + step
+                last = frame.pts = stamp
+                frame.time_base = stream.time_base
                 out.mux(written.encode(frame))
                 mux_audio()
             if written is None:

@@ -2,16 +2,20 @@
 
 All videos are written here; grey level or colour tells which frame, place or file a pixel came from.
 """
+import hashlib
 import pickle
+import shutil
+from pathlib import Path
 
 import av
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch.utils.data import DataLoader
 
 import data
-from data import BadVideo, SyntheticClips, VideoClips
+from data import BadVideo, SyntheticClips, VideoClips, find_clips
 
 LOSSLESS = ("ffv1", "bgr0", {})
 # as cameras and editors write it: keyframes far apart, frames stored in another order than shown
@@ -322,7 +326,7 @@ def test_nothing_to_read_is_one_clear_line(tmp_path):
     with pytest.raises(ValueError) as error:
         VideoClips(tmp_path, 4, 16, stride=2)
     line = str(error.value)
-    assert "\n" not in line and str(tmp_path) in line and ".webm" in line and "7 frames" in line and "2 files" in line
+    assert "\n" not in line and str(tmp_path) in line and ".webm" in line and "7 frames" in line and "found 2" in line
     with pytest.raises(ValueError, match="at least 1"):
         VideoClips(tmp_path, 0, 16)
 
@@ -366,3 +370,119 @@ def test_made_up_clips_look_like_video():
     radial = torch.stack([power[:, radius == k].mean(1) for k in r], 1).clamp_min(1e-12).log().mean(0)
     slope = np.polyfit(r.log().numpy(), radial.numpy(), 1)[0]
     assert -3.2 < slope < -1.2
+
+
+# ----------------------------------------------------------------------------------------------------------
+# folders of frames, and the paper's data sets
+
+def write_frames(folder, images, name="{:05d}.png"):
+    folder.mkdir(parents=True)
+    for n, image in enumerate(images):
+        Image.fromarray(image).save(folder / name.format(n))
+    return folder
+
+
+def test_a_folder_of_frames_is_a_video(tmp_path):
+    write_frames(tmp_path / "a" / "unpadded", greys(12), "frame {}.png")        # 10 comes after 9, not after 1
+    write(tmp_path / "b.mkv", greys(12))
+    clips = VideoClips(tmp_path, 5, 32, train=False)
+    assert clips.files == ["a/unpadded", "b.mkv"]
+    assert numbers(clips[0]) == [0, 1, 2, 3, 4] and (clips[0] - clips[1]).abs().max() < 0.01
+    stream = VideoClips(tmp_path / "a", 5, 32, stride=2, train=True)
+    seen = {tuple(numbers(stream[n])) for n in range(60)}
+    assert seen == {tuple(range(start, start + 10, 2)) for start in range(4)}    # every window of 9 of the 12
+    alone = VideoClips(tmp_path / "a" / "unpadded", 12, 32, train=False)         # named itself
+    assert alone.files == ["unpadded"] and numbers(alone[0]) == list(range(12))
+
+
+def test_pictures_beside_videos_are_no_video(tmp_path):
+    write(tmp_path / "clip.mkv", greys(12))
+    Image.fromarray(greys(1)[0]).save(tmp_path / "cover.png")
+    write_frames(tmp_path / "more", greys(1), "poster.png")
+    write(tmp_path / "more" / "below" / "clip.mkv", greys(12))
+    assert VideoClips(tmp_path, 1, 32, train=False).files == ["clip.mkv", "more/below/clip.mkv"]
+
+
+@pytest.mark.parametrize("spoil, message", [
+    (lambda path: path.write_bytes(path.read_bytes()[:60]), "00001.png: "),
+    (lambda path: path.write_text("no picture"), "00001.png: cannot identify"),
+    (lambda path: Image.fromarray(np.full((32, 48), 40000, np.uint16)).save(path), "8 bits are needed, not mode I;16"),
+])
+def test_a_frame_that_cannot_be_read_is_named(tmp_path, spoil, message):
+    spoil(write_frames(tmp_path / "clip", greys(4)) / "00001.png")
+    with pytest.raises(BadVideo, match=f"clip: .*{message}") as error:
+        VideoClips(tmp_path, 4, 32, train=False)[0]
+    assert "\n" not in str(error.value)
+
+
+def davis(root, **splits):
+    """DAVIS-2017's layout with four sequences."""
+    for k, name in enumerate(("bear", "camel", "dance", "swan")):
+        write_frames(root / "JPEGImages" / "480p" / name, [np.full((48, 80, 3), 40 * k, np.uint8)] * 9, "{:05d}.jpg")
+        write_frames(root / "Annotations" / "480p" / name, greys(9))
+    (root / "ImageSets" / "2017").mkdir(parents=True)
+    for split, names in splits.items():
+        (root / "ImageSets" / "2017" / f"{split.replace('_', '-')}.txt").write_text("\n".join(names) + "\n")
+
+
+def test_davis_is_its_split(tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    davis(tmp_path / "data" / "davis" / "DAVIS", train=["bear"], val=["swan", "camel", "gone"])
+    folder, names = find_clips("davis")
+    clips = VideoClips(folder, 9, 48, train=False, names=names)
+    assert clips.files == ["swan", "camel"] and clips[1].mean().item() == pytest.approx(40 / 127.5 - 1, abs=0.02)
+    assert list(clips.skipped) == ["gone"] and "skipping gone: " in capfd.readouterr().err
+    assert find_clips("davis", split="train")[1] == ["bear"]
+    (tmp_path / "mine.txt").write_text("dance\n")
+    assert find_clips("davis", split="mine.txt")[1] == ["dance"]
+    davis(tmp_path / "elsewhere", test_dev=["dance"], val=["swan"])
+    assert find_clips("davis", root="elsewhere")[1] == ["dance"]
+    with pytest.raises(FileNotFoundError, match="no split test: "):
+        find_clips("davis", split="test")
+
+
+@pytest.mark.parametrize("place", ["UCF-101/Archery", "UCF101"])       # as released, as mirrored
+def test_ucf101_is_its_test_split(tmp_path, place):
+    for n in (1, 2, 3):
+        write(tmp_path / place / f"v_Archery_g0{n}_c01.mkv", greys(6))
+    lists = tmp_path / "ucfTrainTestlist"
+    lists.mkdir()
+    (lists / "testlist01.txt").write_text("Archery/v_Archery_g01_c01.mkv\r\nArchery/v_Archery_g03_c01.mkv\r\n")
+    (lists / "trainlist01.txt").write_text("Archery/v_Archery_g02_c01.mkv 1\n")
+    for split, want in ((None, ["g01", "g03"]), ("trainlist01", ["g02"])):
+        folder, names = find_clips("ucf101", root=tmp_path, split=split)
+        assert VideoClips(folder, 6, 32, train=False, names=names).files == [f"{place}/v_Archery_{g}_c01.mkv" for g in want]
+
+
+def test_other_data_is_the_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "data" / "openvid" / "a.mkv", greys(6))
+    assert find_clips("openvid") == ("data/openvid", None) and find_clips("data/openvid/a.mkv") == ("data/openvid/a.mkv", None)
+    for data, message in (("ucf101", "UCF101.php, or by --download"), ("vidgen", "VIDGEN-1M$"), ("mine", "holds them$")):
+        with pytest.raises(FileNotFoundError, match=message):
+            find_clips(data)
+    (tmp_path / "data" / "davis").mkdir()
+    with pytest.raises(FileNotFoundError, match="holds no JPEGImages/480p"):
+        find_clips("davis")
+
+
+def test_an_archive_is_fetched_checked_and_unpacked(tmp_path, monkeypatch):
+    davis(tmp_path / "made" / "DAVIS", val=["swan"])
+    archive = Path(shutil.make_archive(str(tmp_path / "davis"), "zip", tmp_path / "made"))
+    address, sha256 = archive.as_uri(), hashlib.sha256(archive.read_bytes()).hexdigest()
+    monkeypatch.setattr(data, "ARCHIVES", {"davis": [(address, sha256)]})
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data" / "davis" / "DAVIS" / "ImageSets" / "2017").mkdir(parents=True)
+    (tmp_path / "data" / "davis" / "DAVIS" / "ImageSets" / "2017" / "test-dev.txt").write_text("bear\n")    # test-dev was there
+    data.download("davis")
+    assert find_clips("davis")[1] == ["bear"] and find_clips("davis", split="val")[1] == ["swan"]
+    assert VideoClips(*find_clips("davis")[:1], 9, 48, train=False, names=["swan"])[0].shape == (3, 9, 48, 48)
+    assert [entry.name for entry in (tmp_path / "data" / "davis").iterdir()] == ["DAVIS"]
+
+    monkeypatch.setattr(data, "ARCHIVES", {"davis": [(address, "0" * 64)]})
+    with pytest.raises(ValueError, match="is not the archive whose SHA-256 is 000.* nothing was unpacked"):
+        data.download("davis", "other")
+    assert not list((tmp_path / "other").iterdir())
+    monkeypatch.setattr(data, "ARCHIVES", {"davis": [("file:///nowhere.zip", sha256)]})
+    with pytest.raises(OSError, match="could not be fetched .* by hand"):
+        data.download("davis", "other")

@@ -1,8 +1,10 @@
-"""Evaluation: metrics that agree with their formula and with torchmetrics, and commands that leave what they promise."""
+"""Evaluation: metrics that agree with closed forms and other implementations, and commands that leave what they promise."""
 import json
 import math
+import os
 import subprocess
 import sys
+from fractions import Fraction
 from pathlib import Path
 
 import av
@@ -12,7 +14,8 @@ import torch
 from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 
 import evaluate
-from evaluate import psnr, ssim
+from data import VideoClips
+from evaluate import frechet_distance, psnr, ssim, temporal_error
 from model import CONFIGS, TurboVAED
 
 SCRIPT = Path(evaluate.__file__)
@@ -58,6 +61,100 @@ def test_ssim_is_the_mean_of_torchmetrics_over_frames(clips):
     assert ssim(a[:1], b[:1]).shape == (1,) and ssim(a[:1, :, :1], b[:1, :, :1]).shape == (1,)
 
 
+@pytest.mark.parametrize("kind", ["noise", "made-up"])
+def test_ssim_is_the_formula_and_scikit_image(clips, kind):
+    """Wang et al. 2004 with SciPy's Gaussian filter; scikit-image leaves out the windows that reach over the border."""
+    from scipy.ndimage import gaussian_filter
+    a, b = clips
+    if kind == "made-up":
+        a = evaluate.SyntheticClips(3, 64, seed=5)[0][None]
+        b = (a + 0.2 * torch.randn(a.shape, generator=torch.Generator().manual_seed(0))).clamp(-1, 1)
+    blur = lambda image: gaussian_filter(image, 1.5, truncate=3.5, mode="mirror")
+
+    def reference(x, y):
+        mx, my = blur(x), blur(y)
+        vx, vy, cov = blur(x * x) - mx ** 2, blur(y * y) - my ** 2, blur(x * y) - mx * my
+        c1, c2 = 0.01 ** 2, 0.03 ** 2
+        return (2 * mx * my + c1) * (2 * cov + c2) / ((mx ** 2 + my ** 2 + c1) * (vx + vy + c2))
+    x, y = unit(a).double().numpy(), unit(b).double().numpy()
+    maps = np.array([[[reference(x[i, c, t], y[i, c, t]) for c in range(3)] for t in range(3)] for i in range(len(x))])
+    assert ssim(a, b).tolist() == pytest.approx(maps.mean((1, 2, 3, 4)), abs=1e-5)
+    try:
+        from skimage.metrics import structural_similarity
+    except ImportError:
+        return
+    other = structural_similarity(x[0, :, 0], y[0, :, 0], gaussian_weights=True, use_sample_covariance=False, data_range=1, channel_axis=0)
+    assert other == pytest.approx(maps[0, 0, :, 5:-5, 5:-5].mean(), abs=1e-6)
+
+
+def test_temporal_error_sees_flicker_and_not_colour(clips):
+    a = clips[0] * 0.5
+    assert torch.allclose(temporal_error(a, a + 0.1), torch.zeros(2), atol=1e-4)
+    flicker = torch.tensor([0.0, 0.2, 0.0]).view(1, 1, 3, 1, 1)       # 0.1 of [0, 1] up, then down
+    assert torch.allclose(temporal_error(a, a + flicker), torch.full((2,), 25.5), atol=1e-3)
+    assert temporal_error(a[:, :, :1], a[:, :, :1]).isnan().all()
+
+
+# ----------------------------------------------------------------------------------------------------------
+# the Fréchet distance
+
+def with_covariance(mean, root, n, generator):
+    """n rows whose sample mean and covariance (n - 1) are exactly `mean` and rootᵀ root; n > len(mean)."""
+    x = torch.randn(n, len(mean), generator=generator, dtype=torch.float64)
+    x -= x.mean(0)
+    return torch.linalg.qr(x).Q * math.sqrt(n - 1) @ root + mean
+
+
+@pytest.fixture
+def normal():
+    return torch.Generator().manual_seed(0)
+
+
+@pytest.mark.parametrize("d", [1, 3, 20])
+def test_frechet_distance_of_axis_aligned_gaussians_is_the_closed_form(normal, d):
+    mean_a, mean_b, std_a, std_b = torch.rand(4, d, generator=normal, dtype=torch.float64)
+    a, b = with_covariance(mean_a, std_a.diag(), 50, normal), with_covariance(mean_b, std_b.diag(), 70, normal)
+    want = (mean_a - mean_b).square().sum() + (std_a - std_b).square().sum()
+    assert frechet_distance(a, b) == pytest.approx(want.item(), rel=1e-9)
+    assert frechet_distance(b, a) == pytest.approx(want.item(), rel=1e-9)
+    assert frechet_distance(a, a) == pytest.approx(0, abs=1e-9)
+    assert frechet_distance(a, a + 0.5) == pytest.approx(d / 4, rel=1e-9)
+
+
+@pytest.mark.parametrize("n", [60, 400])
+def test_frechet_distance_agrees_with_scipys_sqrtm(normal, n):
+    from scipy.linalg import sqrtm
+    d = 40
+    a, b = (torch.randn(n, d, generator=normal, dtype=torch.float64) @ torch.randn(d, d, generator=normal, dtype=torch.float64) for _ in range(2))
+    cov_a, cov_b = (np.cov(x.numpy(), rowvar=False) for x in (a, b))
+    want = (a.mean(0) - b.mean(0)).square().sum().item() + np.trace(cov_a + cov_b - 2 * sqrtm(cov_a @ cov_b).real)
+    assert frechet_distance(a, b) == pytest.approx(want, rel=1e-8)
+
+
+@pytest.mark.parametrize("n, m", [(6, 9), (6, 500), (300, 450)])
+def test_frechet_distance_of_fewer_clips_than_dimensions_is_exact(normal, n, m):
+    """Features that live in a 5-dimensional subspace of 400: the distance is that of their coordinates there."""
+    mean_a, mean_b, std_a, std_b = torch.rand(4, 5, generator=normal, dtype=torch.float64)
+    a, b = with_covariance(mean_a, std_a.diag(), n, normal), with_covariance(mean_b, std_b.diag(), m, normal)
+    want = (mean_a - mean_b).square().sum() + (std_a - std_b).square().sum()
+    plane = torch.linalg.qr(torch.randn(400, 5, generator=normal, dtype=torch.float64)).Q.T
+    assert frechet_distance(a @ plane, b @ plane) == pytest.approx(want.item(), rel=1e-9)
+    # two sets in planes at right angles: nothing of one helps to explain the other
+    other = torch.linalg.qr(torch.randn(400, 10, generator=normal, dtype=torch.float64)).Q.T
+    apart = mean_a.square().sum() + mean_b.square().sum() + std_a.square().sum() + std_b.square().sum()
+    assert frechet_distance(a @ other[:5], b @ other[5:]) == pytest.approx(apart.item(), rel=1e-9)
+
+
+@pytest.mark.parametrize("a, b, message", [
+    (torch.zeros(1, 4), torch.zeros(5, 4), "two or more rows"),
+    (torch.zeros(5, 4), torch.zeros(5, 3), "two or more rows"),
+    (torch.zeros(5, 4), torch.full((5, 4), math.nan), "finite"),
+])
+def test_a_frechet_distance_of_nothing_is_refused(a, b, message):
+    with pytest.raises(ValueError, match=message):
+        frechet_distance(a, b)
+
+
 @pytest.mark.parametrize("metric", [psnr, ssim])
 def test_what_leaves_the_range_is_clamped(metric, clips):
     a, b = clips
@@ -69,6 +166,74 @@ def test_clips_of_different_shapes_are_refused(metric, clips):
     with pytest.raises(ValueError, match="cannot compare"):
         metric(clips[0], clips[1][:, :, :1])        # would broadcast, silently
 
+
+# ----------------------------------------------------------------------------------------------------------
+# networks that measure
+
+class Detector(torch.nn.Module):
+    """A small one with the signature of i3d_torchscript.pt: features of (B, 3, T, H, W), T of 8 or more."""
+
+    def __init__(self, low: float = 0.0, high: float = 255.0):
+        super().__init__()
+        self.low, self.high = low, high
+        torch.manual_seed(0)
+        self.conv, self.head = torch.nn.Conv3d(3, 8, (8, 7, 7), stride=(4, 4, 4)), torch.nn.Linear(8, 6)
+
+    def forward(self, x: torch.Tensor, rescale: bool = True, resize: bool = True, return_features: bool = False) -> torch.Tensor:
+        if resize:
+            x = torch.nn.functional.interpolate(x, size=[x.shape[2], 56, 56], mode="trilinear", align_corners=False)
+        if rescale:
+            x = 2.0 * (x - self.low) / (self.high - self.low) - 1.0
+        features = self.head(torch.tanh(self.conv(x)).mean([2, 3, 4]))
+        return features if return_features else features.softmax(1)
+
+
+def save_detector(path, **options):
+    torch.jit.script(Detector(**options)).save(str(path))
+    return path
+
+
+@pytest.fixture(scope="module")
+def i3d(tmp_path_factory):
+    return save_detector(tmp_path_factory.mktemp("i3d") / "i3d.pt")
+
+
+def test_the_detector_gets_pixels_in_its_own_range(i3d, clips):
+    video = torch.rand(2, 3, 9, 24, 32, generator=torch.Generator().manual_seed(0)) * 2.4 - 1.2
+    want = torch.jit.load(str(i3d))(video.clamp(-1, 1), rescale=False, resize=True, return_features=True)
+    assert torch.allclose(evaluate.load_i3d(i3d, "cpu", 9)(video), want, atol=1e-5)
+
+
+def test_another_detector_is_refused(tmp_path, i3d):
+    other = save_detector(tmp_path / "unit.pt", high=1.0)           # would take [0, 1]: the numbers would be of white video
+    with pytest.raises(ValueError, match="does not rescale"):
+        evaluate.load_i3d(other, "cpu", 9)
+    with pytest.raises(ValueError, match="no clips of 5 frames"):
+        evaluate.load_i3d(i3d, "cpu", 5)
+    (tmp_path / "text.pt").write_text("no weights")
+    with pytest.raises(OSError, match="no TorchScript file"):
+        evaluate.load_i3d(tmp_path / "text.pt", "cpu", 9)
+
+
+def test_lpips_is_the_packages(tmp_path, clips):
+    lpips, torchvision = pytest.importorskip("lpips"), pytest.importorskip("torchvision")
+    torch.manual_seed(0)
+    alexnet = torchvision.models.alexnet()
+    torch.save(alexnet.state_dict(), tmp_path / "alexnet.pth")
+    net = lpips.LPIPS(net="alex", pnet_rand=True, verbose=False).eval()
+    for slot in ("slice1", "slice2", "slice3", "slice4", "slice5"):
+        for number, layer in getattr(net.net, slot).named_children():
+            layer.load_state_dict(alexnet.features[int(number)].state_dict())
+    a, b = torch.rand(2, 2, 3, 3, 64, 64, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    with torch.no_grad():
+        want = torch.stack([torch.stack([net(a[i:i + 1, :, t], b[i:i + 1, :, t]).squeeze() for t in range(3)]).mean() for i in range(2)])
+        assert torch.allclose(evaluate.load_lpips(tmp_path / "alexnet.pth", "cpu")(a, b), want, atol=1e-6)
+    with pytest.raises(OSError, match="no AlexNet weights .* --lpips-weights"):
+        evaluate.load_lpips(tmp_path / "nowhere.pth", "cpu")
+
+
+# ----------------------------------------------------------------------------------------------------------
+# the command
 
 @pytest.fixture
 def student(tmp_path):
@@ -102,9 +267,15 @@ def test_a_run_on_made_up_video(student, run, tmp_path, capsys):
         values = [clip[row["model"]]["psnr"] for clip in results["per_clip"]]
         assert len(values) == 2 and row["psnr"] == pytest.approx(sum(values) / 2)
     assert (tmp_path / "out/demo/compare.png").read_bytes().startswith(b"\x89PNG")
-    assert sorted(f.name for f in student.parent.iterdir()) == ["compare.png", "results.json", "student.safetensors"]
+    written = ["compare.mp4", "compare.png", "results.json", "results.md"]
+    assert sorted(f.name for f in student.parent.iterdir()) == sorted([*written, "student.safetensors"])
+    with av.open(str(student.parent / "compare.mp4")) as film:
+        assert sum(1 for _ in film.decode(video=0)) == 48          # four seconds
     lines = capsys.readouterr().out.splitlines()
-    assert "2 clips of 8x64x64" in lines[-3] and lines[-2:] == ["out/demo/compare.png", "out/demo/results.json"]
+    assert "2 clips of 8x64x64" in lines[-5] and sorted(lines[-4:]) == [f"out/demo/{name}" for name in written]
+    rows = (student.parent / "results.md").read_text().splitlines()
+    assert rows[0] == "| Model | Decoder Param (M) | (d_t, d_h, d_w) | FPS↑ | PSNR↑ | SSIM↑ | temporal↓ |"
+    assert rows[3].startswith("| out/demo | 0.5 | (4, 8, 8) |") and f"| {results['rows'][1]['psnr']:.2f} |" in rows[3]
 
 
 def test_quality_does_not_depend_on_the_run(student, run):
@@ -112,27 +283,238 @@ def test_quality_does_not_depend_on_the_run(student, run):
     assert first["per_clip"] == again["per_clip"] and first["rows"][1]["model"] == "out/demo"
 
 
-def test_a_broken_video_is_skipped_by_name(student, run, tmp_path, capsys):
-    images = [np.roll(np.random.default_rng(0).integers(0, 255, (64, 96, 3), dtype=np.uint8), k, 1) for k in range(12)]
-    (tmp_path / "videos").mkdir()
-    for name in ("good.mp4", "broken.mp4"):
-        with av.open(str(tmp_path / "videos" / name), "w") as container:
-            stream = container.add_stream("libx264", rate=25)
-            stream.height, stream.width, stream.pix_fmt = 64, 96, "yuv420p"
-            for image in images:
-                container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
-            container.mux(stream.encode())
-    broken = tmp_path / "videos" / "broken.mp4"
+def test_against_the_teacher(student, run):
+    rows = run("--clips", 2, "--size", 64, "--against", "teacher")["rows"]
+    assert rows[0]["psnr"] is None and rows[0]["ssim"] is None and rows[1]["psnr_kept"] is None
+    teacher = evaluate.load_teacher("tiny")
+    clips = evaluate.SyntheticClips(8, 64, seed=evaluate.HELD_OUT)
+    with torch.no_grad():
+        latents = teacher.encode(torch.stack([clips[0], clips[8]]))
+        want = psnr(TurboVAED.from_pretrained(student)(latents), teacher.decode(latents)).mean().item()
+    assert rows[1]["psnr"] == pytest.approx(want, abs=1e-4)
+
+
+def texture(n, height=64, width=96, seed=0):
+    """n frames of moving noise over a gradient."""
+    base = np.random.default_rng(seed).integers(0, 100, (height, width, 3)) + np.linspace(0, 150, width).astype(int)[:, None]
+    return [np.roll(base, 3 * k, 1).astype(np.uint8) for k in range(n)]
+
+
+def write_video(path, images, rate=25, stamps=None, pixels="yuv420p", turn=0, sound=None):
+    """H.264 with one frame at each time stamp (in 1/rate seconds); sound: a codec, for a tone as long as the video."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=rate, options={"crf": "10"})
+        stream.height, stream.width, stream.pix_fmt = *images[0].shape[:2], pixels
+        if turn:
+            stream.set_display_rotation(turn)
+        tone = container.add_stream(sound, rate=16000) if sound else None
+        for n, image in enumerate(images):
+            frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(image), format="rgb24")
+            frame.pts, frame.time_base = stamps[n] if stamps else n, Fraction(1, rate)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+        if tone:
+            wave = (8000 * np.sin(np.arange(16000 * len(images) // rate) / 8)).astype(np.int16)[None]
+            samples = av.AudioFrame.from_ndarray(wave, format="s16", layout="mono")
+            samples.sample_rate, samples.pts = 16000, 0
+            container.mux(tone.encode(samples))
+            container.mux(tone.encode())
+    return path
+
+
+@pytest.fixture
+def videos(tmp_path):
+    """A folder of what a user's folder holds: seven videos and folders of frames that are fine, five that are not."""
+    from PIL import Image
+    folder = tmp_path / "videos"
+    write_video(folder / "plain.mp4", texture(12))
+    write_video(folder / "odd.mp4", texture(12, 65, 91, seed=1), pixels="yuv444p")
+    write_video(folder / "uneven.mp4", texture(12, seed=2), stamps=[0, 1, 2, 6, 7, 8, 15, 16, 17, 18, 30, 31])
+    write_video(folder / "ten_bits.mp4", texture(12, seed=3), pixels="yuv420p10le")
+    write_video(folder / "turned.mp4", texture(12, seed=4), turn=90)
+    for name, count in (("frames", 9), ("few_frames", 3)):
+        (folder / name).mkdir()
+        for n, image in enumerate(texture(count, seed=5)):
+            Image.fromarray(image).save(folder / name / f"frame {n}.png")
+    write_video(folder / "short.mp4", texture(5))
+    write_video(folder / "single.mp4", texture(1))
+    broken = write_video(folder / "corrupt.mp4", texture(12))
     content = bytearray(broken.read_bytes())
     content[len(content) // 50:len(content) * 9 // 10] = bytes(len(content) * 9 // 10 - len(content) // 50)
     broken.write_bytes(content)                     # the header is whole, the frames are not
-    (tmp_path / "videos" / "empty.mp4").touch()
-    results = run("--data", "videos", "--size", 64)
-    assert results["clips"] == 1 and results["per_clip"][0]["clip"] == "good.mp4"
-    assert sorted(results["skipped"]) == ["broken.mp4", "empty.mp4"]
+    (folder / "empty.mp4").touch()
+    return folder
+
+
+def test_every_video_is_evaluated_or_skipped_by_name(student, run, videos, capsys):
+    results = run("--data", "videos", "--size", 64, "--metrics", "psnr", "ssim", "temporal")
+    assert [clip["clip"] for clip in results["per_clip"]] == ["frames", "odd.mp4", "plain.mp4", "ten_bits.mp4", "turned.mp4", "uneven.mp4"]
+    assert sorted(results["skipped"]) == ["corrupt.mp4", "empty.mp4", "few_frames", "short.mp4", "single.mp4"]
+    assert all(math.isfinite(v) for clip in results["per_clip"] for v in clip["out/demo"].values())
     printed = capsys.readouterr()
-    assert "2 clips skipped" in printed.out
-    assert "skipping broken.mp4: " in printed.err and "skipping empty.mp4: " in printed.err
+    assert "6 clips of 8x64x64" in printed.out and "5 clips skipped" in printed.out
+    for name in results["skipped"]:
+        assert f"skipping {name}: " in printed.err
+
+
+def test_the_same_numbers_by_any_batch_and_number_of_processes(student, run, videos, i3d, tmp_path):
+    flags = ["--data", "videos", "--size", "64x48", "--frames", "8", "--metrics", "psnr", "ssim", "temporal", "fvd", "--i3d", i3d]
+    one, three = run(*flags), run(*flags, "--batch", 4, "--workers", 1)
+    assert one["without"] == {}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    shared = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", SCRIPT, "--device", "cpu", "--out", "shared",
+                             *map(str, flags)], cwd=tmp_path, capture_output=True, text=True, env=environment, timeout=300)
+    assert shared.returncode == 0, shared.stderr
+    shared = json.loads((tmp_path / "shared" / "results.json").read_text())
+    assert len(shared["per_clip"]) == 6 and sorted(shared["skipped"]) == sorted(one["skipped"])
+    for other in (three, shared):
+        assert other["clips_hash"] == one["clips_hash"] and other["weights"] == one["weights"]
+        for a, b in zip(one["rows"], other["rows"]):
+            for metric in ("psnr", "ssim", "temporal", "fvd"):
+                assert a[metric] == pytest.approx(b[metric], rel=1e-6, abs=1e-6), metric
+    assert one["rows"][1]["fvd"] > 0
+
+
+def test_rfvd_is_the_distance_of_the_detectors_features(student, run, videos, i3d, capsys):
+    results = run("--data", "videos", "--size", 64, "--metrics", "fvd", "--i3d", i3d)
+    detect, teacher = evaluate.load_i3d(i3d, "cpu", 8), evaluate.load_teacher("tiny")
+    clips = VideoClips(videos, 8, 64, train=False)
+    good = torch.stack([clips[i] for i, name in enumerate(clips.files) if name != "corrupt.mp4"])
+    with torch.inference_mode():
+        want = frechet_distance(detect(teacher.decode(teacher.encode(good))), detect(good))
+    assert results["rows"][0]["fvd"] == pytest.approx(want, rel=1e-4)
+    assert "rFVD: 6 clips are too few to mean much: I3D has 6 features" in capsys.readouterr().out
+
+
+def test_without_weights_the_column_says_so(student, run, videos, tmp_path, capsys):
+    results = run("--data", "videos", "--size", 64, "--lpips-weights", tmp_path / "none.pth", "--i3d", tmp_path / "none.pt")
+    assert sorted(results["without"]) == ["fvd", "lpips"] and results["rows"][1]["lpips"] is None and results["rows"][1]["psnr"] > 0
+    out = capsys.readouterr().out
+    assert "LPIPS: no AlexNet weights" in out and "rFVD: " in out
+
+
+# ----------------------------------------------------------------------------------------------------------
+# whole videos
+
+@pytest.mark.parametrize("name, shape, stamps, sound, suffix", [
+    ("plain", (48, 64), None, "aac", ".mp4"),
+    ("odd and uneven", (51, 67), [0, 1, 2, 6, 7, 8, 15, 16, 17, 18, 30, 31, 32, 33, 34, 40, 41, 42, 43], None, ".mp4"),
+    ("a codec that .mp4 does not hold", (48, 64), None, "adpcm_ima_wav", ".avi"),
+])
+def test_a_video_keeps_frames_time_and_sound(student, run, tmp_path, monkeypatch, name, shape, stamps, sound, suffix):
+    source = write_video(tmp_path / f"in{suffix}", texture(19, *shape), stamps=stamps, sound=sound, pixels="yuv444p" if shape[0] % 2 else "yuv420p")
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", "--device", "cpu", "--reconstruct", str(source), str(tmp_path / "out.mp4")])
+    evaluate.main()
+
+    def content(path):
+        with av.open(str(path)) as video:
+            frames = [(float(frame.time), frame.to_ndarray(format="rgb24")) for frame in video.decode(video=0)]
+        with av.open(str(path)) as video:
+            sound = [bytes(packet) for packet in video.demux(audio=0) if packet.size] if video.streams.audio else []
+            return frames, sound, video.streams.video[0].average_rate, [s.name for s in video.streams.audio]
+    (before, sound_in, rate_in, _), (after, sound_out, rate_out, codecs) = content(source), content(tmp_path / "out.mp4")
+    times = [t for t, _ in before] if source.suffix != ".avi" else [n / 25 for n in range(19)]      # .avi has no time stamps
+    assert [t for t, _ in after] == pytest.approx(times, abs=2e-3)
+    assert stamps or rate_out == rate_in            # an uneven film's mean rate counts how long the last frame stays
+    assert {image.shape for _, image in after} == {(*shape, 3)}
+    assert codecs == ([] if sound is None else ["aac"]) and bool(sound_out) == bool(sound)
+    if sound == "aac":
+        assert sound_out == sound_in                # not encoded again
+    assert not list(tmp_path.glob(".out*"))
+
+
+def test_windows_are_joined_in_order_and_colours_survive(tmp_path):
+    """With an encoder and a decoder that change nothing, what comes out is what went in, but for the video codec."""
+    class Nothing:
+        compression = (4, 8, 8)
+
+        def encode(self, video, sample):
+            assert video.shape == (1, 3, 8, 56, 72)
+            return video
+    flat = [np.full((50, 66, 3), (200 - 4 * n, 40 + 3 * n, 60), np.uint8) for n in range(21)]
+    source = write_video(tmp_path / "in.mp4", flat)
+    count, quality = evaluate.reconstruct(Nothing(), lambda latents: latents, source, tmp_path / "out.mkv", 8, torch.device("cpu"), torch.float32)
+    assert count == 21 and quality > 50
+    read = lambda path: np.stack(list(evaluate.VideoClips(path, 21, (50, 66), train=False)[0].mul(127.5).add(127.5).numpy()), -1)
+    before, after = read(source), read(tmp_path / "out.mkv")
+    assert np.abs(before.mean((1, 2)) - after.mean((1, 2))).max() < 2
+
+
+def test_a_broken_source_is_one_line_and_leaves_nothing(student, videos, tmp_path):
+    for name in ("corrupt.mp4", "empty.mp4", "nowhere.mp4"):
+        done = subprocess.run([sys.executable, SCRIPT, "--reconstruct", videos / name, "out.mp4"], cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 1 and done.stderr.startswith("error: ") and len(done.stderr.splitlines()) == 1, done.stderr
+        assert not (tmp_path / "out.mp4").exists() and not list(tmp_path.glob(".out*"))
+
+
+# ----------------------------------------------------------------------------------------------------------
+# generated video
+
+@pytest.fixture(scope="module")
+def pipeline(tmp_path_factory):
+    """A folder with a diffusers pipeline of tiny random parts, whose latents have the embedded teacher's channels."""
+    transformers, diffusers = pytest.importorskip("transformers"), pytest.importorskip("diffusers")
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    torch.manual_seed(0)
+    words = Tokenizer(models.WordLevel({word: n for n, word in enumerate(["<pad>", "</s>", "<unk>", "a", "boat", "dog"])}, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    small = dict(block_out_channels=(8,) * 4, decoder_block_out_channels=(8,) * 4, layers_per_block=(1,) * 5, decoder_layers_per_block=(1,) * 5)
+    vae = diffusers.AutoencoderKLLTXVideo(latent_channels=16, **small)
+    vae.latents_mean.normal_(), vae.latents_std.uniform_(0.5, 2)
+    transformer = diffusers.LTXVideoTransformer3DModel(in_channels=16, out_channels=16, num_attention_heads=2, attention_head_dim=16,
+                                                       cross_attention_dim=32, num_layers=1, caption_channels=16)
+    pipe = diffusers.LTXPipeline(
+        vae=vae, transformer=transformer, scheduler=diffusers.FlowMatchEulerDiscreteScheduler(),
+        tokenizer=transformers.PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="</s>", unk_token="<unk>"),
+        text_encoder=transformers.T5EncoderModel(transformers.T5Config(vocab_size=8, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)))
+    folder = tmp_path_factory.mktemp("pipeline")
+    pipe.save_pretrained(folder)
+    return folder
+
+
+def test_latents_are_generated_and_evaluated(student, run, videos, pipeline, i3d, tmp_path, monkeypatch, capsys):
+    from safetensors.torch import load_file, save_file
+    (tmp_path / "prompts.txt").write_text("a boat\n\na dog\na dog\n")
+    make = ["evaluate.py", "--device", "cpu", "--generate", "prompts.txt", "--pipeline", str(pipeline), "--latents", "latents",
+            "--size", "256", "--frames", "9"]
+    monkeypatch.setattr(sys, "argv", make)
+    evaluate.main()
+    files = sorted((tmp_path / "latents").iterdir())
+    made = [load_file(file)["latents"] for file in files]
+    assert [file.name for file in files] == ["00000.safetensors", "00001.safetensors", "00002.safetensors"]
+    assert made[0].shape == (1, 16, 2, 8, 8) and not torch.equal(made[1], made[2])     # each its own seed
+
+    # what a pipeline's own decoder is given, scaled and shifted
+    import diffusers
+    pipe = diffusers.LTXPipeline.from_pretrained(pipeline)
+    given, decode = [], pipe.vae.decode
+    pipe.vae.decode = lambda z, *args, **kwargs: given.append(z) or decode(z, *args, **kwargs)
+    pipe("a boat", generator=torch.Generator().manual_seed(evaluate.HELD_OUT), height=256, width=256, num_frames=9, output_type="pt")
+    assert torch.allclose(made[0], given[0], atol=1e-5)
+
+    files[1].unlink()
+    kept = files[0].stat().st_mtime_ns
+    evaluate.main()                                 # goes on where it stopped
+    assert "3 prompts, 1 to do" in capsys.readouterr().out
+    assert torch.equal(load_file(files[1])["latents"], made[1]) and files[0].stat().st_mtime_ns == kept
+    monkeypatch.setattr(sys, "argv", [*make, "--seed", "5"])
+    with pytest.raises(ValueError, match="was made from .* name another folder"):
+        evaluate.main()
+
+    save_file({"latents": made[0][..., :4].contiguous()}, tmp_path / "latents" / "narrow.safetensors")
+    (tmp_path / "latents" / "text.safetensors").write_text("no latents")
+    results = run("--latents", "latents", "--data", "videos", "--i3d", i3d, "--metrics", "psnr", "fvd")
+    assert results["clips"] == 3 and {"narrow.safetensors", "text.safetensors", "corrupt.mp4"} <= set(results["skipped"])
+    detect, teacher = evaluate.load_i3d(i3d, "cpu", 8), evaluate.load_teacher("tiny")
+    clips = VideoClips(videos, 8, 64, train=False)
+    with torch.inference_mode():
+        real = detect(torch.stack([clips[i] for i, name in enumerate(clips.files) if name != "corrupt.mp4"]))
+        decoded = teacher.decode(torch.cat(made)), TurboVAED.from_pretrained(student)(torch.cat(made))
+        for row, video in zip(results["rows"], decoded):
+            assert row["fvd"] == pytest.approx(frechet_distance(detect(video), real), rel=1e-4)
+        assert results["rows"][1]["psnr"] == pytest.approx(psnr(*decoded).mean().item(), abs=1e-4) and results["rows"][0]["psnr"] is None
+    assert "FVD to 6 real clips of videos" in capsys.readouterr().out
 
 
 def test_wrong_input_gets_one_line(tmp_path):
@@ -142,7 +524,13 @@ def test_wrong_input_gets_one_line(tmp_path):
 
 
 @pytest.mark.parametrize("args, message", [
-    (["--data", "davis"], "put the video files into the folder data/davis"),
+    (["--data", "davis"], "put them into the folder data/davis, .* or by --download"),
+    (["--data", "synthetic", "--size", "64x32"], "made-up video is square"),
+    (["--latents", "nowhere"], "no latents in nowhere"),
+    (["--generate", "prompts.txt"], "--generate needs --pipeline"),
+    (["--reconstruct", "a.mp4", "b.webm"], "writes .mp4, .mkv or .mov"),
+    (["--reconstruct", "a.mp4", "a.mp4"], "cannot write over its source"),
+    (["--data", "vidgen", "--download"], "--download fetches davis and ucf101; vidgen is to be had from"),
     (["--frames", "9"], "frames = 9"),
     (["--teacher", "dc", "--teacher-weights", "nowhere"], "no teacher weights"),
     (["--clips", "0"], "--clips must be at least 1"),
