@@ -48,8 +48,9 @@ SHIPPED = Path(__file__).resolve().parent / "assets" / "tiny_student.safetensors
 HELD_OUT = 10_000               # seed of made-up clips that training, which counts its seeds from 0, does not see
 WARM_UP, ROUNDS = 2, 7          # of the speed measurement
 # name: (heading, decimals); "fvd" is the rFVD of reconstructions and the FVD of generated video
-METRICS = {"psnr": ("PSNR (dB)", 2), "ssim": ("SSIM", 4), "lpips": ("LPIPS", 4), "temporal": ("temporal", 2), "fvd": ("rFVD", 2)}
+METRICS = {"psnr": ("PSNR (dB)", 2), "ssim": ("SSIM", 4), "lpips": ("LPIPS", 4), "temporal": ("temporal error", 2), "fvd": ("rFVD", 2)}
 I3D_URL = "https://huggingface.co/flateon/FVD-I3D-torchscript/resolve/main/i3d_torchscript.pt"
+ALEXNET = "alexnet-owt-7be5be79.pth"        # torchvision's name; its checksum begins so
 I3D_SHA256 = "bec6519f66ea534e953026b4ae2c65553c17bf105611c746d904657e5860a5e2"
 
 
@@ -122,6 +123,11 @@ def frechet_distance(features_a, features_b):
     return max(distance.item(), 0.0)
 
 
+def cached(name):
+    """Where PyTorch keeps a downloaded file of that name."""
+    return Path(torch.hub.get_dir()) / "checkpoints" / name
+
+
 def load_lpips(path, device):
     """A function of two clips (B, 3, T, H, W) in [-1, 1]: LPIPS (Zhang et al. 2018) on AlexNet, mean over frames, (B,).
 
@@ -136,8 +142,8 @@ def load_lpips(path, device):
             state = torch.load(path, map_location="cpu", weights_only=True)
             net.net.load_state_dict({key: state[f"features.{key.split('.', 1)[1]}"] for key in net.net.state_dict()})
     except Exception as error:      # no network, no such file, another file: all mean "not there"
-        raise OSError(f"no AlexNet weights ({why(error)}); name torchvision's alexnet-owt-7be5be79.pth with --lpips-weights, "
-                      f"or put it into {torch.hub.get_dir()}/checkpoints".replace("\n", " ")) from None
+        raise OSError(f"no AlexNet weights ({why(error)}); name torchvision's {ALEXNET} with --lpips-weights, "
+                      f"or put it into {cached(ALEXNET).parent}".replace("\n", " ")) from None
     net = net.to(device).eval()
     clean = lambda video: frames_of(video) * 2 - 1
     return lambda a, b: net(clean(a), clean(b)).view(len(a), -1).mean(1)
@@ -152,7 +158,7 @@ def load_i3d(path, device, frames):
     downloads it, with a checked sum, into PyTorch's cache. OSError without it, ValueError if it is another detector or
     clips of so many frames are too short for it.
     """
-    file = Path(path) if path else Path(torch.hub.get_dir()) / "checkpoints" / "i3d_torchscript.pt"
+    file = Path(path) if path else cached("i3d_torchscript.pt")
     if not path and not file.is_file():
         file.parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -343,7 +349,8 @@ def measure(items, numbers, args, videos_of, reference, functions, detector, dev
             if good:
                 videos = videos_of(torch.stack([item for _, item in good]).to(device))
                 for model, video in videos.items():
-                    values = {name: f(video, videos[reference]).tolist() for name, f in functions.items()} if reference else {}
+                    compared = reference and model != reference
+                    values = {name: f(video, videos[reference]).tolist() for name, f in functions.items()} if compared else {}
                     found = detector(video).cpu() if detector else [None] * len(good)
                     for i, (n, _) in enumerate(good):
                         records.setdefault(n, {})[model] = {name: value[i] for name, value in values.items()}
@@ -353,7 +360,7 @@ def measure(items, numbers, args, videos_of, reference, functions, detector, dev
 
 
 def gather(mine):
-    """The dicts of all processes as one, on the first process; dicts of dicts are joined below."""
+    """The dicts of all processes as one, on the first process; dicts in them are joined too."""
     parts = [mine]
     if dist.is_initialized():
         parts = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
@@ -362,7 +369,7 @@ def gather(mine):
     for part in parts or []:
         for key, value in part.items():
             whole[key] = {**whole.get(key, {}), **value} if isinstance(value, dict) else value
-    return {key: whole[key] for key in sorted(whole)} if all(isinstance(key, int) for key in whole) else whole
+    return whole
 
 
 def distances(features, reference):
@@ -396,7 +403,7 @@ def table(rows, metrics):
 def markdown(rows, metrics, compression, clips):
     """The rows in the form of the paper's Table 3."""
     arrow = {"psnr": "↑", "ssim": "↑"}
-    header = ["Model", "Decoder Param (M)", "(d_t, d_h, d_w)", "FPS↑", *(METRICS[m][0].split(" ")[0] + arrow.get(m, "↓") for m in metrics)]
+    header = ["Model", "Decoder Param (M)", "(d_t, d_h, d_w)", "FPS↑", *(METRICS[m][0].removesuffix(" (dB)") + arrow.get(m, "↓") for m in metrics)]
     lines = [[r["model"], cell(r["parameters"] / 1e6, 1), str(tuple(compression)), cell(r["fps"], 1),
               *(cell(r[m], METRICS[m][1]) for m in metrics)] for r in rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in (header, ["---"] * len(header), *lines)) + f"\n\n{clips}\n"
@@ -655,7 +662,7 @@ def parse():
     add("--teacher-weights", metavar="W", help='a folder or file, or "random" to measure speed only (default: the released weights)')
     add("--against", choices=("input", "teacher"), default="input", help="what reconstructions are compared with (default input)")
     add("--metrics", nargs="+", choices=METRICS, help="default: psnr ssim temporal, and on real video lpips fvd, whose networks are downloaded")
-    add("--lpips-weights", metavar="FILE", help="torchvision's alexnet-owt-7be5be79.pth (default: PyTorch's cache, or a download of 233 MB)")
+    add("--lpips-weights", metavar="FILE", help=f"torchvision's {ALEXNET} (default: PyTorch's cache, or a download of 233 MB)")
     add("--i3d", metavar="FILE", help="i3d_torchscript.pt (default: PyTorch's cache, or a download of 51 MB)")
     add("--clips", type=int, help="the first so many (default: all; 16 of made-up video)")
     add("--frames", type=int, help="frames of a clip (default: 17; 16 for dc, 8 for tiny)")
@@ -743,17 +750,18 @@ def evaluate(args):
     if args.latents and detector and args.data != "synthetic":
         clips, real, name_of_real, skipped_real = open_clips(args, frames, height, width)
         seen, found, failed = measure(clips, real, args, lambda video: {"input": video}, None, {}, detector, device, name_of_real)
-        features, skipped, real = {**features, **found}, {**skipped, **skipped_real, **failed}, [name_of_real(n) for n in seen]
+        features, skipped, real = {**features, **found}, {**skipped, **skipped_real, **failed}, [name_of_real(n) for n in sorted(seen)]
     elif args.latents and "fvd" in args.metrics and detector:
         without["fvd"] = "real video is needed: --data openvid, for example"
     if rank:
         return
-    if not records:
-        raise ValueError(f"none of the clips in {args.latents or args.data} can be evaluated")
+    for clips, where in ((records, args.latents or args.data), (real, args.data)):
+        if clips is not None and not clips:
+            raise ValueError(f"none of the clips in {where} can be evaluated")
 
-    done, fvd, few = list(records), {}, None
-    if detector:
-        fvd, few = distances(features, "input" if args.latents else reference) if "fvd" not in without else ({}, None)
+    done, fvd, few = sorted(records), {}, None
+    if detector and "fvd" not in without:
+        fvd, few = distances(features, "input" if args.latents else reference)
     mean = lambda model, metric: statistics.fmean(records[n][model][metric] for n in done)
     sample = items[done[0]][None].to(device)
     latents = sample.to(teacher.dtype) if args.latents else encode(sample)
@@ -780,12 +788,14 @@ def evaluate(args):
     out.mkdir(parents=True, exist_ok=True)
     names = [name_of(n) for n in done]
     digest = lambda data: hashlib.sha256(data).hexdigest()
+    measured_by = {"AlexNet": Path(args.lpips_weights or cached(ALEXNET))} if "lpips" in functions else {}
+    measured_by |= {"I3D": Path(args.i3d or cached("i3d_torchscript.pt"))} if detector else {}
     results = {
         "rows": rows, "data": args.data, "latents": args.latents, "seed": args.seed if args.data == "synthetic" else None, "clips": len(done),
         "against": reference, "frames": frames, "height": height, "width": width, "device": hardware, "threads": torch.get_num_threads(),
         "timed_together": together, "dtype": args.dtype, "skipped": skipped, "without": without, "too_few_for_fvd": few, "command": ["python", *sys.argv],
         "versions": {"python": platform.python_version(), **{p: version(p) for p in ("torch", "torchvision", "torchmetrics", "lpips", "av")}},
-        "weights": {label: teacher.weights_hash(), **{name: digest(file.read_bytes()) for name, file in files.items()}},
+        "weights": {label: teacher.weights_hash(), **{name: digest(file.read_bytes()) for name, file in {**files, **measured_by}.items()}},
         "clips_hash": digest(json.dumps([names, real]).encode()),
         "per_clip": [{"clip": name_of(n), **records[n]} for n in done]}
     replace(out / "results.json", lambda file: file.write_text(json.dumps(finite(results), indent=1) + "\n"))

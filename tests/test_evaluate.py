@@ -1,4 +1,5 @@
 """Evaluation: metrics that agree with closed forms and other implementations, and commands that leave what they promise."""
+import hashlib
 import json
 import math
 import os
@@ -274,7 +275,7 @@ def test_a_run_on_made_up_video(student, run, tmp_path, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert "2 clips of 8x64x64" in lines[-5] and sorted(lines[-4:]) == [f"out/demo/{name}" for name in written]
     rows = (student.parent / "results.md").read_text().splitlines()
-    assert rows[0] == "| Model | Decoder Param (M) | (d_t, d_h, d_w) | FPS↑ | PSNR↑ | SSIM↑ | temporal↓ |"
+    assert rows[0] == "| Model | Decoder Param (M) | (d_t, d_h, d_w) | FPS↑ | PSNR↑ | SSIM↑ | temporal error↓ |"
     assert rows[3].startswith("| out/demo | 0.5 | (4, 8, 8) |") and f"| {results['rows'][1]['psnr']:.2f} |" in rows[3]
 
 
@@ -378,6 +379,8 @@ def test_the_same_numbers_by_any_batch_and_number_of_processes(student, run, vid
 
 def test_rfvd_is_the_distance_of_the_detectors_features(student, run, videos, i3d, capsys):
     results = run("--data", "videos", "--size", 64, "--metrics", "fvd", "--i3d", i3d)
+    assert results["weights"]["I3D"] == hashlib.sha256(i3d.read_bytes()).hexdigest()
+    assert results["weights"]["out/demo"] == hashlib.sha256(student.read_bytes()).hexdigest()
     detect, teacher = evaluate.load_i3d(i3d, "cpu", 8), evaluate.load_teacher("tiny")
     clips = VideoClips(videos, 8, 64, train=False)
     good = torch.stack([clips[i] for i, name in enumerate(clips.files) if name != "corrupt.mp4"])
