@@ -453,9 +453,9 @@ def sheet(rows, t):
     return np.asarray(image)
 
 
-def add_h264(container, rate, height, width):
+def add_h264(container, rate, height, width, crf=15):
     """An H.264 stream that says which colours its numbers mean; full chroma where the size is odd."""
-    stream = container.add_stream("libx264", rate=rate, options={"crf": "15", "preset": "veryfast"})
+    stream = container.add_stream("libx264", rate=rate, options={"crf": str(crf), "preset": "veryfast"})
     stream.height, stream.width, stream.pix_fmt = height, width, "yuv444p" if height % 2 or width % 2 else "yuv420p"
     codec = stream.codec_context
     codec.colorspace, codec.color_primaries, codec.color_trc, codec.color_range = 1, 1, 1, 1    # BT.709, limited range
@@ -472,7 +472,7 @@ def write_film(path, images, rate=12, seconds=4):
     """A film of (H, W, 3) uint8 images, slowly and over and over."""
     def write(file):
         with av.open(str(file), "w") as container:
-            stream = add_h264(container, rate, *images[0].shape[:2])
+            stream = add_h264(container, rate, *images[0].shape[:2], crf=22)
             for _ in range(max(1, round(rate * seconds / len(images)))):
                 for image in images:
                     container.mux(stream.encode(to_frame(image, stream)))
