@@ -47,7 +47,7 @@ from teachers import TEACHERS, load_teacher
 SHIPPED = Path(__file__).resolve().parent / "assets" / "tiny_student.safetensors"
 HELD_OUT = 10_000               # seed of made-up clips that training, which counts its seeds from 0, does not see
 WARM_UP, ROUNDS = 2, 7          # of the speed measurement
-# name: (heading, decimals); "fvd" is the rFVD of reconstructions and the FVD of generated video
+# name: (heading, decimals)
 METRICS = {"psnr": ("PSNR (dB)", 2), "ssim": ("SSIM", 4), "lpips": ("LPIPS", 4), "temporal": ("temporal error", 2), "fvd": ("rFVD", 2)}
 I3D_URL = "https://huggingface.co/flateon/FVD-I3D-torchscript/resolve/main/i3d_torchscript.pt"
 ALEXNET = "alexnet-owt-7be5be79.pth"        # torchvision's name; its checksum begins so
@@ -389,10 +389,10 @@ def cell(value, decimals, unit=""):
     return f"{value:.{decimals}f}{unit}" if value is not None and math.isfinite(value) else "-"
 
 
-def table(rows, metrics):
-    """The rows as lines of text, numbers aligned to the right."""
-    header = ("model", "decoder (M)", *(METRICS[m][0] for m in metrics), "PSNR kept", "decode FPS", "speed-up")
-    cells = [(r["model"], cell(r["parameters"] / 1e6, 2), *(cell(r[m], METRICS[m][1]) for m in metrics),
+def table(rows, columns):
+    """The rows as lines of text, numbers aligned to the right. columns: {metric: (heading, decimals)}."""
+    header = ("model", "decoder (M)", *(heading for heading, _ in columns.values()), "PSNR kept", "decode FPS", "speed-up")
+    cells = [(r["model"], cell(r["parameters"] / 1e6, 2), *(cell(r[m], decimals) for m, (_, decimals) in columns.items()),
               cell(r["psnr_kept"], 1, "%"), cell(r["fps"], 1), cell(r["speed_up"], 2, "x")) for r in rows]
     widths = [max(map(len, column)) for column in zip(header, *cells)]
     lines = ["  ".join([c[0].ljust(widths[0])] + [v.rjust(w) for v, w in zip(c[1:], widths[1:])])
@@ -400,12 +400,12 @@ def table(rows, metrics):
     return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
 
 
-def markdown(rows, metrics, compression, clips):
+def markdown(rows, columns, compression, clips):
     """The rows in the form of the paper's Table 3."""
     arrow = {"psnr": "↑", "ssim": "↑"}
-    header = ["Model", "Decoder Param (M)", "(d_t, d_h, d_w)", "FPS↑", *(METRICS[m][0].removesuffix(" (dB)") + arrow.get(m, "↓") for m in metrics)]
+    header = ["Model", "Decoder Param (M)", "(d_t, d_h, d_w)", "FPS↑", *(heading.removesuffix(" (dB)") + arrow.get(m, "↓") for m, (heading, _) in columns.items())]
     lines = [[r["model"], cell(r["parameters"] / 1e6, 1), str(tuple(compression)), cell(r["fps"], 1),
-              *(cell(r[m], METRICS[m][1]) for m in metrics)] for r in rows]
+              *(cell(r[m], decimals) for m, (_, decimals) in columns.items())] for r in rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in (header, ["---"] * len(header), *lines)) + f"\n\n{clips}\n"
 
 
@@ -780,8 +780,9 @@ def evaluate(args):
     what = (f"{args.latents or args.data}: {len(done)} clips of {frames}x{height}x{width} (frames x height x width)"
             f"{f', FVD to {len(real)} real clips of {args.data}' if real else ''}{', against the teacher' if reference == label else ''}; "
             f"{hardware}, {torch.get_num_threads()} CPU threads, {args.dtype}, {together} at a time for speed; {len(skipped)} clips skipped")
-    notes = [f"{METRICS[m][0]}: {reason}" for m, reason in without.items()] + [f"{METRICS['fvd'][0]}: {few}"] * bool(few)
-    print("\n".join([table(rows, args.metrics), what, *notes]))
+    columns = {m: ("FVD", 2) if m == "fvd" and args.latents else METRICS[m] for m in args.metrics}
+    notes = [f"{columns[m][0]}: {reason}" for m, reason in (without | ({"fvd": few} if few else {})).items()]
+    print("\n".join([table(rows, columns), what, *notes]))
 
     run = next(iter(files.values())).resolve().parent
     out = Path(args.out) if args.out else run if run.parent == Path("out").resolve() else Path("out/evaluate")
@@ -799,7 +800,7 @@ def evaluate(args):
         "clips_hash": digest(json.dumps([names, real]).encode()),
         "per_clip": [{"clip": name_of(n), **records[n]} for n in done]}
     replace(out / "results.json", lambda file: file.write_text(json.dumps(finite(results), indent=1) + "\n"))
-    replace(out / "results.md", lambda file: file.write_text(markdown(rows, args.metrics, teacher.compression, what)))
+    replace(out / "results.md", lambda file: file.write_text(markdown(rows, columns, teacher.compression, what)))
 
     # The pictures' clips are decoded again: keeping all of them until it is known which ones would take memory.
     student = next(iter(students))
