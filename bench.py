@@ -37,7 +37,7 @@ from torch.utils.flop_counter import flop_registry
 from model import BLOCKS, CONFIGS, OWN_FILE, UPSAMPLING, TurboVAED, summary
 
 SHIPPED = Path(__file__).resolve().parent / "assets" / "tiny_student.safetensors"
-WARM_UP = 3     # rounds that do not count: the first compiles, and wakes the GPU
+WARM_UP = 3     # rounds that do not count, in which caches fill, clocks rise and kernels are chosen
 PARTS = ("conv_in", *BLOCKS, "out")
 UNITS = ("ALL", "CPU_AND_NE", "CPU_AND_GPU", "CPU_ONLY")      # Core ML's choices of compute units
 COLUMNS = {     # of the table, where any row has them: header, text of a row's cell
@@ -57,7 +57,7 @@ def now(device):
     if device.type != "cuda":
         return time.perf_counter()
     event = torch.cuda.Event(enable_timing=True)
-    event.record()
+    event.record(torch.cuda.current_stream(device))
     return event
 
 
@@ -187,7 +187,11 @@ def bench_students(args, device, dtype):
         if args.compile:
             torch.compiler.reset()      # past its limit of recompilations, PyTorch would run the next one eager
             compiled = torch.compile(student, dynamic=False, fullgraph=True)
-            runs["compiled"] = lambda: compiled(latents)
+            try:
+                compiled(latents)
+                runs["compiled"] = lambda: compiled(latents)
+            except Exception as error:      # no C++ compiler, for one: the rest is still worth timing
+                print(f"{name} does not compile here: {type(error).__name__}: {summary(error)}", file=sys.stderr)
         if args.teacher:
             from teachers import load_teacher
             teacher = load_teacher(name, None if name == "tiny" else "random", device, dtype)
@@ -334,7 +338,7 @@ def bench_features(args, device, dtype):
     for name in args.config or TEACHERS:
         teacher = load_teacher(name, None if name == "tiny" else "random", device, dtype)
         (height, width), (d_t, d_h, d_w), frames = args.size[0], teacher.compression, 16 + int(teacher.images)
-        shape = (1, teacher.latent_channels, (frames - 1) // d_t + 1, height // d_h, width // d_w)
+        shape = (1, teacher.latent_channels, (frames - 1) // d_t + 1, -(-height // d_h), -(-width // d_w))
         latents, blocks = torch.randn(shape, device=device, dtype=dtype), aligned_blocks(teacher)
         runs = {"decode": lambda: teacher.decode(latents), f"features {' '.join(blocks)}": lambda: teacher.features(latents, blocks)}
         seconds = take_turns(runs, device, args.rounds)
@@ -360,6 +364,7 @@ def bench_train(args, device, dtype):
     for name in args.config or ["ltx"]:
         teacher = load_teacher(name, None if name == "tiny" else "random", device)
         blocks, frames = aligned_blocks(teacher), 16 + int(teacher.images)
+        teacher.check_clip(frames, height, width)
         lpips, discriminator = LPIPS(random=True).to(device), PatchDiscriminator().to(device)
         video = torch.rand(args.batch, 3, frames, height, width, device=device) * 2 - 1
 
@@ -522,8 +527,8 @@ def parse():
     add("--out", default="out/bench", help="folder for bench.json and bench.png (default out/bench)")
     args = parser.parse_args()
     gpu = args.device.split(":")[0] == "cuda"
-    if not gpu and args.device != "cpu":
-        parser.error(f"--device is cpu or cuda, not {args.device}")
+    if args.device != "cpu" and not (gpu and torch.cuda.is_available()):
+        parser.error(f"--device is cpu or, where there is one, cuda; not {args.device}")
     side = "128x128" if args.features or not gpu else "256x256" if args.train else "512x512"
     sizes = args.size or ([side] if args.features or args.train or args.blocks else ["512x512", "720x1280"] if gpu else ["256x256"])
     try:
