@@ -145,7 +145,7 @@ def figures(seconds, name, frames, base=None, work=None, amounts=None):
     over = lambda other: statistics.median(b / a for a, b in zip(spent, seconds[other]))
     median = statistics.median(spent)
     quarters = statistics.quantiles(spent, n=4) if len(spent) > 1 else [median] * 3
-    row = {"milliseconds": 1000 * median, "spread": 1000 * (quarters[2] - quarters[0]), "rounds": len(spent), "fps": frames / median}
+    row = {"milliseconds": 1000 * median, "spread": 1000 * (quarters[2] - quarters[0]), "fps": frames / median, "rounds": len(spent)}
     if base:
         row |= {"compared_with": base, "speed_up": over(base)}
     if work:
@@ -199,7 +199,8 @@ def bench_students(args, device, dtype):
         limits, amounts = machine(device, dtype)
         work = {way: count_work(run) for way, run in runs.items() if way != "compiled"}
         seconds = take_turns(runs | limits, device, args.rounds)
-        rows += [{"model": name, "way": way, "frames": frames, "height": height, "width": width, "parameters": count(modules[way]),
+        rows += [{"model": name, "way": way, "frames": frames, "height": height, "width": width,
+                  "parameters": count(modules[way]),
                   **figures(seconds, way, frames, "teacher" if args.teacher else "eager", work.get(way, work["eager"]), amounts),
                   **peak_memory(run, device, nbytes(modules[way]))} for way, run in runs.items()]
     return rows
@@ -263,7 +264,7 @@ async def time_package(path, unit, device, rounds):
     description = model.get_spec().description
     shapes = {f.name: tuple(f.type.multiArrayType.shape) for f in (*description.input, *description.output)}
     if len(shapes.get("latents", ())) != 5 or len(shapes.get("video", ())) != 5:
-        raise ValueError(f"{path}: wants packages that turn latents (1, C, t, h, w) into video (1, 3, T, H, W); this has {shapes}")
+        raise ValueError(f"{path}: has {shapes} instead of latents (1, C, t, h, w) and video (1, 3, T, H, W)")
     frames, height, width = shapes["video"][2:]
     inputs = {"latents": torch.randn(shapes["latents"]).numpy()}
     row = {"model": path.stem, "way": unit, "frames": frames, "height": height, "width": width}
@@ -287,39 +288,52 @@ async def time_package(path, unit, device, rounds):
     return row
 
 
+async def start_phone(team, folder):
+    """The connected iPhone with coremltools' app on it that runs packages, signed for that development team, built in `folder`."""
+    from coremltools.models.ml_program.experimental import remote_device
+    service = remote_device._DeviceCtlRemoteService     # would look 20 times for an answer; loading may well take longer
+    service.__init__ = partialmethod(service.__init__, max_attempts=200)
+    try:
+        phones = remote_device.Device.get_connected_devices(device_type=remote_device.DeviceType.IPHONE)
+        if not phones:
+            raise ValueError("none is connected: plug it in, unlock it, trust this Mac, turn on its Developer Mode")
+        credentials = remote_device.AppSigningCredentials(
+            development_team=team, bundle_identifier=f"team.{team.lower()}.modelrunner")    # Apple gives each to one team only
+        return await phones[0].prepare_for_model_debugging(credentials=credentials, working_directory=Path(folder))
+    except Exception as error:      # Xcode's, devicectl's, coremltools': what to do is the same
+        raise ValueError(f"no iPhone to run on: {summary(error)}; `xcrun devicectl list devices` should call it connected, and "
+                         f"Xcode's settings list an account of team {team}") from None
+
+
 async def time_packages(paths, rounds, team):
     """A row for each package and choice of compute units; with a development team, on the connected iPhone."""
-    rows, device = [], None
+    rows = []
     with tempfile.TemporaryDirectory() as folder:
-        if team:
-            from coremltools.models.ml_program.experimental import remote_device
-            service = remote_device._DeviceCtlRemoteService     # looks 20 times for an answer; loading may well take longer
-            service.__init__ = partialmethod(service.__init__, max_attempts=200)
-            phones = remote_device.Device.get_connected_devices(device_type=remote_device.DeviceType.IPHONE)
-            if not phones:
-                raise ValueError("no iPhone is connected: plug it in, unlock it, trust this Mac, turn on its Developer Mode, and "
-                                 "see that `xcrun devicectl list devices` says connected")
-            identifier = f"team.{team.lower()}.modelrunner"     # Apple lets each belong to one team only
-            credentials = remote_device.AppSigningCredentials(development_team=team, bundle_identifier=identifier)
+        device = await start_phone(team, folder) if team else None
         for path, unit in itertools.product(paths, UNITS):
-            if team and (device is None or not device.session.is_alive()):      # a model too large for its memory ends the app
-                device = await phones[0].prepare_for_model_debugging(credentials=credentials, working_directory=Path(folder))
             row = await time_package(path, unit, device, rounds)
             rows.append(row | {"device": f"{device.name}, iOS {device.os_version}" if device else platform.platform()})
-            print(f"{path.name} on {unit}: {'%.1f ms' % row['milliseconds'] if 'fps' in row else ''} {row.get('error', '')}", flush=True)
+            speed = f"{row['milliseconds']:.1f} ms" if "fps" in row else ""
+            print(f"{path.name} on {unit}: {speed} {row.get('error', '')}", flush=True)
+            if device and not device.session.is_alive():      # a model too large for the phone's memory ends the app
+                try:
+                    device = await start_phone(team, folder)
+                except ValueError as error:
+                    print(error)
+                    break
     return rows
 
 
 def bench_packages(args):
     """Rows of time_packages; ValueError where Core ML cannot run, with what it needs."""
     if sys.platform != "darwin":
-        raise ValueError("Core ML runs on Apple hardware: --mlpackage needs macOS, --iphone also Xcode and a connected iPhone, and "
-                         "both a package that `python export.py` made")
+        raise ValueError("Core ML runs on Apple hardware: --mlpackage needs macOS, --iphone also Xcode and a connected iPhone, "
+                         "and both need a package that `python export.py` made")
     paths = [Path(path) for path in args.mlpackage or sorted(Path("out").rglob("*.mlpackage"))]
     missing = [str(path) for path in paths if not path.is_dir()]
     if missing or not paths:
         raise FileNotFoundError(f"{', '.join(missing) or 'out/'}: no such package, or none in it; `python export.py` makes one")
-    rows = asyncio.run(time_packages(paths, args.rounds or 10, args.iphone and args.team))
+    rows = asyncio.run(time_packages(paths, args.rounds or 10, args.team if args.iphone else None))
     if not any("fps" in row for row in rows):
         raise ValueError(f"nothing could be measured; {rows[0]['way']}: {rows[0]['error']}")
     return rows
@@ -340,7 +354,8 @@ def bench_features(args, device, dtype):
         (height, width), (d_t, d_h, d_w), frames = args.size[0], teacher.compression, 16 + int(teacher.images)
         shape = (1, teacher.latent_channels, (frames - 1) // d_t + 1, -(-height // d_h), -(-width // d_w))
         latents, blocks = torch.randn(shape, device=device, dtype=dtype), aligned_blocks(teacher)
-        runs = {"decode": lambda: teacher.decode(latents), f"features {' '.join(blocks)}": lambda: teacher.features(latents, blocks)}
+        runs = {"decode": lambda: teacher.decode(latents),
+                f"features {' '.join(blocks)}": lambda: teacher.features(latents, blocks)}
         seconds = take_turns(runs, device, args.rounds)
         rows += [{"model": name, "way": way, "frames": frames, "height": height, "width": width,
                   **figures(seconds, way, frames, "decode")} for way in runs]
@@ -400,8 +415,8 @@ def bench_train(args, device, dtype):
                     target = video
                     if way == "cached":
                         entries = [cache[n] for n in range(args.batch)]
-                        target, z, divergence, *aligned = (torch.stack([e[key] for e in entries]).to(device)
-                                                           for key in ("video", "latents", "kl", *[f"features.{b}" for b in blocks]))
+                        keys = ("video", "latents", "kl", *[f"features.{b}" for b in blocks])
+                        target, z, divergence, *aligned = (torch.stack([e[key] for e in entries]).to(device) for key in keys)
                         z, aligned = z.float(), dict(zip(blocks, aligned))
                     else:
                         with torch.no_grad(), autocast():
@@ -508,8 +523,8 @@ def parse():
     add = parser.add_argument
     add("--config", nargs="+", choices=CONFIGS, help="students of these configurations, with random weights")
     add("--student", metavar="PATH", help="a run's folder or a file (default: the newest under out/, else the shipped one)")
-    add("--size", nargs="+", metavar="HxW", help="of the video in pixels (default 512x512 and 720x1280 on a GPU, 256x256 on a CPU; "
-        "--features 128x128; --train 256x256 on a GPU, 128x128 on a CPU; --blocks 512x512 and 128x128)")
+    add("--size", nargs="+", metavar="HxW", help="of the video in pixels (default 512x512 and 720x1280 on a GPU, 256x256 on a "
+        "CPU; --blocks 512x512 and 128x128; --train 256x256 and 128x128; --features 128x128)")
     add("--frames", type=int, default=17, help="of a clip, or the nearest fewer that latents decode to (default 17)")
     add("--teacher", action=argparse.BooleanOptionalAction, help="the teachers' decoders too (default: without --config)")
     add("--compile", action=argparse.BooleanOptionalAction, default=True, help="torch.compile too (default)")
@@ -521,7 +536,8 @@ def parse():
     add("--train", action="store_true", help="the training step against a plain one, for --config (default ltx)")
     add("--batch", type=int, default=1, help="clips in --train's micro-batch (default 1)")
     add("--lpips-frames", type=int, default=2, help="frames of a clip that --train's LPIPS sees (default 2, as train.py's)")
-    add("--dtype", choices=("float32", "bfloat16", "float16"), help="(default float32 on a CPU, float16 on a GPU, --train there bfloat16)")
+    add("--dtype", choices=("float32", "bfloat16", "float16"),
+        help="(default float32 on a CPU, float16 on a GPU, --train there bfloat16)")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda (default cuda where there is one)")
     add("--rounds", type=int, help="turns that count (default: as many as fit into 45 s, 5 to 200; packages: 10)")
     add("--out", default="out/bench", help="folder for bench.json and bench.png (default out/bench)")
@@ -529,8 +545,8 @@ def parse():
     gpu = args.device.split(":")[0] == "cuda"
     if args.device != "cpu" and not (gpu and torch.cuda.is_available()):
         parser.error(f"--device is cpu or, where there is one, cuda; not {args.device}")
-    side = "128x128" if args.features or not gpu else "256x256" if args.train else "512x512"
-    sizes = args.size or ([side] if args.features or args.train or args.blocks else ["512x512", "720x1280"] if gpu else ["256x256"])
+    sizes = args.size or (["128x128"] if args.features else ["256x256" if gpu else "128x128"] if args.train else
+                          ["512x512" if gpu else "128x128"] if args.blocks else ["512x512", "720x1280"] if gpu else ["256x256"])
     try:
         args.size = [tuple(map(int, size.split("x"))) for size in sizes]
         if any(len(size) != 2 or min(size) < 1 for size in args.size):
@@ -560,7 +576,7 @@ def main():
     args = parse()
     device, dtype, packages = torch.device(args.device), getattr(torch, args.dtype), args.iphone or args.mlpackage is not None
     torch.backends.cudnn.allow_tf32 = False             # float32 is float32, for convolutions as for the matrix product
-    torch.backends.cudnn.benchmark = not args.train     # sizes are fixed: cuDNN chooses by trial, in the warm-up; train.py does not
+    torch.backends.cudnn.benchmark = not args.train     # sizes are fixed: cuDNN may choose by trial; train.py does not let it
     if packages:
         rows = bench_packages(args)
     elif args.blocks:
