@@ -132,7 +132,7 @@ def peak_memory(run, device, held):
         try:
             ctypes.CDLL(None).malloc_trim(0)        # what the C library keeps for later would hide what the run needs
             Path("/proc/self/clear_refs").write_text("5")       # the mark falls to what is resident now
-        except (OSError, AttributeError):
+        except (OSError, AttributeError, TypeError):     # neither that library nor /proc
             return {}
     before = mark()
     run()
@@ -499,7 +499,7 @@ def picture(path, rows, blocks):
             widths = [row["blocks"][part] for row in rows]
             axes.barh(places, widths, left=left, color=f"C{i}", label=part)
             upsamplers = [row["blocks"].get(f"{part} upsampler", 0) for row in rows]
-            axes.barh(places, upsamplers, left=left, color="none", hatch="////", edgecolor="white")
+            axes.barh(places, upsamplers, left=left, color="none", hatch="////", edgecolor="white", linewidth=0)
             left = [a + b for a, b in zip(left, widths)]
         axes.legend(ncols=len(PARTS), loc="lower center", bbox_to_anchor=(0.4, 1), fontsize="small", frameon=False)
         axes.set_xlabel("milliseconds of a decode; hatched: upsamplers with their convolutions")
