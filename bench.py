@@ -1,111 +1,342 @@
-"""How fast: students against their teachers, eager against compiled, and what the machine could do at best.
+"""How fast: students against their teachers, eager against compiled, block by block, on phones, and what the machine could do.
 
     python bench.py                                        # the student in out/, else the shipped one, with its teacher
-    python bench.py --config ltx dc --size 512x512 720x1280 --dtype bfloat16        # on a GPU
+    python bench.py --config ltx dc --size 512x512 720x1280        # on a GPU, in float16; needs PyTorch alone
     python bench.py --config ltx --teacher                 # against the teacher, with random weights
+    python bench.py --blocks                               # latency by block with the three upsamplers (Figure 3, Table 1)
+    python bench.py --mlpackage PATH                       # on a Mac: export.py's package, on every choice of compute units
+    python bench.py --iphone --team TEAM                   # the packages on the iPhone that is connected to this Mac
     python bench.py --features                             # teachers: `features` against a whole decode
     python bench.py --train                                # the training step, with and without cache, against a plain one
 
-What is compared takes turns within one run, after warm-up, so that whatever else the machine does slows all of it;
-medians and the middle half's spread are reported. Weights are random where speed does not depend on them. Writes
-bench.json and bench.png to --out. Students need PyTorch alone.
+What is compared takes turns within one run, after warm-up, so that whatever else the machine does slows all of it. Reported
+are medians and the spread of the middle half; a speed-up or a share of the machine's rates is the median over the turns of
+the ratio within a turn, which repeats better than a ratio of medians. Weights are random where speed does not depend on
+them. Writes bench.json and bench.png to --out.
 """
 import argparse
+import asyncio
+import ctypes
+import itertools
 import json
 import platform
 import statistics
 import sys
+import tempfile
 import time
+from collections import Counter
+from dataclasses import replace
+from functools import partialmethod
 from pathlib import Path
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from model import CONFIGS, OWN_FILE, TurboVAED, count_flops
+from model import BLOCKS, CONFIGS, OWN_FILE, UPSAMPLING, TurboVAED, summary
 
 SHIPPED = Path(__file__).resolve().parent / "assets" / "tiny_student.safetensors"
+WARM_UP = 3     # rounds that do not count, in which caches fill, clocks rise and kernels are chosen
+PARTS = ("conv_in", *BLOCKS, "out")
+UNITS = ("ALL", "CPU_AND_NE", "CPU_AND_GPU", "CPU_ONLY")      # Core ML's choices of compute units
+COLUMNS = {     # of the table, where any row has them: header, text of a row's cell
+    "model": "{model}", "way": "{way}", "clip": "{frames}x{height}x{width}", "parameters": "{parameters:,}",
+    "ms": "{milliseconds:.2f}", "spread": "{spread:.2f}", "FPS": "{fps:.1f}", "TFLOP/s": "{tflops:.3f}",
+    "of matrix rate": "{of_matrix_rate:.1%}", "of copy rate": "{of_copy_rate:.1%}", "peak GB": "{peak_gb:.2f}",
+    "load ms": "{load_milliseconds:.0f}", "speed-up": "{speed_up:.2f}x"}
+BLOCK_COLUMNS = {key: COLUMNS[key] for key in ("model", "way", "clip", "ms", "spread", "speed-up")} | {
+    part: f"{{blocks[{part}]:.2f}} {{shares[{part}]:.0%}}" for part in (*PARTS, "upsamplers")}
 
 
-def take_turns(runs, device, rounds, warm_up=2):
-    """Seconds of each of {name: function}, {name: [seconds]}; functions take turns, GPU work is timed by events."""
-    seconds = {name: [] for name in runs}
-    for i in range(warm_up + rounds):
-        for name, run in runs.items():
-            if device.type == "cuda":
-                start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-                start.record()
-                run()
-                end.record()
-                end.synchronize()
-                spent = start.elapsed_time(end) / 1000
-            else:
-                start = time.perf_counter()
-                run()
-                spent = time.perf_counter() - start
-            if i >= warm_up:
-                seconds[name].append(spent)
-    return seconds
+# ---------------------------------------------------------------------------------------------------------------------
+# Measuring.
 
-
-def machine_limits(device, dtype, rounds=5):
-    """(FLOP/s of a large matrix product, bytes/s of a large copy), measured here and now."""
-    n = 8192 if device.type == "cuda" else 1536
-    a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
-    x = torch.empty((1 << 30) if device.type == "cuda" else (1 << 27), dtype=torch.uint8, device=device)
-    y = torch.empty_like(x)
-    seconds = take_turns({"matrix": lambda: a @ b, "copy": lambda: y.copy_(x)}, device, rounds)
-    return 2 * n ** 3 / min(seconds["matrix"]), 2 * x.numel() / min(seconds["copy"])
-
-
-def peak_memory(run, device):
-    """Bytes that PyTorch held at most while `run` ran, weights included; None on a CPU, where nothing counts them."""
+def now(device):
+    """The moment at which the work begun so far is done: an event on a GPU, else seconds."""
     if device.type != "cuda":
-        return None
-    torch.cuda.reset_peak_memory_stats(device)
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record(torch.cuda.current_stream(device))
+    return event
+
+
+def seconds_between(start, end):
+    return start.elapsed_time(end) / 1000 if isinstance(start, torch.cuda.Event) else end - start
+
+
+def take_turns(runs, device, rounds=None, budget=45):
+    """Seconds of each of {name: function}, {name: [seconds]}; the functions take turns.
+
+    rounds None: as many as fit into `budget` seconds, at least 5 and at most 200.
+    """
+    seconds = {name: [] for name in runs}
+    for i in itertools.count(-WARM_UP):
+        if i == 0:
+            begin = time.perf_counter()
+        if i == (rounds or 200) or not rounds and i >= 5 and time.perf_counter() - begin > budget:
+            return seconds
+        for name, run in runs.items():
+            start = now(device)
+            run()
+            end = now(device)
+            if device.type == "cuda":
+                end.synchronize()
+            if i >= 0:
+                seconds[name].append(seconds_between(start, end))
+
+
+def machine(device, dtype):
+    """A large matrix product and a large copy, to take turns with the rest: {name: function}, {name: its FLOP or bytes}."""
+    n, size = (8192, 1 << 30) if device.type == "cuda" else (1536, 1 << 27)
+    a, b, c = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(3))
+    x, y = (torch.zeros(size, dtype=torch.uint8, device=device) for _ in range(2))
+    return {"matrix": lambda: torch.mm(a, b, out=c), "copy": lambda: y.copy_(x)}, {"matrix": 2 * n ** 3, "copy": 2 * size}
+
+
+class WorkCounter(TorchDispatchMode):
+    """Counts the FLOP of the convolutions and matrix products that run under it, and the bytes that these must move at
+    least: inputs, weights and outputs, once each. (PyTorch's FlopCounterMode fails on gradients of a leaf.)"""
+    flops = moved = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **kwargs or {})
+        if func.overloadpacket in flop_registry:
+            self.flops += flop_registry[func.overloadpacket](*args, **kwargs or {}, out_val=out)
+            self.moved += sum(x.nbytes for x in tree_leaves((args, kwargs, out)) if isinstance(x, torch.Tensor))
+        return out
+
+
+def count_work(run):
+    with torch.inference_mode(False), torch.no_grad(), WorkCounter() as work:
+        run()
+    return work
+
+
+def count(module):
+    return sum(p.numel() for p in module.parameters())
+
+
+def nbytes(*modules):
+    return sum(p.nbytes for module in modules for p in module.parameters())
+
+
+def peak_memory(run, device, held):
+    """{"peak_gb"}: what is held at most while `run` runs: `held` bytes of weights, and what the run adds to GPU memory or to
+    the process's resident memory. Empty on a CPU without Linux, where no one keeps the high-water mark."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        mark = lambda: torch.cuda.max_memory_allocated(device)
+    else:
+        mark = lambda: 1024 * int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0])
+        try:
+            ctypes.CDLL(None).malloc_trim(0)        # what the C library keeps for later would hide what the run needs
+            Path("/proc/self/clear_refs").write_text("5")       # the mark falls to what is resident now
+        except (OSError, AttributeError, TypeError):     # neither that library nor /proc
+            return {}
+    before = mark()
     run()
-    torch.cuda.synchronize(device)
-    return torch.cuda.max_memory_allocated(device)
+    return {"peak_gb": (held + mark() - before) / 1e9}
 
 
-def figures(seconds, frames, flops=None, limits=None):
-    """What the table shows of one entry's times."""
-    median = statistics.median(seconds)
-    quarters = statistics.quantiles(seconds, n=4) if len(seconds) > 1 else [median] * 3
-    row = {"milliseconds": 1000 * median, "spread": 1000 * (quarters[2] - quarters[0]), "fps": frames / median}
-    if flops:
-        row |= {"tflops": flops / median / 1e12, "of_matrix_rate": flops / median / limits[0]}
+def figures(seconds, name, frames, base=None, work=None, amounts=None):
+    """What the table shows of one entry among those that took turns; base: the entry that it is compared with."""
+    spent = seconds[name]
+    over = lambda other: statistics.median(b / a for a, b in zip(spent, seconds[other]))
+    median = statistics.median(spent)
+    quarters = statistics.quantiles(spent, n=4) if len(spent) > 1 else [median] * 3
+    row = {"milliseconds": 1000 * median, "spread": 1000 * (quarters[2] - quarters[0]), "fps": frames / median, "rounds": len(spent)}
+    if base:
+        row |= {"compared_with": base, "speed_up": over(base)}
+    if work:
+        row |= {"flops": work.flops, "bytes": work.moved, "tflops": work.flops / median / 1e12,
+                "of_matrix_rate": work.flops / amounts["matrix"] * over("matrix"),
+                "of_copy_rate": work.moved / amounts["copy"] * over("copy"),
+                "matrix_tflops": amounts["matrix"] / statistics.median(seconds["matrix"]) / 1e12,
+                "copy_gb_per_s": amounts["copy"] / statistics.median(seconds["copy"]) / 1e9}
     return row
 
 
+def placed(student, device, dtype):
+    """The student as it runs fastest there: its weights laid out for channels-last latents on a GPU."""
+    student = student.to(device, dtype).eval()
+    return student.channels_last() if device.type == "cuda" else student
+
+
+def make_latents(config, frames, height, width, device, dtype):
+    """Random latents (1, C, t, h, w) of at least that size, and the frames they decode to: `frames` or the nearest fewer."""
+    d_t, d_h, d_w = config.compression
+    t = next(t for t in range(1, frames + 2) if config.frames(t) >= frames - frames % d_t)
+    latents = torch.randn(1, config.latent_channels, t, -(-height // d_h), -(-width // d_w), device=device, dtype=dtype)
+    layout = torch.channels_last_3d if device.type == "cuda" else torch.contiguous_format
+    return latents.contiguous(memory_format=layout), config.frames(t)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is measured. Each returns rows for bench.json.
+
+@torch.inference_mode()
 def bench_students(args, device, dtype):
     """A row for each student, size and way of running it; its teacher's where asked for."""
-    limits, rows = machine_limits(device, dtype), []
-    for name, config, student in args.students:
-        student = student.to(device, dtype).eval().channels_last() if device.type == "cuda" else student.to(device, dtype).eval()
-        parameters = sum(p.numel() for p in student.parameters())
-        for height, width in args.size:
-            d_t, d_h, d_w = config.compression
-            t = next(t for t in range(1, args.frames + 2) if config.frames(t) >= args.frames - args.frames % d_t)
-            shape = (1, config.latent_channels, t, -(-height // d_h), -(-width // d_w))
-            latents, frames, flops = torch.randn(shape, device=device, dtype=dtype), config.frames(t), sum(count_flops(config, shape).values())
-            if device.type == "cuda":
-                latents = latents.contiguous(memory_format=torch.channels_last_3d)
-            runs = {"eager": lambda: student(latents)}
-            if args.compile:
-                compiled = torch.compile(student, dynamic=False)
+    rows = []
+    students = [(name, TurboVAED(CONFIGS[name])) for name in args.config] if args.config else [find_student(args.student)]
+    for (name, student), (height, width) in itertools.product(students, args.size):
+        student = placed(student, device, dtype)
+        latents, frames = make_latents(student.config, args.frames, height, width, device, dtype)
+        runs, modules = {"eager": lambda: student(latents)}, {"eager": student, "compiled": student}
+        if args.compile:
+            torch.compiler.reset()      # past its limit of recompilations, PyTorch would run the next one eager
+            compiled = torch.compile(student, dynamic=False, fullgraph=True)
+            try:
+                compiled(latents)
                 runs["compiled"] = lambda: compiled(latents)
-            if args.teacher:
-                from teachers import load_teacher
-                teacher = load_teacher(name, None if name == "tiny" else "random", device, dtype)
-                runs["teacher"] = lambda: teacher.decode(latents)
-            seconds = take_turns(runs, device, args.rounds)
-            for way, run in runs.items():
-                ours = way != "teacher"
-                count = parameters if ours else sum(p.numel() for p in teacher.vae.decoder.parameters())
-                rows.append({"model": name, "way": way, "frames": frames, "height": height, "width": width, "parameters": count,
-                             **figures(seconds[way], frames, flops if ours else None, limits), "peak_bytes": peak_memory(run, device)})
-    return rows, {"matrix_tflops": limits[0] / 1e12, "copy_gb_per_s": limits[1] / 1e9}
+            except Exception as error:      # no C++ compiler, for one: the rest is still worth timing
+                print(f"{name} does not compile here: {type(error).__name__}: {summary(error)}", file=sys.stderr)
+        if args.teacher:
+            from teachers import load_teacher
+            teacher = load_teacher(name, None if name == "tiny" else "random", device, dtype)
+            runs["teacher"], modules["teacher"] = lambda: teacher.decode(latents), teacher.vae.decoder
+        limits, amounts = machine(device, dtype)
+        work = {way: count_work(run) for way, run in runs.items() if way != "compiled"}
+        seconds = take_turns(runs | limits, device, args.rounds)
+        rows += [{"model": name, "way": way, "frames": frames, "height": height, "width": width,
+                  "parameters": count(modules[way]),
+                  **figures(seconds, way, frames, "teacher" if args.teacher else "eager", work.get(way, work["eager"]), amounts),
+                  **peak_memory(run, device, nbytes(modules[way]))} for way, run in runs.items()]
+    return rows
+
+
+def mark_blocks(student, device):
+    """Make the student note when each part of a decode is done: returns the list of (part, moment) that it will fill."""
+    marks = []
+    note = lambda part: lambda *_: marks.append((part, now(device)))
+    student.register_forward_pre_hook(note("start"))
+    student.conv_in.register_forward_hook(note("conv_in"))
+    for name, block in zip(BLOCKS, (student.mid_block, *student.up_blocks)):
+        for upsampler in block.upsamplers:
+            upsampler.register_forward_pre_hook(note(name))
+            upsampler.register_forward_hook(note(f"{name} upsampler"))
+        block.register_forward_hook(note(name))
+    student.register_forward_hook(note("out"))
+    return marks
+
+
+@torch.inference_mode()
+def bench_blocks(args, device, dtype):
+    """A row for each upsampler of Table 1, with the milliseconds of each part of an eager decode, as in Figure 3.
+
+    The parts add up to the whole: each lasts from the moment at which the one before it was done. What the upsamplers take
+    of their blocks, convolutions included, is given beside.
+    """
+    rows = []
+    for name, (height, width) in itertools.product(args.config or ["ltx"], args.size):
+        latents, frames = make_latents(CONFIGS[name], args.frames, height, width, device, dtype)
+        students = {way: placed(TurboVAED(replace(CONFIGS[name], upsampling=way)), device, dtype) for way in UPSAMPLING}
+        marks = {way: mark_blocks(student, device) for way, student in students.items()}
+        runs = {way: lambda student=student: student(latents) for way, student in students.items()}
+        seconds = take_turns(runs, device, args.rounds)
+        for way in UPSAMPLING:
+            n = len(marks[way]) // (len(seconds[way]) + WARM_UP)          # marks of one decode
+            decodes = [marks[way][i:i + n] for i in range(WARM_UP * n, len(marks[way]), n)]
+            samples = [Counter() for _ in decodes]
+            for sample, decode in zip(samples, decodes):
+                for (_, start), (part, end) in itertools.pairwise(decode):
+                    sample[part] += 1000 * seconds_between(start, end)
+            spent = {part: statistics.median(sample[part] for sample in samples) for part in samples[0]}
+            upsamplers = {part: time for part, time in spent.items() if part not in PARTS}
+            blocks = {part: spent[part] + spent.get(f"{part} upsampler", 0) for part in PARTS}
+            whole = sum(blocks.values())
+            blocks |= upsamplers | {"upsamplers": sum(upsamplers.values())}
+            rows.append({"model": name, "way": way, "frames": frames, "height": height, "width": width,
+                         "parameters": count(students[way]), **figures(seconds, way, frames, "pixel_shuffle_3d"),
+                         "blocks": blocks, "shares": {part: time / whole for part, time in blocks.items()}})
+    return rows
+
+
+async def time_package(path, unit, device, rounds):
+    """What coremltools measures of a package on one choice of compute units, on `device` or, where None, on this Mac.
+
+    Loading and predictions are timed where the model runs; operations' shares of a prediction are Core ML's own estimate.
+    """
+    import coremltools
+    from coremltools.models.ml_program.experimental.perf_utils import MLModelBenchmarker
+    model = coremltools.models.MLModel(str(path), skip_model_load=True, compute_units=coremltools.ComputeUnit[unit])
+    description = model.get_spec().description
+    shapes = {f.name: tuple(f.type.multiArrayType.shape) for f in (*description.input, *description.output)}
+    if len(shapes.get("latents", ())) != 5 or len(shapes.get("video", ())) != 5:
+        raise ValueError(f"{path}: has {shapes} instead of latents (1, C, t, h, w) and video (1, 3, T, H, W)")
+    frames, height, width = shapes["video"][2:]
+    inputs = {"latents": torch.randn(shapes["latents"]).numpy()}
+    row = {"model": path.stem, "way": unit, "frames": frames, "height": height, "width": width}
+    try:
+        benchmarker = MLModelBenchmarker(model, device)
+        row["load_milliseconds"] = (await benchmarker.benchmark_load()).samples[0]
+        predictions = await benchmarker.benchmark_predict(inputs, iterations=rounds, warmup=True)
+        row |= figures({unit: [sample / 1000 for sample in predictions.samples]}, unit, frames)
+        operations = await benchmarker.benchmark_operation_execution(inputs)
+        operations = [op for op in operations if op.measurement.samples and op.compute_device_usage]      # constants have neither
+        whole, units, slowest = sum(op.measurement.samples[0] for op in operations), Counter(), []
+        for op in operations:       # the slowest first
+            ran_on = type(op.compute_device_usage.preferred_compute_device).__name__        # MLNeuralEngineComputeDevice
+            op = {"operation": op.spec.type, "output": op.spec.outputs[0].name, "share": op.measurement.samples[0] / whole,
+                  "unit": ran_on.removeprefix("ML").removesuffix("ComputeDevice")}
+            units[op["unit"]] += op["share"]
+            slowest.append(op)
+        row |= {"operations": len(operations), "units": dict(units.most_common()), "slowest": slowest[:10]}
+    except Exception as error:      # out of memory, or refused by this unit: the other units are still worth timing
+        row["error"] = f"{type(error).__name__}: {summary(error)}"
+    return row
+
+
+async def start_phone(team, folder):
+    """The connected iPhone with coremltools' app on it that runs packages, signed for that development team, built in `folder`."""
+    from coremltools.models.ml_program.experimental import remote_device
+    service = remote_device._DeviceCtlRemoteService     # would look 20 times for an answer; loading may well take longer
+    service.__init__ = partialmethod(service.__init__, max_attempts=200)
+    try:
+        phones = remote_device.Device.get_connected_devices(device_type=remote_device.DeviceType.IPHONE)
+        if not phones:
+            raise ValueError("none is connected: plug it in, unlock it, trust this Mac, turn on its Developer Mode")
+        credentials = remote_device.AppSigningCredentials(
+            development_team=team, bundle_identifier=f"team.{team.lower()}.modelrunner")    # Apple gives each to one team only
+        return await phones[0].prepare_for_model_debugging(credentials=credentials, working_directory=Path(folder))
+    except Exception as error:      # Xcode's, devicectl's, coremltools': what to do is the same
+        raise ValueError(f"no iPhone to run on: {summary(error)}; `xcrun devicectl list devices` should call it connected, and "
+                         f"Xcode's settings list an account of team {team}") from None
+
+
+async def time_packages(paths, rounds, team):
+    """A row for each package and choice of compute units; with a development team, on the connected iPhone."""
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        device = await start_phone(team, folder) if team else None
+        for path, unit in itertools.product(paths, UNITS):
+            row = await time_package(path, unit, device, rounds)
+            rows.append(row | {"device": f"{device.name}, iOS {device.os_version}" if device else platform.platform()})
+            speed = f"{row['milliseconds']:.1f} ms" if "fps" in row else ""
+            print(f"{path.name} on {unit}: {speed} {row.get('error', '')}", flush=True)
+            if device and not device.session.is_alive():      # a model too large for the phone's memory ends the app
+                try:
+                    device = await start_phone(team, folder)
+                except ValueError as error:
+                    print(error)
+                    break
+    return rows
+
+
+def bench_packages(args):
+    """Rows of time_packages; ValueError where Core ML cannot run, with what it needs."""
+    if sys.platform != "darwin":
+        raise ValueError("Core ML runs on Apple hardware: --mlpackage needs macOS, --iphone also Xcode and a connected iPhone, "
+                         "and both need a package that `python export.py` made")
+    paths = [Path(path) for path in args.mlpackage or sorted(Path("out").rglob("*.mlpackage"))]
+    missing = [str(path) for path in paths if not path.is_dir()]
+    if missing or not paths:
+        raise FileNotFoundError(f"{', '.join(missing) or 'out/'}: no such package, or none in it; `python export.py` makes one")
+    rows = asyncio.run(time_packages(paths, args.rounds or 10, args.team if args.iphone else None))
+    if not any("fps" in row for row in rows):
+        raise ValueError(f"nothing could be measured; {rows[0]['way']}: {rows[0]['error']}")
+    return rows
 
 
 def aligned_blocks(teacher):
@@ -113,35 +344,23 @@ def aligned_blocks(teacher):
     return ["mid", "up0", "up1"] if teacher.compression[1] == 32 else ["mid", "up0"]
 
 
+@torch.inference_mode()
 def bench_features(args, device, dtype):
-    """A row for each teacher: the features that training aligns against a whole decode of the same latents."""
+    """Two rows for each teacher: a whole decode, and the features that training aligns, of the same latents."""
     from teachers import TEACHERS, load_teacher
     rows = []
     for name in args.config or TEACHERS:
         teacher = load_teacher(name, None if name == "tiny" else "random", device, dtype)
-        (height, width), (d_t, d_h, d_w) = args.size[0], teacher.compression
-        frames = 16 + int(teacher.images)
-        blocks = aligned_blocks(teacher)
-        latents = torch.randn(1, teacher.latent_channels, (frames - 1) // d_t + 1, height // d_h, width // d_w, device=device, dtype=dtype)
-        seconds = take_turns({"decode": lambda: teacher.decode(latents), "features": lambda: teacher.features(latents, blocks)},
-                             device, args.rounds, warm_up=1)
-        row = {"model": name, "way": f"features {' '.join(blocks)}", "frames": frames, "height": height, "width": width,
-               "decode_milliseconds": 1000 * statistics.median(seconds["decode"]), **figures(seconds["features"], frames)}
-        rows.append(row | {"of_decode": row["milliseconds"] / row["decode_milliseconds"]})
-        print(f"{name}: {row['way']} {row['milliseconds']:.0f} ms, whole decode {row['decode_milliseconds']:.0f} ms, "
-              f"{100 * rows[-1]['of_decode']:.1f} %", flush=True)
+        (height, width), (d_t, d_h, d_w), frames = args.size[0], teacher.compression, 16 + int(teacher.images)
+        shape = (1, teacher.latent_channels, (frames - 1) // d_t + 1, -(-height // d_h), -(-width // d_w))
+        latents, blocks = torch.randn(shape, device=device, dtype=dtype), aligned_blocks(teacher)
+        runs = {"decode": lambda: teacher.decode(latents),
+                f"features {' '.join(blocks)}": lambda: teacher.features(latents, blocks)}
+        seconds = take_turns(runs, device, args.rounds)
+        rows += [{"model": name, "way": way, "frames": frames, "height": height, "width": width,
+                  **figures(seconds, way, frames, "decode")} for way in runs]
+        print(f"{name}: {rows[-1]['way']} take {100 / rows[-1]['speed_up']:.1f} % of a whole decode", flush=True)
     return rows
-
-
-class FlopCounter(TorchDispatchMode):
-    """Adds up the arithmetic of what runs under it. (PyTorch's FlopCounterMode fails on gradients of a leaf.)"""
-    total = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **kwargs or {})
-        if func.overloadpacket in flop_registry:
-            self.total += flop_registry[func.overloadpacket](*args, **kwargs or {}, out_val=out)
-        return out
 
 
 def bench_train(args, device, dtype):
@@ -152,18 +371,16 @@ def bench_train(args, device, dtype):
     cached: the same from train.py's cache, reading it included. The losses are the same in expectation. Random weights;
     reading videos is left out of all.
     """
-    import tempfile
-
     from data import CachedClips
     from losses import LPIPS, Objective, PatchDiscriminator, StudentWithHeads, kl_loss, make_heads
     from teachers import load_teacher
-    limits, rows, (height, width) = machine_limits(device, dtype), [], args.size[0]
+    rows, (height, width) = [], args.size[0]
     autocast = lambda: torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
     for name in args.config or ["ltx"]:
         teacher = load_teacher(name, None if name == "tiny" else "random", device)
         blocks, frames = aligned_blocks(teacher), 16 + int(teacher.images)
+        teacher.check_clip(frames, height, width)
         lpips, discriminator = LPIPS(random=True).to(device), PatchDiscriminator().to(device)
-        numbers = list(range(args.batch))
         video = torch.rand(args.batch, 3, frames, height, width, device=device) * 2 - 1
 
         def teach():
@@ -175,175 +392,218 @@ def bench_train(args, device, dtype):
             latents, features, kl = teach()
         shapes = {block: x.shape for block, x in features.items()}
 
-        def step(ours, cache=None, compiles=args.compile):
-            student = TurboVAED(CONFIGS[name]).to(device)
-            if ours and device.type == "cuda":
-                student = student.channels_last()
+        def step(way, compiles):
+            student = TurboVAED(CONFIGS[name])
+            student = student.to(device) if way == "plain" else placed(student, device, torch.float32)
             heads = make_heads({b: student.config.feature_shape(b, latents.shape) for b in blocks}, shapes)
             model = StudentWithHeads(student, heads).to(device)
-            if ours and compiles:
+            if compiles:
                 student.compile()
             optimizer, objective = torch.optim.AdamW(model.parameters(), 2e-4), Objective(lpips)
 
-            def plain():
-                with torch.no_grad(), autocast():
-                    z, aligned, _ = teach()
-                    teacher.decode(z)
-                with autocast():
-                    decoded, distill = model(z, aligned)
-                    loss = (decoded.float() - video).abs().mean() + lpips(decoded, video) + distill
-                    discriminator(decoded)
-                loss.backward()
-
-            def cheap():
-                with torch.no_grad(), autocast():
-                    if cache:
-                        entries = [cache[n] for n in numbers]
-                        target, z, divergence, *aligned = (torch.stack([e[key] for e in entries]).to(device)
-                                                   for key in ("video", "latents", "kl", *[f"features.{b}" for b in blocks]))
+            def run():
+                if way == "plain":
+                    with torch.no_grad(), autocast():
+                        z, aligned, _ = teach()
+                        teacher.decode(z)
+                    with autocast():
+                        decoded, distill = model(z, aligned)
+                        loss = (decoded.float() - video).abs().mean() + lpips(decoded, video) + distill
+                        discriminator(decoded)
+                    loss.backward()
+                else:
+                    target = video
+                    if way == "cached":
+                        entries = [cache[n] for n in range(args.batch)]
+                        keys = ("video", "latents", "kl", *[f"features.{b}" for b in blocks])
+                        target, z, divergence, *aligned = (torch.stack([e[key] for e in entries]).to(device) for key in keys)
                         z, aligned = z.float(), dict(zip(blocks, aligned))
                     else:
-                        target, (z, aligned, divergence) = video, teach()
-                chosen = torch.stack([torch.randperm(frames)[:args.lpips_frames] for _ in numbers]).to(device)
-                objective.backward(model, z, aligned, target, divergence.mean(), chosen, autocast=autocast)
-
-            def run():
-                cheap() if ours else plain()
+                        with torch.no_grad(), autocast():
+                            z, aligned, divergence = teach()
+                    chosen = torch.stack([torch.randperm(frames)[:args.lpips_frames] for _ in range(args.batch)]).to(device)
+                    objective.backward(model, z, aligned, target, divergence.mean(), chosen, autocast=autocast)
                 torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
             return run
 
-        with tempfile.TemporaryDirectory() as folder, torch.inference_mode(False):
+        with tempfile.TemporaryDirectory() as folder:
             cache = CachedClips(folder, args.batch, {}, blocks=blocks)
-            for n in numbers:
+            for n in range(args.batch):
                 cache.put(n, video[n], {"latents": latents[n], "kl": kl} | {f"features.{b}": x[n] for b, x in features.items()})
-            flops = {}
-            for way, made in {"plain": step(False), "ours": step(True, compiles=False), "cached": step(True, cache, False)}.items():
-                with FlopCounter() as counter:
-                    made()
-                flops[way] = counter.total
-            runs = {"plain": step(False), "ours": step(True), "cached": step(True, cache)}
-            seconds = take_turns(runs, device, args.rounds)
+            held = {"plain": nbytes(teacher, lpips, discriminator), "ours": nbytes(teacher, lpips), "cached": nbytes(lpips)}
+            work = {way: WorkCounter() for way in held}
+            for way in held:
+                with work[way]:
+                    step(way, False)()
+            runs = {way: step(way, args.compile and way != "plain") for way in held}
+            limits, amounts = machine(device, dtype)
+            seconds = take_turns(runs | limits, device, args.rounds)
+            student = TurboVAED(CONFIGS[name])
             for way, run in runs.items():
-                row = figures(seconds[way], args.batch * frames, flops[way], limits)
-                rows.append({"model": name, "way": f"{way} step", "frames": frames, "height": height, "width": width,
-                             "parameters": sum(p.numel() for p in TurboVAED(CONFIGS[name]).parameters()), **row,
-                             "samples_per_s": args.batch * 1000 / row["milliseconds"], "flops_per_sample": flops[way] / args.batch,
-                             "peak_bytes": peak_memory(run, device)})
-    return rows, {"matrix_tflops": limits[0] / 1e12, "copy_gb_per_s": limits[1] / 1e9}
+                row = {"model": name, "way": f"{way} step", "frames": frames, "height": height, "width": width,
+                       "parameters": count(student), **figures(seconds, way, args.batch * frames, "plain", work[way], amounts),
+                       **peak_memory(run, device, 3 * nbytes(student) + held[way])}       # 3: AdamW's two moments
+                rows.append(row | {"samples_per_s": row["fps"] / frames, "flops_per_sample": row["flops"] / args.batch})
+    return rows
 
 
-def table(rows):
-    header = ("model", "way", "clip", "M param.", "ms", "spread", "FPS", "TFLOP/s", "of matrix rate", "peak GB", "speed-up")
-    cells = []
-    for r in rows:
-        rivals = [o for o in rows if all(o[k] == r[k] for k in ("model", "height", "width"))]
-        base = next((o for o in rivals if o["way"] == "teacher"), rivals[0])
-        cells.append((r["model"], r["way"], f"{r['frames']}x{r['height']}x{r['width']}", f"{r['parameters'] / 1e6:.2f}",
-                      f"{r['milliseconds']:.1f}", f"{r['spread']:.1f}", f"{r['fps']:.1f}", f"{r['tflops']:.3f}" if "tflops" in r else "",
-                      f"{100 * r['of_matrix_rate']:.0f} %" if "tflops" in r else "",
-                      f"{r['peak_bytes'] / 1e9:.2f}" if r["peak_bytes"] else "", f"{base['milliseconds'] / r['milliseconds']:.2f}x"))
-    widths = [max(map(len, column)) for column in zip(header, *cells)]
-    lines = ["  ".join([c[0].ljust(widths[0]), c[1].ljust(widths[1])] + [v.rjust(w) for v, w in zip(c[2:], widths[2:])])
-             for c in (header, *cells)]
+# ---------------------------------------------------------------------------------------------------------------------
+# What is shown.
+
+def table(rows, columns):
+    def cell(text, row):
+        try:
+            return text.format(**row)
+        except KeyError:        # this row has no such figure
+            return ""
+
+    cells = [[header, *(cell(text, row) for row in rows)] for header, text in columns.items()]
+    cells = [column for column in cells if any(column[1:])]
+    widths = [max(map(len, column)) * (-1 if column[0] in ("model", "way") else 1) for column in cells]
+    lines = ["  ".join(text.ljust(-w) if w < 0 else text.rjust(w) for text, w in zip(line, widths)) for line in zip(*cells)]
     return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
 
 
-def report(results, args):
-    print(table(results["rows"]))
-    print(f"{results['device']}, {args.dtype}, torch {torch.__version__}; measured here: {results['limits']['matrix_tflops']:.2f} TFLOP/s of a "
-          f"matrix product, {results['limits']['copy_gb_per_s']:.0f} GB/s of a copy")
+def report(rows, args):
+    print(table(rows, BLOCK_COLUMNS if args.blocks else COLUMNS))
+    if args.blocks:
+        print("milliseconds of each part and its share; upsamplers: all of them with their convolutions, part of up0 ... up3")
+    if "matrix_tflops" in rows[0]:
+        rates = tuple(statistics.median(row[key] for row in rows) for key in ("matrix_tflops", "copy_gb_per_s"))
+        print("measured here, in turns with the rest: %.2f TFLOP/s of a matrix product, %.0f GB/s of a copy" % rates)
+    if args.train:
+        print(f"arithmetic of a sample: {', '.join(r['way'] + ' %.2f TFLOP' % (r['flops_per_sample'] / 1e12) for r in rows)}")
+    for row in rows:
+        if "units" in row:
+            units = ", ".join(f"{unit} {share:.0%}" for unit, share in row["units"].items())
+            slowest = ", ".join(f"{op['operation']} {op['output']} {op['share']:.1%} ({op['unit']})" for op in row["slowest"][:5])
+            print(f"{row['model']} on {row['way']}, estimated shares: {units}; slowest {slowest}")
 
 
-def picture(path, rows):
+def picture(path, rows, blocks):
+    """Bars of frames per second; or of each part's milliseconds, with the upsamplers hatched."""
     try:
         import matplotlib
     except ImportError:
         return print(f"no {path.name}: matplotlib is not installed")
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    figure, axes = plt.subplots(figsize=(7, 0.8 + 0.32 * len(rows)), layout="constrained")
-    names = [f"{r['model']} {r['way']}, {r['frames']}x{r['height']}x{r['width']}" for r in rows]
-    bars = axes.barh(range(len(rows)), [r["fps"] for r in rows], color=["tab:grey" if r["way"] == "teacher" else "tab:blue" for r in rows])
-    axes.bar_label(bars, fmt="%.3g", padding=3)
-    axes.set(yticks=range(len(rows)), yticklabels=names, xlabel="frames per second", xmargin=0.1)
+    rows = [row for row in rows if "fps" in row]
+    places = range(len(rows))
+    figure, axes = plt.subplots(figsize=(8, 1.2 + 0.35 * len(rows)), layout="constrained")
+    if blocks:
+        left = [0] * len(rows)
+        for i, part in enumerate(PARTS):
+            widths = [row["blocks"][part] for row in rows]
+            axes.barh(places, widths, left=left, color=f"C{i}", label=part)
+            upsamplers = [row["blocks"].get(f"{part} upsampler", 0) for row in rows]
+            axes.barh(places, upsamplers, left=left, color="none", hatch="////", edgecolor="white", linewidth=0)
+            left = [a + b for a, b in zip(left, widths)]
+        axes.legend(ncols=len(PARTS), loc="lower center", bbox_to_anchor=(0.4, 1), fontsize="small", frameon=False)
+        axes.set_xlabel("milliseconds of a decode; hatched: upsamplers with their convolutions")
+    else:
+        colors = ["tab:grey" if row["way"] == row.get("compared_with") else "tab:blue" for row in rows]
+        bars = axes.barh(places, [row["fps"] for row in rows], color=colors)
+        axes.bar_label(bars, fmt="%.3g", padding=3)
+        axes.set(xlabel="frames per second", xmargin=0.1)
+    axes.set(yticks=places, yticklabels=[f"{r['model']} {r['way']}, {r['frames']}x{r['height']}x{r['width']}" for r in rows])
     axes.invert_yaxis()
     figure.savefig(path, dpi=150)
     plt.close(figure)
+    print(path)
 
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The command line.
 
 def parse():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", nargs="+", choices=CONFIGS, help="students of these configurations, with random weights")
-    parser.add_argument("--student", metavar="PATH", help="a run's folder or a file (default: the newest under out/, else the shipped one)")
-    parser.add_argument("--size", nargs="+", metavar="HxW", help="of the video in pixels (default 512x512 and 720x1280 on a GPU, "
-                        "256x256 on a CPU; --features and --train: 128x128, --train on a GPU: 256x256)")
-    parser.add_argument("--frames", type=int, default=17, help="of a clip, or the nearest fewer that latents decode to (default 17)")
-    parser.add_argument("--teacher", action=argparse.BooleanOptionalAction, default=None,
-                        help="the teachers' decoders too (default: without --config)")
-    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True, help="torch.compile too (default)")
-    parser.add_argument("--features", action="store_true", help="teachers: aligned features against a whole decode")
-    parser.add_argument("--train", action="store_true", help="the training step against a plain one, for --config (default ltx)")
-    parser.add_argument("--batch", type=int, default=1, help="clips in --train's micro-batch (default 1)")
-    parser.add_argument("--lpips-frames", type=int, default=2, help="frames of a clip that --train's LPIPS sees (default 2, as train.py's)")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="(default float16 on a GPU, float32 on a CPU)")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(default: cuda where there is one)")
-    parser.add_argument("--rounds", type=int, default=7, help="turns that count (default 7)")
-    parser.add_argument("--out", default="out/bench", help="folder for bench.json and bench.png (default out/bench)")
+    add = parser.add_argument
+    add("--config", nargs="+", choices=CONFIGS, help="students of these configurations, with random weights")
+    add("--student", metavar="PATH", help="a run's folder or a file (default: the newest under out/, else the shipped one)")
+    add("--size", nargs="+", metavar="HxW", help="of the video in pixels (default 512x512 and 720x1280 on a GPU, 256x256 on a "
+        "CPU; --blocks 512x512 and 128x128; --train 256x256 and 128x128; --features 128x128)")
+    add("--frames", type=int, default=17, help="of a clip, or the nearest fewer that latents decode to (default 17)")
+    add("--teacher", action=argparse.BooleanOptionalAction, help="the teachers' decoders too (default: without --config)")
+    add("--compile", action=argparse.BooleanOptionalAction, default=True, help="torch.compile too (default)")
+    add("--blocks", action="store_true", help="latency by block with the three upsamplers, for --config (default ltx), eager")
+    add("--mlpackage", nargs="*", metavar="PATH", help="Core ML packages, on a Mac (default: all under out/)")
+    add("--iphone", action="store_true", help="the packages on the iPhone that is connected to this Mac; needs --team")
+    add("--team", metavar="ID", help="the Apple development team for which Xcode signs the app that runs packages on the iPhone")
+    add("--features", action="store_true", help="teachers: aligned features against a whole decode")
+    add("--train", action="store_true", help="the training step against a plain one, for --config (default ltx)")
+    add("--batch", type=int, default=1, help="clips in --train's micro-batch (default 1)")
+    add("--lpips-frames", type=int, default=2, help="frames of a clip that --train's LPIPS sees (default 2, as train.py's)")
+    add("--dtype", choices=("float32", "bfloat16", "float16"),
+        help="(default float32 on a CPU, float16 on a GPU, --train there bfloat16)")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda (default cuda where there is one)")
+    add("--rounds", type=int, help="turns that count (default: as many as fit into 45 s, 5 to 200; packages: 10)")
+    add("--out", default="out/bench", help="folder for bench.json and bench.png (default out/bench)")
     args = parser.parse_args()
-    gpu = args.device.startswith("cuda")
-    sizes = args.size or (["256x256" if gpu and args.train else "128x128"] if args.features or args.train else ["512x512", "720x1280"] if gpu else ["256x256"])
+    gpu = args.device.split(":")[0] == "cuda"
+    if args.device != "cpu" and not (gpu and torch.cuda.is_available()):
+        parser.error(f"--device is cpu or, where there is one, cuda; not {args.device}")
+    sizes = args.size or (["128x128"] if args.features else ["256x256" if gpu else "128x128"] if args.train else
+                          ["512x512" if gpu else "128x128"] if args.blocks else ["512x512", "720x1280"] if gpu else ["256x256"])
     try:
         args.size = [tuple(map(int, size.split("x"))) for size in sizes]
         if any(len(size) != 2 or min(size) < 1 for size in args.size):
             raise ValueError
     except ValueError:
         parser.error(f"--size takes HEIGHTxWIDTH in pixels, such as 512x512, not {' '.join(sizes)}")
-    if min(args.rounds, args.frames, args.batch, args.lpips_frames) < 1:
+    if min(1 if args.rounds is None else args.rounds, args.frames, args.batch, args.lpips_frames) < 1:
         parser.error("--rounds, --frames, --batch and --lpips-frames must be at least 1")
+    if args.iphone and not args.team:
+        parser.error("--iphone needs --team ID: Xcode signs the app that runs the packages for an Apple development team")
     args.teacher = not args.config if args.teacher is None else args.teacher
     args.dtype = args.dtype or ("float32" if not gpu else "bfloat16" if args.train else "float16")
     return args
 
 
 def find_student(path):
-    """(name, configuration, model) of the student asked for, else of the newest trained here, else of the shipped one."""
+    """(name, model) of the student asked for, else of the newest trained here, else of the shipped one."""
     if path is None:
         trained = sorted(Path("out").glob(f"*/{OWN_FILE}"), key=lambda file: file.stat().st_mtime)
         path = trained[-1] if trained else SHIPPED
         print(f"the student {path}" if trained else f"no student in out/: the shipped one, {path.name}")
     student = TurboVAED.from_pretrained(path)
-    name = student.metadata.get("teacher") or next((n for n, c in CONFIGS.items() if c == student.config), "tiny")
-    return name, student.config, student
+    return student.metadata.get("teacher") or next((n for n, c in CONFIGS.items() if c == student.config), "tiny"), student
 
 
-@torch.inference_mode()
 def main():
     args = parse()
-    device, dtype = torch.device(args.device), getattr(torch, args.dtype)
-    results = {"command": ["python", *sys.argv], "dtype": args.dtype, "torch": torch.__version__, "python": platform.python_version(),
-               "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"}
-    if args.features:
-        results["rows"] = bench_features(args, device, dtype)
+    device, dtype, packages = torch.device(args.device), getattr(torch, args.dtype), args.iphone or args.mlpackage is not None
+    torch.backends.cudnn.allow_tf32 = False             # float32 is float32, for convolutions as for the matrix product
+    torch.backends.cudnn.benchmark = not args.train     # sizes are fixed: cuDNN may choose by trial; train.py does not let it
+    if packages:
+        rows = bench_packages(args)
+    elif args.blocks:
+        rows = bench_blocks(args, device, dtype)
+    elif args.features:
+        rows = bench_features(args, device, dtype)
     elif args.train:
-        with torch.inference_mode(False), torch.enable_grad():
-            results["rows"], results["limits"] = bench_train(args, device, dtype)
-        report(results, args)
-        print(f"arithmetic of a sample: {', '.join(r['way'] + ' %.2f TFLOP' % (r['flops_per_sample'] / 1e12) for r in results['rows'])}")
+        rows = bench_train(args, device, dtype)
     else:
-        args.students = [(name, CONFIGS[name], TurboVAED(CONFIGS[name])) for name in args.config] if args.config else [find_student(args.student)]
-        results["rows"], results["limits"] = bench_students(args, device, dtype)
-        report(results, args)
+        rows = bench_students(args, device, dtype)
+    report(rows, args)
+    results = {"command": ["python", *sys.argv], "torch": torch.__version__, "python": platform.python_version()}
+    if not packages:
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+        results |= {"device": name, "dtype": args.dtype}
+        print(f"{name}, {args.dtype}, torch {torch.__version__}")
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
-    (out / "bench.json").write_text(json.dumps(results, indent=1) + "\n")
-    picture(out / "bench.png", results["rows"])
-    print(f"{out}/bench.json, {out}/bench.png")
+    (out / "bench.json").write_text(json.dumps(results | {"rows": rows}, indent=1) + "\n")
+    print(out / "bench.json")
+    picture(out / "bench.png", rows, args.blocks)
 
 
 if __name__ == "__main__":
     try:
         main()
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+    except ImportError as error:
+        sys.exit(f"error: {error}; pip install -r requirements.txt, or --config NAME --no-teacher, which needs PyTorch alone")
+    except (ValueError, OSError, torch.OutOfMemoryError) as error:
+        sys.exit(f"error: {summary(error)}")

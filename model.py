@@ -7,7 +7,8 @@
     model = TurboVAED.from_pretrained("hustvl/Turbo-VAED", config="ltx")      # published, from the hub
     video = model(latents)                                # (B, C, t, h, w) -> (B, 3, T, H, W) in about [-1, 1]
 
-Needs PyTorch and safetensors. Section, figure and table numbers are those of the Turbo-VAED paper.
+Needs PyTorch, and safetensors where such a file is read or written. Section, figure and table numbers are those of the
+Turbo-VAED paper.
 """
 
 import argparse
@@ -23,8 +24,6 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch.utils.checkpoint import checkpoint
 
 BLOCKS = ("mid", "up0", "up1", "up2", "up3")
@@ -356,6 +355,8 @@ class TurboVAED(nn.Module):
         path is that file, or a folder, which gets `student.safetensors`. metadata (str -> str) is kept in the file and
         comes back as `model.metadata`. Written beside its place and renamed, so a crash leaves no half file.
         """
+        from safetensors import SafetensorError
+        from safetensors.torch import save_file
         path = Path(path).expanduser()
         if path.suffix in (".pth", ".pt", ".ckpt", ".bin"):
             raise ValueError(f"{path}: students are written as .safetensors; name such a file, or a folder")
@@ -485,6 +486,8 @@ def find_checkpoint(path, config):
 
 def read_checkpoint(file):
     """(state dict, metadata) of a .safetensors file or a PyTorch one, which is never unpickled beyond plain tensors."""
+    if file.suffix == ".safetensors":
+        from safetensors import safe_open
     metadata = {}
     try:
         if file.suffix == ".safetensors":

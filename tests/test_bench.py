@@ -1,10 +1,16 @@
-"""The benchmark as a user runs it, on the smallest there is."""
+"""The benchmark as a user runs it, on the smallest there is; Apple's part against a stand-in for the hardware."""
+import inspect
 import json
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
+import torch
+
+import bench as module
+from model import CONFIGS, TurboVAED
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -18,22 +24,147 @@ def test_student_against_teacher(tmp_path):
     result = bench(tmp_path, "--size", "32x40", "--no-compile")
     assert result.returncode == 0, result.stderr
     assert "the shipped one" in result.stdout and "TFLOP/s" in result.stdout
-    results = json.loads((tmp_path / "bench.json").read_text())
-    student, teacher = results["rows"]
+    student, teacher = json.loads((tmp_path / "bench.json").read_text())["rows"]
     assert (student["way"], teacher["way"]) == ("eager", "teacher") and student["frames"] == 16
     assert student["parameters"] < 0.6e6 < 2e6 < teacher["parameters"]
-    for row in results["rows"]:
+    assert student["flops"] < teacher["flops"] and student["bytes"] < teacher["bytes"]
+    for row in (student, teacher):
         assert row["fps"] == pytest.approx(row["frames"] / row["milliseconds"] * 1000) and row["milliseconds"] > 0
-    assert student["of_matrix_rate"] > 0 and results["limits"]["copy_gb_per_s"] > 0
+        assert row["of_matrix_rate"] > 0 and row["of_copy_rate"] > 0 and row["copy_gb_per_s"] > 0
+    assert teacher["speed_up"] == 1 and student["speed_up"] > 0
     assert (tmp_path / "bench.png").stat().st_size > 5000
+
+
+def test_eager_against_compiled_and_without_a_compiler(tmp_path, monkeypatch, capsys):
+    compiled, real = [], torch.compile
+
+    def no_compiler(latents):
+        raise RuntimeError("no C++ compiler. Long advice")
+
+    def compile(model, **how):
+        compiled.append(how)
+        return real(model, backend="eager", **how) if len(compiled) == 1 else no_compiler
+
+    monkeypatch.setattr(torch, "compile", compile)
+    monkeypatch.setattr(sys, "argv", ["bench.py", "--config", "tiny", "--size", "16x16", "24x24", "--rounds", "2", "--device", "cpu",
+                                      "--out", str(tmp_path)])
+    module.main()
+    rows = json.loads((tmp_path / "bench.json").read_text())["rows"]
+    assert [(row["way"], row["height"]) for row in rows] == [("eager", 16), ("compiled", 16), ("eager", 24)]
+    assert compiled[0]["fullgraph"] and rows[0]["speed_up"] == 1 and rows[1]["compared_with"] == "eager"
+    assert capsys.readouterr().err.strip() == "tiny does not compile here: RuntimeError: no C++ compiler"
+
+
+def test_speed_ups_survive_a_busy_machine():
+    """The neighbour who slows a turn slows all of it: twice as fast stays twice as fast."""
+    busy = [1, 1, 7, 3, 1, 9, 4]
+    seconds = {"teacher": [2 * n for n in busy], "eager": [1 * n for n in busy], "matrix": [0.5 * n for n in busy], "copy": busy}
+    work = types.SimpleNamespace(flops=10, moved=3)
+    row = module.figures(seconds, "eager", 16, "teacher", work, {"matrix": 20, "copy": 6})
+    assert row["speed_up"] == 2 and row["milliseconds"] == 3000 and row["fps"] == pytest.approx(16 / 3)
+    assert row["of_matrix_rate"] == pytest.approx(10 / 20 * 0.5) and row["of_copy_rate"] == pytest.approx(3 / 6)
+
+
+def test_turns_alternate_and_stop_in_time():
+    order = []
+    runs = {"a": lambda: order.append("a"), "b": lambda: order.append("b")}
+    seconds = module.take_turns(runs, torch.device("cpu"), rounds=4)
+    assert order == ["a", "b"] * (4 + module.WARM_UP) and all(len(spent) == 4 for spent in seconds.values())
+    assert len(module.take_turns(runs, torch.device("cpu"), budget=0)["a"]) == 5
+    assert len(module.take_turns(runs, torch.device("cpu"))["a"]) == 200
+
+
+@pytest.mark.parametrize("name, shape, tflop, gigabytes", [
+    ("ltx", (3, 16, 16), 0.813, 1.0), ("ltx", (3, 23, 40), 2.92, 3.4), ("dc", (4, 16, 16), 1.25, 1.4), ("dc", (4, 23, 40), 4.49, 4.7),
+    ("hunyuan", (5, 64, 64), 6.60, 8.6), ("hunyuan", (5, 90, 160), 23.2, 30.2)])
+def test_arithmetic_and_bytes_of_the_family_in_half_precision(name, shape, tflop, gigabytes):
+    config = CONFIGS[name]
+    with torch.device("meta"):
+        student, latents = TurboVAED(config).half(), torch.empty(1, config.latent_channels, *shape, dtype=torch.half)
+    work = module.count_work(lambda: student(latents))
+    assert work.flops / 1e12 == pytest.approx(tflop, rel=0.005)
+    assert work.moved / 1e9 == pytest.approx(gigabytes, rel=0.03)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the process's high-water mark is read from /proc")
+def test_peak_memory_counts_what_a_run_allocates_at_once():
+    cpu = torch.device("cpu")
+    one = lambda: torch.ones(80_000_000)                                    # 0.32 GB
+    two = lambda: [torch.ones(80_000_000), torch.ones(80_000_000)]
+    after_each_other = lambda: [torch.ones(80_000_000).sum(), torch.ones(80_000_000).sum()]
+    for run, expected in ((two, 0.64), (one, 0.32), (after_each_other, 0.32)):
+        assert module.peak_memory(run, cpu, held=0)["peak_gb"] == pytest.approx(expected, abs=0.02)
+    assert module.peak_memory(one, cpu, held=10 ** 9)["peak_gb"] == pytest.approx(1.32, abs=0.02)
+
+
+def test_latency_by_block_adds_up(tmp_path):
+    result = bench(tmp_path, "--blocks", "--config", "tiny", "--size", "32x32", "--rounds", "3")
+    assert result.returncode == 0, result.stderr
+    rows = json.loads((tmp_path / "bench.json").read_text())["rows"]
+    assert [row["way"] for row in rows] == ["decoupled", "pixel_shuffle_3d", "interpolate"]
+    for row in rows:
+        blocks = row["blocks"]
+        parts = [blocks[part] for part in ("conv_in", "mid", "up0", "up1", "up2", "up3", "out")]
+        assert min(parts) > 0 and sum(row["shares"][part] for part in module.PARTS) == pytest.approx(1)
+        assert sum(parts) == pytest.approx(row["milliseconds"], rel=0.4)        # medians of three on a machine that may be busy
+        upsamplers = {part: time for part, time in blocks.items() if part.endswith(" upsampler")}
+        assert list(upsamplers) == ["up1 upsampler", "up2 upsampler", "up3 upsampler"]
+        assert blocks["upsamplers"] == pytest.approx(sum(upsamplers.values())) and blocks["upsamplers"] < sum(parts)
+    assert (tmp_path / "bench.png").stat().st_size > 5000
+
+
+def test_marks_span_the_decode_in_order():
+    student = TurboVAED(CONFIGS["ltx"])
+    marks = module.mark_blocks(student, torch.device("cpu"))
+    with torch.no_grad():
+        student(torch.randn(1, 128, 1, 1, 1))
+    assert [part for part, _ in marks] == ["start", "conv_in", "mid", "up0", "up1", "up1 upsampler", "up1", "up2", "up2 upsampler", "up2",
+                                           "up3", "up3 upsampler", "up3", "out"]
+    moments = [moment for _, moment in marks]
+    assert moments == sorted(moments)
+
+
+ALONE = """
+import importlib.machinery, runpy, sys
+
+class WithoutThem(importlib.machinery.PathFinder):
+    @classmethod
+    def find_spec(cls, name, path=None, target=None):
+        return None if name.split(".")[0] in {names} else super().find_spec(name, path, target)
+
+sys.meta_path[sys.meta_path.index(importlib.machinery.PathFinder)] = WithoutThem
+sys.path.insert(0, {root!r})
+sys.argv = ["bench.py", "--rounds", "1", "--size", "16x16", "--device", "cpu", "--no-compile", *{flags}]
+runpy.run_path({root!r} + "/bench.py", run_name="__main__")
+"""
+
+
+def with_pytorch_alone(cwd, *flags):
+    lines = (ROOT / "requirements.txt").read_text().split()
+    names = {line.split(">")[0] for line in lines} - {"torch"} | {"coremltools", "safetensors", "numpy", "PIL"}
+    return subprocess.run([sys.executable, "-c", ALONE.format(names=names, root=str(ROOT), flags=list(flags))], cwd=cwd,
+                          capture_output=True, text=True, timeout=200)
+
+
+def test_students_need_pytorch_alone(tmp_path):
+    result = with_pytorch_alone(tmp_path, "--config", "tiny", "ltx")
+    assert result.returncode == 0, result.stderr
+    assert "no bench.png: matplotlib is not installed" in result.stdout
+    assert [row["model"] for row in json.loads((tmp_path / "out/bench/bench.json").read_text())["rows"]] == ["tiny", "ltx"]
+
+
+def test_a_missing_package_is_one_line(tmp_path):
+    result = with_pytorch_alone(tmp_path)
+    assert result.returncode == 1 and "Traceback" not in result.stderr
+    assert "No module named 'safetensors'" in (last := result.stderr.strip().splitlines()[-1]) and "--config" in last
 
 
 def test_features_against_a_whole_decode(tmp_path):
     result = bench(tmp_path, "--features", "--config", "tiny", "--size", "32x32")
     assert result.returncode == 0, result.stderr
-    row, = json.loads((tmp_path / "bench.json").read_text())["rows"]
-    assert row["way"] == "features mid up0" and 0 < row["of_decode"] < 1
-    assert row["of_decode"] == pytest.approx(row["milliseconds"] / row["decode_milliseconds"])
+    decode, features = json.loads((tmp_path / "bench.json").read_text())["rows"]
+    assert (decode["way"], features["way"]) == ("decode", "features mid up0")
+    assert features["milliseconds"] < decode["milliseconds"] and features["speed_up"] > 1
 
 
 def test_the_training_step_against_a_plain_one(tmp_path):
@@ -43,10 +174,206 @@ def test_the_training_step_against_a_plain_one(tmp_path):
     rows = {row["way"]: row for row in json.loads((tmp_path / "bench.json").read_text())["rows"]}
     assert list(rows) == ["plain step", "ours step", "cached step"]
     assert rows["plain step"]["milliseconds"] > rows["ours step"]["milliseconds"]
+    assert rows["plain step"]["flops"] > rows["ours step"]["flops"] > rows["cached step"]["flops"]
     for row in rows.values():
         assert row["samples_per_s"] == pytest.approx(1000 / row["milliseconds"])
 
 
-def test_wrong_sizes_are_one_line(tmp_path):
-    result = bench(tmp_path, "--size", "512")
-    assert result.returncode == 2 and "HEIGHTxWIDTH" in result.stderr.splitlines()[-1]
+@pytest.mark.parametrize("flags, words", [
+    (["--size", "512"], "HEIGHTxWIDTH"), (["--rounds", "0"], "at least 1"), (["--device", "mps"], "cuda"), (["--iphone"], "--team")])
+def test_wrong_flags_are_one_line(monkeypatch, capsys, flags, words):
+    monkeypatch.setattr(sys, "argv", ["bench.py", *flags])
+    with pytest.raises(SystemExit) as error:
+        module.main()
+    assert error.value.code == 2 and words in capsys.readouterr().err.splitlines()[-1]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Apple hardware. The stand-in is the lowest layer that needs it: what loads a model and predicts, on this Mac or on a phone.
+# coremltools' MLModelBenchmarker above it is the real one.
+
+@pytest.mark.skipif(sys.platform == "darwin", reason="this is a Mac")
+def test_elsewhere_one_line_says_what_is_needed(tmp_path, monkeypatch):
+    result = bench(tmp_path, "--iphone", "--team", "ABC")
+    assert result.returncode == 1 and len(result.stderr.strip().splitlines()) == 1
+    for word in ("macOS", "Xcode", "iPhone", "export.py"):
+        assert word in result.stderr
+    for flags in (["--mlpackage"], ["--mlpackage", "x.mlpackage"]):
+        monkeypatch.setattr(sys, "argv", ["bench.py", *flags])
+        with pytest.raises(ValueError, match="macOS"):
+            module.main()
+
+
+class Apple:
+    """Puts itself in the place of Core ML and of a connected iPhone, with coremltools' signatures."""
+
+    def __init__(self, monkeypatch):
+        import coremltools
+        from coremltools.models import compute_device, compute_plan
+        from coremltools.models.ml_program.experimental import async_wrapper, remote_device
+        self.coremltools, self.plan, self.remote, self.monkeypatch = coremltools, compute_plan, remote_device, monkeypatch
+        self.loaded, self.prepared, self.phones, self.crash_on, apple = [], [], [], None, self
+        made = lambda kind: object.__new__(kind)            # outside macOS their constructors refuse
+        self.units = {"tile": made(compute_device.MLNeuralEngineComputeDevice), "cast": made(compute_device.MLCPUComputeDevice)}
+
+        class Plan:
+            def __init__(self, spec):
+                operations = [compute_plan.MLModelStructureProgramOperation(
+                    inputs={}, operator_name=op.type, blocks=[], __proxy__=None,
+                    outputs=[compute_plan.MLModelStructureProgramNamedValueType(name=o.name, type=None) for o in op.outputs])
+                    for op in spec.mlProgram.functions["main"].block_specializations["CoreML7"].operations]
+                block = compute_plan.MLModelStructureProgramBlock(inputs=[], operations=operations, output_names=["video"])
+                function = compute_plan.MLModelStructureProgramFunction(inputs=[], block=block)
+                program = compute_plan.MLModelStructureProgram(functions={"main": function})
+                self.model_structure = compute_plan.MLModelStructure(neuralnetwork=None, program=program, pipeline=None)
+
+            def get_compute_device_usage_for_mlprogram_operation(self, operation):
+                unit = apple.units.get(operation.operator_name)
+                return unit and compute_plan.MLComputePlanDeviceUsage(preferred_compute_device=unit, supported_compute_devices=[unit])
+
+            def get_estimated_cost_for_mlprogram_operation(self, operation):
+                weight = {"tile": 0.6, "cast": 0.2}.get(operation.operator_name)        # two casts; a constant has no cost
+                return weight and compute_plan.MLComputePlanCost(weight=weight)
+
+        class Wrapper(async_wrapper.MLModelAsyncWrapper):
+            load_duration_in_nano_seconds = 5_000_000
+            last_predict_duration_in_nano_seconds = None
+
+            async def load(self):
+                apple.loaded.append((self.compute_units.name, self.device))
+
+            async def unload(self):
+                pass
+
+            async def predict(self, inputs, state=None):
+                assert inputs["latents"].shape == (1, 16, 2, 4, 5) and inputs["latents"].dtype == "float32"
+                if self.compute_units.name == apple.crash_on:
+                    if self.device:
+                        self.device.session.alive = False
+                    raise RuntimeError("out of memory. And more than one line\nof it")
+                first = self.last_predict_duration_in_nano_seconds is None
+                self.last_predict_duration_in_nano_seconds = 99_000_000 if first else 20_000_000      # the first warms up
+
+            async def retrieve_compute_plan(self):
+                return Plan(self.spec_or_path)
+
+            def make_state_if_needed(self):
+                return None
+
+        class Session:
+            alive = True
+
+            def is_alive(self):
+                return self.alive
+
+        def from_spec_or_path(spec_or_path, weights_dir, compute_units=coremltools.ComputeUnit.ALL, function_name=None,
+                              optimization_hints=None, device=None):
+            wrapper = Wrapper(spec_or_path, weights_dir, compute_units, function_name, optimization_hints)
+            wrapper.device = device
+            return wrapper
+
+        async def prepare_for_model_debugging(self, credentials=None, working_directory=None, clean=False):
+            assert working_directory.is_dir()
+            apple.prepared.append(credentials)
+            return remote_device.Device(**{**vars(self), "session": Session()})
+
+        for kind, real in ((Plan, compute_plan.MLComputePlan), (Wrapper, async_wrapper.RemoteMLModelAsyncWrapper),
+                           (Wrapper, async_wrapper.LocalMLModelAsyncWrapper), (Session, remote_device._AppSession)):
+            for name, function in vars(kind).items():
+                if inspect.isfunction(function) and name != "__init__":
+                    self.same_signature(function, getattr(real, name))
+        self.put(async_wrapper.MLModelAsyncWrapper, "from_spec_or_path", from_spec_or_path, staticmethod)
+        self.put(remote_device.Device, "get_connected_devices", lambda device_type: [p for p in self.phones if p.type == device_type], staticmethod)
+        self.put(remote_device.Device, "prepare_for_model_debugging", prepare_for_model_debugging)
+        monkeypatch.setattr(remote_device._DeviceCtlRemoteService, "__init__", remote_device._DeviceCtlRemoteService.__init__)  # put back
+        monkeypatch.setattr(module, "sys", types.SimpleNamespace(platform="darwin", argv=["bench.py"]))
+
+    def same_signature(self, ours, real):
+        shape = lambda f: [(p.name, p.kind, p.default) for p in inspect.signature(f).parameters.values()]
+        assert shape(ours) == shape(real), f"coremltools' {real.__qualname__} has changed"
+        assert inspect.iscoroutinefunction(ours) == inspect.iscoroutinefunction(real)
+
+    def put(self, owner, name, function, wrap=lambda f: f):
+        self.same_signature(function, getattr(owner, name))
+        self.monkeypatch.setattr(owner, name, wrap(function))
+
+    def connect(self, name="Phone"):
+        remote = self.remote
+        self.phones.append(remote.Device(name=name, type=remote.DeviceType.IPHONE, identifier="i", udid="u", os_version="18.1",
+                                         os_build_number="b", developer_mode_state="enabled", state=remote.DeviceState.CONNECTED, session=None))
+
+    def bench(self, out, *flags):
+        self.monkeypatch.setattr(sys, "argv", ["bench.py", "--out", str(out), *flags])
+        module.main()
+        return json.loads((Path(out) / "bench.json").read_text())["rows"]
+
+
+@pytest.fixture
+def apple(monkeypatch):
+    pytest.importorskip("coremltools")
+    return Apple(monkeypatch)
+
+
+@pytest.fixture(scope="module")
+def package(tmp_path_factory):
+    """A package with the inputs and outputs that export.py gives: (1, 16, 2, 4, 5) to (1, 3, 8, 32, 40)."""
+    coremltools = pytest.importorskip("coremltools")
+    from coremltools.converters.mil import Builder as mb
+
+    @mb.program(input_specs=[mb.TensorSpec(shape=(1, 16, 2, 4, 5))], opset_version=coremltools.target.iOS17)
+    def program(latents):
+        return mb.tile(x=mb.slice_by_size(x=latents, begin=[0] * 5, size=[1, 3, 2, 4, 5]), reps=[1, 1, 4, 8, 8], name="video")
+
+    path = tmp_path_factory.mktemp("packages") / "tiny.mlpackage"
+    coremltools.convert(program, minimum_deployment_target=coremltools.target.iOS17, skip_model_load=True).save(str(path))
+    return path
+
+
+def test_a_package_on_every_compute_unit_of_a_mac(apple, package, tmp_path, capsys):
+    rows = apple.bench(tmp_path, "--mlpackage", str(package), "--rounds", "3")
+    assert [row["way"] for row in rows] == ["ALL", "CPU_AND_NE", "CPU_AND_GPU", "CPU_ONLY"]
+    assert {unit for unit, device in apple.loaded} == {unit.name for unit in apple.coremltools.ComputeUnit}
+    assert all(device is None for _, device in apple.loaded) and not apple.prepared
+    for row in rows:
+        assert (row["frames"], row["height"], row["width"], row["rounds"]) == (8, 32, 40, 3)
+        assert row["milliseconds"] == pytest.approx(20) and row["fps"] == pytest.approx(400) and row["load_milliseconds"] == 5
+        assert row["units"] == {"NeuralEngine": pytest.approx(0.6), "CPU": pytest.approx(0.4)} and row["operations"] == 3
+        assert [(op["operation"], op["unit"]) for op in row["slowest"]] == [("tile", "NeuralEngine"), ("cast", "CPU"), ("cast", "CPU")]
+    out = capsys.readouterr().out
+    assert "NeuralEngine 60%, CPU 40%" in out and "tile video" in out and (tmp_path / "bench.png").exists()
+
+
+def test_a_package_on_a_phone(apple, package, tmp_path, monkeypatch):
+    apple.connect()
+    (tmp_path / "out/tiny").mkdir(parents=True)
+    (tmp_path / "out/tiny/tiny.mlpackage").symlink_to(package)
+    monkeypatch.chdir(tmp_path)
+    rows = apple.bench("bench", "--iphone", "--team", "TEAM123")
+    assert len(rows) == 4 and all(row["fps"] == pytest.approx(400) and row["device"] == "Phone, iOS 18.1" for row in rows)
+    assert all(device.name == "Phone" and device.session for _, device in apple.loaded)
+    credentials, = apple.prepared       # once for all
+    assert credentials.development_team == "TEAM123" and "team123" in credentials.bundle_identifier
+    assert inspect.signature(apple.remote._DeviceCtlRemoteService).parameters["max_attempts"].default == 200
+
+
+def test_a_unit_that_fails_is_one_row_and_the_phone_is_prepared_again(apple, package, tmp_path, capsys):
+    apple.connect()
+    apple.crash_on = "CPU_AND_NE"
+    rows = apple.bench(tmp_path, "--iphone", "--team", "TEAM123", "--mlpackage", str(package))
+    assert ["error" in row for row in rows] == [False, True, False, False] and len(apple.prepared) == 2
+    assert rows[1]["error"] == "RuntimeError: out of memory" and "fps" not in rows[1] and rows[2]["fps"] == pytest.approx(400)
+    assert "tiny.mlpackage on CPU_AND_NE" in capsys.readouterr().out
+
+
+def test_what_keeps_a_package_from_being_timed_is_one_line(apple, package, tmp_path, monkeypatch):
+    for flags, words in ((["--mlpackage", "nowhere.mlpackage"], "nowhere.mlpackage: no such package"),
+                         (["--iphone", "--team", "T", "--mlpackage", str(package)], "none is connected.*team T")):
+        with pytest.raises((ValueError, OSError), match=words):
+            apple.bench(tmp_path, *flags)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(OSError, match="python export.py"):
+        apple.bench(tmp_path, "--mlpackage")
+    apple.crash_on = "ALL"
+    monkeypatch.setattr(module, "UNITS", ("ALL",))
+    with pytest.raises(ValueError, match="nothing could be measured; ALL: RuntimeError: out of memory"):
+        apple.bench(tmp_path, "--mlpackage", str(package))

@@ -365,7 +365,7 @@ def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
     def full_disk(state, path, metadata):
         Path(path).write_bytes(b"half a file")
         raise OSError("No space left on device")
-    monkeypatch.setattr(model_file, "save_file", full_disk)
+    monkeypatch.setattr("safetensors.torch.save_file", full_disk)
     with pytest.raises(OSError):
         seeded(MICRO, seed=1).save_pretrained(tmp_path)
     assert list(tmp_path.iterdir()) == [file]
