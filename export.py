@@ -34,15 +34,16 @@ from model import (BLOCKS, CONFIGS, OWN_FILE, ChannelNorm, Conv3d, Resnet, Separ
 SHIPPED = Path(__file__).resolve().parent / "assets" / "tiny_student.safetensors"
 PARTS = ("conv_in", *BLOCKS, "out")
 TINY = 2.0 ** -24           # the smallest number fp16 has
-VIEWS = ("reshape", "expand_dims", "squeeze")       # operations that move nothing
+MOVES = ("gather", "slice_by_index", "concat", "split", "reshape", "transpose", "pixel_shuffle", "upsample_nearest_neighbor")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # A graph made for the phone: the student's own modules with other forwards that compute the same numbers. All tensors are
 # (1, C, T, H, W) throughout; nothing is ever transposed.
 
-def take_frames(x, index):
-    """Frames number `index` of (1, C, T, H, W): whatever repeats, drops or reorders frames is one gather."""
+@torch.library.custom_op("turbo_vaed::take_frames", mutates_args=())
+def take_frames(x: torch.Tensor, index: list[int]) -> torch.Tensor:
+    """Frames number `index` of (1, C, T, H, W): whatever repeats, drops or reorders frames is one operation."""
     return x.index_select(2, torch.tensor(index))
 
 
@@ -68,8 +69,9 @@ def layer_norm(x: torch.Tensor, eps: float) -> torch.Tensor:
     return F.layer_norm(x.movedim(1, -1), x.shape[1:2], eps=eps).movedim(-1, 1).contiguous()
 
 
-for op in (rms_norm, layer_norm):
-    op.register_fake(lambda x, eps=None: torch.empty_like(x))
+take_frames.register_fake(lambda x, index: x.new_empty(1, x.shape[1], len(index), *x.shape[3:]))
+rms_norm.register_fake(lambda x: torch.empty_like(x))
+layer_norm.register_fake(lambda x, eps: torch.empty_like(x))
 
 
 def pixel_shuffle(x, r):
@@ -166,3 +168,332 @@ def phone_twin(student):
         if hasattr(module, "rewrite"):
             module.rewrite()
     return twin.eval()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Export.
+
+def latent_shape(config, size, latent_frames=None):
+    """(1, C, t, h, w) of the latents that decode to at least `size`; latent_frames None: what makes 17 frames, or 16."""
+    t = latent_frames or next(t for t in range(1, 18) if config.frames(t) >= 16)
+    return 1, config.latent_channels, t, -(-size[0] // config.compression[1]), -(-size[1] // config.compression[2])
+
+
+class Crop(torch.nn.Module):
+    """To (1, 3, T, height, width): where the size is no multiple of the compression, the student decodes a little more."""
+
+    def __init__(self, decoder, size):
+        super().__init__()
+        self.decoder, self.size = decoder, size
+
+    def forward(self, latents):
+        video = self.decoder(latents)
+        return video if video.shape[3:] == self.size else video[..., :self.size[0], :self.size[1]]
+
+
+def coremltools(gather=True):
+    """The package, told how the three operations above are written in MIL. ValueError where it is not installed.
+
+    gather=False takes frames by a split and a concat.
+    """
+    try:
+        logging.getLogger("coremltools").setLevel(logging.ERROR)        # it tells at length what a Mac would have
+        import coremltools as ct
+        from coremltools.converters.mil import Builder as mb
+        from coremltools.converters.mil import register_torch_op
+    except ImportError as error:
+        raise ValueError(f"this needs coremltools ({error}): pip install coremltools") from None
+
+    def take_frames(context, node):
+        x, index = context[node.inputs[0]], list(node.inputs[1])
+        if gather:
+            return context.add(mb.gather(x=x, indices=index, axis=2, name=node.name))
+        jumps = [i for i in range(1, len(index)) if index[i] != index[i - 1] + 1]
+        runs = [(index[i], index[j - 1] + 1) for i, j in zip([0, *jumps], [*jumps, len(index)])]    # of frames that stay together
+        cuts = sorted({0, x.shape[2], *sum(runs, ())})
+        pieces = mb.split(x=x, axis=2, split_sizes=np.diff(cuts), name=f"{node.name}_split") if len(cuts) > 2 else [x]
+        context.add(mb.concat(values=[pieces[cuts.index(cut)] for start, end in runs for cut in cuts if start <= cut < end],
+                              axis=2, name=node.name))
+
+    def rms_norm(context, node):
+        x = context[node.inputs[0]]
+        norm = mb.reduce_l2_norm(x=x, axes=[1], keep_dims=True, name=f"{node.name}_l2")
+        rms = mb.linear_activation(x=norm, alpha=x.shape[1] ** -0.5, beta=TINY, name=f"{node.name}_rms")
+        context.add(mb.real_div(x=x, y=rms, name=node.name))
+
+    def layer_norm(context, node):
+        context.add(mb.layer_norm(x=context[node.inputs[0]], axes=[1], epsilon=node.inputs[1], name=node.name))
+
+    for lowering in (take_frames, rms_norm, layer_norm):
+        lowering.__name__ = f"turbo_vaed::{lowering.__name__}"      # what it is registered by
+        register_torch_op(lowering, override=True)
+    return ct
+
+
+def weights_hash(model):
+    """sha256 over names and float32 values of the weights, whatever file they came from."""
+    digest = hashlib.sha256()
+    for name, p in sorted(model.state_dict().items()):
+        digest.update(name.encode() + p.detach().float().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def part_of(node):
+    """The decoder's part that a node of the exported graph belongs to."""
+    path = [name for name, _ in node.meta.get("nn_module_stack", {}).values()]
+    modules = ("conv_in", "mid_block", *(f"up_blocks.{i}" for i in range(4)))
+    return next((part for part, module in zip(PARTS, modules) if f"decoder.{module}" in path), "out")
+
+
+def convert(model, size, shape, gather=True, plain=False):
+    """The student as a coremltools MLModel whose operations are named after the decoder's parts."""
+    ct = coremltools(gather)
+    decoder = Crop(model if plain else phone_twin(model), size).eval()
+    with torch.no_grad():
+        program = torch.export.export(decoder, (torch.zeros(shape),)).run_decompositions({})
+    for node in program.graph.nodes:
+        if node.op == "call_function" and not any(user.op == "output" for user in node.users):
+            node.name = f"{part_of(node)}_{node.name}"
+    # iOS 18 (macOS 15) is the first whose palettised weights are stored in 4 and 6 bits.
+    return ct.convert(program, inputs=[ct.TensorType(name="latents", shape=shape, dtype=np.float16)],
+                      outputs=[ct.TensorType(name="video", dtype=np.float16)], compute_precision=ct.precision.FLOAT16,
+                      minimum_deployment_target=ct.target.iOS18, skip_model_load=True)
+
+
+def export(model, size=(512, 512), latent_frames=None, path="student.mlpackage", bits=None, gather=True, plain=False, note=""):
+    """Write a student to `path`, an .mlpackage (ML Program, fp16, fixed shapes), and return that path.
+
+    model: a TurboVAED. size: (height, width) of the video in pixels; where it is no multiple of the compression the graph
+    decodes a little more and crops. latent_frames: None takes what makes 17 frames, 16 where first frames are kept. Input
+    "latents" (1, C, t, h, w) as the teacher's encoder gives them; output "video" (1, 3, T, height, width), about [-1, 1], not
+    clamped. bits: 8, 6 or 4 palettises the weights by k-means. gather=False repeats and reorders frames by splits and concats.
+    plain=True exports the student's own forward. note goes into the description. Written beside its place and renamed.
+    Raises ValueError for sizes below 1, other bits, other names, or without coremltools.
+    """
+    path, config = Path(path), model.config
+    if min(*size, 1 if latent_frames is None else latent_frames) < 1:
+        raise ValueError(f"size and latent frames must be at least 1, got {size[0]}x{size[1]} and {latent_frames}")
+    if bits not in (None, 8, 6, 4):
+        raise ValueError(f"weights have 8, 6 or 4 bits, or None for fp16; not {bits}")
+    if path.suffix != ".mlpackage":
+        raise ValueError(f"{path}: a Core ML package's name ends in .mlpackage")
+    shape = latent_shape(config, size, latent_frames)
+    package = convert(copy.deepcopy(model).float().cpu(), tuple(size), shape, gather, plain)
+    if bits:        # below 10,000 weights coremltools would want scikit-learn, and little is to be saved
+        from coremltools.optimize import coreml as compress
+        package = compress.palettize_weights(package, compress.OptimizationConfig(compress.OpPalettizerConfig(
+            mode="kmeans", nbits=bits, weight_threshold=10_000)))
+    package.short_description = f"Turbo-VAED: latents to video. {note}".strip()
+    package.license = "Code: MIT. Weights: under the licence of the teacher they were distilled from."
+    package.input_description["latents"] = f"{shape}, (1, C, t, h, w): as the teacher's encoder gives them, no scaling factor"
+    package.output_description["video"] = f"(1, 3, {config.frames(shape[2])}, {size[0]}, {size[1]}), about [-1, 1], not clamped"
+    package.user_defined_metadata.update(
+        config=json.dumps(asdict(config)), size=f"{size[0]}x{size[1]}", latent_frames=str(shape[2]),
+        frames=str(config.frames(shape[2])), weights_sha256=weights_hash(model), bits=str(bits or 16), note=note)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{os.getpid()}.{path.name}")
+    try:
+        package.save(str(partial))
+        (partial / "executorch_debug_handle_mapping.json").unlink(missing_ok=True)      # the converter's own, no part of it
+        shutil.rmtree(path, ignore_errors=True)
+        os.rename(partial, path)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return path
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A package, read back from its files.
+
+@dataclass
+class Operation:
+    kind: str           # as MIL calls it
+    inputs: dict        # parameter -> names of values: operations' outputs, constants or the program's input
+    outputs: list       # (name, shape, NumPy type)
+
+    @property
+    def part(self):
+        return next((part for part in PARTS if self.outputs[0][0].startswith(f"{part}_")), "out")
+
+
+NUMPY = {"FLOAT16": np.float16, "FLOAT32": np.float32, "INT32": np.int32, "INT16": np.int16, "UINT16": np.uint16,
+         "INT8": np.int8, "UINT8": np.uint8, "BOOL": np.bool_, "STRING": np.str_}
+
+
+class Program:
+    """The ML Program of a package: operations in order, constants, metadata. ValueError where it is damaged."""
+
+    def __init__(self, path):
+        path = Path(path)
+        if not path.is_dir():
+            raise FileNotFoundError(f"{path}: no such Core ML package")
+        ct = coremltools()
+        from coremltools.proto import MIL_pb2
+        self.type_name = MIL_pb2.DataType.Name
+        try:
+            spec = ct.utils.load_spec(str(path))
+            self.blob = np.memmap(path / "Data/com.apple.CoreML/weights/weight.bin", np.uint8, "r")
+            main = spec.mlProgram.functions["main"]
+            self.input, = main.inputs
+            block = main.block_specializations[main.opset]
+            self.output, = block.outputs
+        except Exception as error:      # protobuf, the package's reader and NumPy each have their own
+            raise ValueError(f"{path}: damaged, or no Core ML program of one input and output: {error}") from None
+        self.metadata = dict(spec.description.metadata.userDefined)
+        self.file_bytes = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+        self.constants, self.stored, self.operations = {}, {}, []       # stored: bytes of a constant in the file
+        for op in block.operations:
+            outputs = [(o.name, *self.type_of(o.type)) for o in op.outputs]
+            name, inputs = outputs[0][0], {}
+            for key, argument in op.inputs.items():
+                inputs[key] = [a.name or f"{name}:{key}" for a in argument.arguments]
+                for a in argument.arguments:
+                    if not a.name:
+                        self.constants[f"{name}:{key}"] = self.constant(a.value, name)
+            if op.type == "const":
+                self.constants[name] = self.constant(op.attributes["val"], name)
+            elif op.type == "constexpr_lut_to_dense":
+                self.constants[name] = lut_to_dense(**{key: self.constants[names[0]] for key, names in inputs.items()})
+                self.stored[name] = sum(self.stored[names[0]] for names in inputs.values())
+            else:
+                self.operations.append(Operation(op.type, inputs, outputs))
+
+    def type_of(self, value_type):
+        """(shape, name of the data type) of a value's type."""
+        return tuple(d.constant.size for d in value_type.tensorType.dimensions), self.type_name(value_type.tensorType.dataType)
+
+    def constant(self, value, name):
+        """A constant as NumPy array, from the specification or from weight.bin: there a header of 64 bytes (a mark, the type,
+        the size and where the data begin), then data, of less than a byte each where the type is such."""
+        shape, kind = self.type_of(value.type)
+        count = math.prod(shape)
+        bits = 8 * np.dtype(NUMPY[kind]).itemsize if kind in NUMPY else int(kind.removeprefix("UINT"))
+        if value.WhichOneof("value") == "blobFileValue":
+            start = value.blobFileValue.offset
+            header = self.blob[start:start + 24].tobytes()
+            mark, size, data = (int.from_bytes(header[i:j], "little") for i, j in ((0, 4), (8, 16), (16, 24)))
+            if mark != 0xDEADBEEF or data + size > len(self.blob) or size != -(-count * bits // 8):
+                raise ValueError(f"weight.bin is truncated or damaged: it does not hold {name}, {count} values of {kind}")
+            raw = self.blob[data:data + size]
+            self.stored[name] = size
+        else:
+            tensor = value.immediateValue.tensor
+            raw = getattr(tensor, tensor.WhichOneof("value")).values
+            if not isinstance(raw, bytes):
+                return np.array(raw, NUMPY[kind]).reshape(shape)
+            raw = np.frombuffer(raw, np.uint8)
+        if kind in NUMPY:
+            return raw.view(NUMPY[kind]).reshape(shape)
+        fields = np.unpackbits(raw, bitorder="little", count=count * bits).reshape(count, bits)
+        return (fields << np.arange(bits, dtype=np.uint8)).sum(1, dtype=np.uint8).reshape(shape)
+
+
+def lut_to_dense(indices, lut):
+    """Palettised weights: indices (of the weights' shape) into tables (parts of each dimension ..., entries, 1)."""
+    grid = np.ogrid[tuple(map(slice, indices.shape))]
+    return lut[(*(g * parts // n for g, parts, n in zip(grid, lut.shape, indices.shape)), indices, 0)]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# MIL, operation by operation, in PyTorch. Parameters are MIL's; one that is not here is an error, as is an operation.
+
+def conv(x, weight, strides, pad_type, pad, dilations, groups, bias=None):
+    if pad_type not in ("custom", "valid") or pad[::2] != pad[1::2]:
+        raise ValueError(f"conv pads {pad_type} {pad}")
+    padding = pad[::2] if pad_type == "custom" else 0
+    if x.ndim == 5:
+        x, weight = (v.contiguous(memory_format=torch.channels_last_3d) for v in (x, weight))      # up to twice as fast
+    return (F.conv3d if x.ndim == 5 else F.conv2d)(x, weight, bias, strides, padding, dilations, groups)
+
+
+def gather(x, indices, axis, batch_dims, validate_indices):
+    if batch_dims or min(indices) < 0 or max(indices) >= x.shape[axis]:
+        raise ValueError(f"gather takes {indices} of {x.shape[axis]} with batch_dims {batch_dims}")
+    return x.index_select(axis, torch.tensor(indices))
+
+
+def slice_by_index(x, begin, end, stride=None, begin_mask=None, end_mask=None, squeeze_mask=None):
+    none = [False] * x.ndim
+    if any(squeeze_mask or none):
+        raise ValueError("slice_by_index squeezes")
+    return x[tuple(slice(None if no_begin else b, None if no_end else e, s) for b, e, s, no_begin, no_end
+                   in zip(begin, end, stride or [1] * x.ndim, begin_mask or none, end_mask or none))]
+
+
+def mil_layer_norm(x, axes, epsilon, gamma=None, beta=None):
+    centred = x - x.mean(axes, keepdim=True)
+    y = centred * torch.rsqrt(centred.square().mean(axes, keepdim=True) + epsilon)
+    shape = [x.shape[a] if a in [b % x.ndim for b in axes] else 1 for a in range(x.ndim)]
+    return (y if gamma is None else y * gamma.view(shape)) + (0 if beta is None else beta.view(shape))
+
+
+def concat(values, axis, interleave):
+    if interleave:
+        raise ValueError("concat interleaves")
+    return torch.cat(values, axis)
+
+
+MIL = {
+    "conv": conv, "gather": gather, "slice_by_index": slice_by_index, "layer_norm": mil_layer_norm, "concat": concat,
+    "split": lambda x, axis, split_sizes: x.split(split_sizes, axis),
+    "reduce_l2_norm": lambda x, axes, keep_dims: torch.linalg.vector_norm(x, dim=axes, keepdim=keep_dims),
+    "reduce_mean": lambda x, axes, keep_dims: x.mean(axes, keepdim=keep_dims),
+    "linear_activation": lambda x, alpha, beta: x * alpha + beta,
+    "rsqrt": lambda x, epsilon: torch.rsqrt(x + epsilon),
+    "real_div": lambda x, y: x / y,
+    "add": lambda x, y: x + y,
+    "mul": lambda x, y: x * y,
+    "silu": lambda x: F.silu(x),
+    "relu": lambda x: x.relu(),
+    "reshape": lambda x, shape: x.reshape(shape),
+    "transpose": lambda x, perm: x.permute(perm),
+    "pixel_shuffle": lambda x, upscale_factor: F.pixel_shuffle(x, upscale_factor),
+    "upsample_nearest_neighbor": lambda x, scale_factor_height, scale_factor_width: F.interpolate(
+        x, scale_factor=(scale_factor_height, scale_factor_width), mode="nearest"),
+}
+
+
+def last_uses(program):
+    """{number of an operation: names of values that nothing after it reads}."""
+    last = {name: i for i, op in enumerate(program.operations) for names in op.inputs.values() for name in names}
+    last.pop(program.output, None)
+    uses = {}
+    for name, i in last.items():
+        if name not in program.constants:
+            uses.setdefault(i, []).append(name)
+    return uses
+
+
+def tensor_or_number(constant):
+    """A constant as PyTorch's functions take it: weights as float32 tensors, everything else as Python's own."""
+    floats = constant.ndim and constant.dtype.kind == "f"
+    return torch.from_numpy(constant.astype(np.float32)) if floats else constant.tolist()
+
+
+@torch.inference_mode()
+def run(program, latents, fp16):
+    """Run the program's operations one by one, in float32; fp16=True rounds what each of them gives to fp16.
+
+    latents (1, C, t, h, w) float32 -> video (1, 3, T, H, W) float32. A value is freed after its last use. Raises ValueError
+    for an operation or parameter that is not known, a failing one, and one whose output is not of the declared shape.
+    """
+    values, unused = {program.input.name: latents}, last_uses(program)
+    for i, op in enumerate(program.operations):
+        where = f"operation {i}, {op.kind} {op.outputs[0][0]}"
+        if op.kind not in MIL:
+            raise ValueError(f"{where}: not one of the operations known here, so nothing is proven")
+        try:
+            arguments = {key: [values[n] if n in values else tensor_or_number(program.constants[n]) for n in names]
+                         for key, names in op.inputs.items()}
+            results = MIL[op.kind](**{key: v if key == "values" else v[0] for key, v in arguments.items()})
+        except (KeyError, TypeError, ValueError, RuntimeError, IndexError) as error:
+            raise ValueError(f"{where}: {str(error).splitlines()[0]}") from None
+        del arguments
+        for (name, shape, kind), result in zip(op.outputs, results if op.kind == "split" else [results]):
+            if tuple(result.shape) != shape or kind != "FLOAT16":
+                raise ValueError(f"{where}: gives {tuple(result.shape)}, declared is {shape} of {kind}")
+            values[name] = result.half().float() if fp16 and op.kind not in MOVES else result
+        del result, results
+        for name in unused.get(i, ()):
+            del values[name]
+    return values[program.output]
