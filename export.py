@@ -141,9 +141,12 @@ class PhoneUpsampler(Upsampler):
 
 
 class PhoneUpsampler2d(Upsampler2d):
+    def rewrite(self):
+        """The same convolution over stacks of frames, so that time stays where it is."""
+        self.conv.weight = torch.nn.Parameter(self.conv.weight.unsqueeze(2))
+
     def forward(self, x):
-        x = F.conv3d(F.silu(rms_norm(x)), self.conv.weight.unsqueeze(2), self.conv.bias, padding=(0, 1, 1))
-        return pixel_shuffle(x, 2)
+        return pixel_shuffle(F.conv3d(F.silu(rms_norm(x)), self.conv.weight, self.conv.bias, padding=(0, 1, 1)), 2)
 
 
 class PhoneTurboVAED(TurboVAED):
@@ -289,7 +292,8 @@ def export(model, size=(512, 512), latent_frames=None, path="student.mlpackage",
     package.output_description["video"] = f"(1, 3, {config.frames(shape[2])}, {size[0]}, {size[1]}), about [-1, 1], not clamped"
     package.user_defined_metadata.update(
         config=json.dumps(asdict(config)), size=f"{size[0]}x{size[1]}", latent_frames=str(shape[2]),
-        frames=str(config.frames(shape[2])), weights_sha256=weights_hash(model), bits=str(bits or 16), note=note)
+        frames=str(config.frames(shape[2])), weights_sha256=weights_hash(model), bits=str(bits or 16), note=note,
+        graph="plain" if plain else "phone")
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{os.getpid()}.{path.name}")
     try:
@@ -341,7 +345,8 @@ class Program:
             raise ValueError(f"{path}: damaged, or no Core ML program of one input and output: {error}") from None
         self.metadata = dict(spec.description.metadata.userDefined)
         self.file_bytes = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
-        self.constants, self.stored, self.operations = {}, {}, []       # stored: bytes of a constant in the file
+        self.constants, self.stored, self.operations = {}, {}, []       # stored: bytes of a constant in weight.bin
+        self.largest_square = 0.0       # sum of squares that a norm has met, while running
         for op in block.operations:
             outputs = [(o.name, *self.type_of(o.type)) for o in op.outputs]
             name, inputs = outputs[0][0], {}
@@ -354,7 +359,7 @@ class Program:
                 self.constants[name] = self.constant(op.attributes["val"], name)
             elif op.type == "constexpr_lut_to_dense":
                 self.constants[name] = lut_to_dense(**{key: self.constants[names[0]] for key, names in inputs.items()})
-                self.stored[name] = sum(self.stored[names[0]] for names in inputs.values())
+                self.stored[name] = sum(self.stored.get(names[0], 0) for names in inputs.values())
             else:
                 self.operations.append(Operation(op.type, inputs, outputs))
 
@@ -494,6 +499,121 @@ def run(program, latents, fp16):
                 raise ValueError(f"{where}: gives {tuple(result.shape)}, declared is {shape} of {kind}")
             values[name] = result.half().float() if fp16 and op.kind not in MOVES else result
         del result, results
+        if op.kind == "reduce_l2_norm":
+            program.largest_square = max(program.largest_square, values[name].max().item() ** 2)
         for name in unused.get(i, ()):
             del values[name]
     return values[program.output]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Proof.
+
+FLOAT32_BOUND, FP16_BOUND = 0.02, 0.2       # worst error that passes; the video's range is about [-1, 1]
+
+
+def difference(video, expected):
+    """Worst absolute error, and PSNR in dB with a peak of 2, the width of [-1, 1]."""
+    error = video - expected
+    return {"worst_error": error.abs().max().item(), "psnr": 10 * math.log10(4 / max(error.square().mean().item(), 1e-20))}
+
+
+@torch.no_grad()
+def with_weights_of(program, model):
+    """The decoder that was exported, with the palettised weights of the package."""
+    decoder = copy.deepcopy(model) if program.metadata["graph"] == "plain" else phone_twin(model)
+    for name, p in decoder.named_parameters():
+        palettised = program.constants.get(f"p_decoder_{name.replace('.', '_')}_to_fp16_palettized")
+        p.copy_(p if palettised is None else torch.from_numpy(palettised.astype(np.float32)))
+    return decoder
+
+
+@torch.inference_mode()
+def compare(path, model, float32=True, seed=0):
+    """What the saved package at `path` computes, beside its student, on normal latents: {which: {worst_error, psnr}}.
+
+    "float32" and "fp16": its operations one by one, see `run`; "core_ml": Core ML's prediction, on a Mac. Palettised packages
+    are compared with the student that has their weights, and "palettised" is that one beside `model` itself. float32=False
+    leaves that run out. Raises ValueError as `run` and Program do, and for a package of other weights.
+    """
+    program = Program(path)
+    if program.metadata.get("weights_sha256") != weights_hash(model):
+        raise ValueError(f"{path} was exported from other weights than this student's")
+    height, width = map(int, program.metadata["size"].split("x"))
+    latents = torch.randn(program.type_of(program.input.type)[0], generator=torch.Generator().manual_seed(seed))
+    decode = lambda decoder: decoder.eval()(latents)[..., :height, :width]
+    expected = decode(copy.deepcopy(model).float().cpu().channels_last())
+    results = {}
+    if program.metadata["bits"] != "16":
+        palettised = decode(with_weights_of(program, model))
+        results["palettised"] = difference(palettised, expected)
+        expected = palettised
+    if float32:
+        results["float32"] = difference(run(program, latents, fp16=False), expected)
+    results["fp16"] = difference(run(program, latents, fp16=True), expected)
+    results["fp16"]["largest_sum_of_squares"] = program.largest_square
+    if sys.platform == "darwin":
+        video = coremltools().models.MLModel(str(path)).predict({"latents": latents.numpy().astype(np.float16)})["video"]
+        results["core_ml"] = difference(torch.from_numpy(np.asarray(video, np.float32)), expected)
+    return results
+
+
+def check(results):
+    """Raise ValueError if a result of `compare` is outside the bounds."""
+    for which, bound in (("float32", FLOAT32_BOUND), ("fp16", FP16_BOUND), ("core_ml", FP16_BOUND)):
+        if which in results and not results[which]["worst_error"] <= bound:     # NaN is not
+            raise ValueError(f"the package is not the student: worst error {results[which]['worst_error']:.3g} in {which}, "
+                             f"{bound} would pass; PSNR {results[which]['psnr']:.1f} dB")
+
+
+def verify(path, model, float32=True, seed=0):
+    """Prove that the package at `path` computes what the student does; the worst absolute error with fp16 rounding.
+
+    See `compare`, whose arguments these are. Raises ValueError where it does not.
+    """
+    results = compare(path, model, float32, seed)
+    check(results)
+    return results["fp16"]["worst_error"]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Report.
+
+def report(program):
+    """What a phone will have to do, as a dict: totals, operations by kind, and by part of the decoder.
+
+    flops: two for each multiply-add of the convolutions. bytes_moved: every operation reads its inputs and writes its
+    outputs once. peak_activation_bytes: all that is alive at once in program order, inputs and outputs of the operation
+    included; a reshape takes no memory of its own. Core ML may fuse operations and need less of both.
+    """
+    sizes = {program.input.name: 2 * math.prod(program.type_of(program.input.type)[0])}
+    shapes, unused, alive, root = {}, last_uses(program), {program.input.name}, {}
+    parts = {part: dict(operations=0, parameters=0, weight_bytes=0, flops=0, bytes_moved=0, peak_activation_bytes=0)
+             for part in PARTS}
+    seen = set()
+    for i, op in enumerate(program.operations):
+        row = parts[op.part]
+        read = [name for names in op.inputs.values() for name in names]
+        for name, shape, kind in op.outputs:
+            shapes[name] = shape
+            sizes[name] = np.dtype(NUMPY[kind]).itemsize * math.prod(shape)
+            root[name] = root.get(op.inputs["x"][0], op.inputs["x"][0]) if op.kind == "reshape" else name
+        weights = [n for n in read if n in program.stored]
+        row["operations"] += 1
+        row["parameters"] += sum(program.constants[n].size for n in weights if n not in seen)
+        row["weight_bytes"] += sum(program.stored[n] for n in weights if n not in seen)
+        seen.update(weights)
+        if op.kind == "conv":
+            row["flops"] += 2 * math.prod(op.outputs[0][1]) * program.constants[op.inputs["weight"][0]][0].size
+        if op.kind != "reshape":
+            row["bytes_moved"] += sum(program.stored[n] if n in weights else sizes.get(n, 0) for n in read)
+            row["bytes_moved"] += sum(sizes[n] for n, _, _ in op.outputs)
+        alive.update(name for name, _, _ in op.outputs)
+        row["peak_activation_bytes"] = max(row["peak_activation_bytes"], sum(sizes[n] for n in {root.get(n, n) for n in alive}))
+        alive.difference_update(unused.get(i, ()))
+    kinds = Counter(op.kind for op in program.operations)
+    largest = max(shapes, key=sizes.get)
+    total = {key: (max if key.startswith("peak") else sum)(row[key] for row in parts.values()) for key in parts["out"]}
+    return {**total, "package_bytes": program.file_bytes, "highest_rank": max(map(len, shapes.values())),
+            "largest_tensor": {"name": largest, "shape": shapes[largest], "bytes": sizes[largest]},
+            "kinds": dict(kinds.most_common()), "parts": parts}
