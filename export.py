@@ -98,15 +98,7 @@ class PhoneChannelNorm(ChannelNorm):
 class PhoneResnet(Resnet):
     @torch.no_grad()
     def rewrite(self):
-        """Fold the shortcut's LayerNorm into its convolution, and bring conv1's output to about 1 in size.
-
-        That output goes through a norm, so its scale is free; a power of two changes no digit. It keeps the sums of squares
-        far from fp16's 65504 also on hardware that holds them in fp16: the shipped student's reach 7 million.
-        """
-        weight, bias = list(self.conv1.parameters())[-2:]
-        scale = 2.0 ** -round(math.log2(weight.norm() / len(weight) ** 0.5))
-        weight *= scale
-        bias *= scale
+        """Fold the shortcut's LayerNorm into its convolution."""
         if hasattr(self, "conv_shortcut"):
             conv = self.conv_shortcut.conv
             conv.bias += conv.weight.flatten(1) @ self.norm3.bias
@@ -163,6 +155,36 @@ REWRITES = {Conv3d: PhoneConv3d, SeparableConv3d: PhoneSeparableConv3d, ChannelN
             Upsampler: PhoneUpsampler, Upsampler2d: PhoneUpsampler2d, TurboVAED: PhoneTurboVAED}
 
 
+@torch.no_grad()
+def rescale(twin):
+    """Bring what the norms see to about 1 in size, by powers of two in the weights, which change no digit of the video.
+
+    A norm does not mind the scale of its input, fp16 does: 65504 is its largest number, also for the sum of squares where
+    hardware holds that in fp16; unscaled, the shipped student's reach 7 million. Every convolution writes to a norm or to the
+    stream of residuals, which only norms and upsamplers read. How much a convolution magnifies is estimated from its weights.
+    """
+    def scale(conv, by=None, read=1.0):     # conv's output, given that the scale of its input is `read` already
+        *depthwise, weight, bias = conv.parameters()
+        magnifies = math.prod(float(w.norm()) / len(w) ** 0.5 for w in (weight, *depthwise[:1])) / read
+        by = by or 2.0 ** -round(math.log2(max(magnifies, 1e-3)))
+        for p, factor in ((weight, by / read), (bias, by), *((p, read) for p in depthwise[1:])):
+            p.mul_(factor)
+        return by
+
+    stream = scale(twin.conv_in)
+    for block in (twin.mid_block, *twin.up_blocks):
+        if isinstance(block.conv_in, Resnet):
+            scale(block.conv_in.conv1)
+            stream = scale(block.conv_in.conv2, scale(block.conv_in.conv_shortcut))
+        for upsampler in block.upsamplers:
+            stream = scale(upsampler.conv, read=stream)
+        for resnet in block.resnets:
+            scale(resnet.conv1)
+            scale(resnet.conv2, stream)
+    for name in ("upsampler2d_1", "upsampler2d_2")[:twin.config.patch // 2]:
+        scale(getattr(twin, name).conv)
+
+
 def phone_twin(student):
     """A copy of the student that computes the same video from (1, C, t, h, w) latents by way of the graph above."""
     twin = copy.deepcopy(student)
@@ -170,6 +192,7 @@ def phone_twin(student):
         module.__class__ = REWRITES.get(type(module), type(module))
         if hasattr(module, "rewrite"):
             module.rewrite()
+    rescale(twin)
     return twin.eval()
 
 
