@@ -11,8 +11,10 @@ run one by one in PyTorch, in float32 and with each result rounded to fp16, besi
 Mac real predictions are compared as well. The report says what a phone will have to do: operations, arithmetic, memory.
 """
 import argparse
+import contextlib
 import copy
 import hashlib
+import io
 import json
 import logging
 import math
@@ -224,8 +226,6 @@ def coremltools(gather=True):
     """
     try:
         logging.getLogger("coremltools").setLevel(logging.ERROR)        # it tells at length what a Mac would have
-        if not sys.stderr.isatty():
-            os.environ.setdefault("TQDM_DISABLE", "1")
         import coremltools as ct
         from coremltools.converters.mil import Builder as mb
         from coremltools.converters.mil import register_torch_op
@@ -306,11 +306,12 @@ def export(model, size=(512, 512), latent_frames=None, path="student.mlpackage",
     if path.suffix != ".mlpackage":
         raise ValueError(f"{path}: a Core ML package's name ends in .mlpackage")
     shape = latent_shape(config, size, latent_frames)
-    package = convert(copy.deepcopy(model).float().cpu(), tuple(size), shape, gather, plain)
-    if bits:        # below 10,000 weights coremltools would want scikit-learn, and little is to be saved
-        from coremltools.optimize import coreml as compress
-        package = compress.palettize_weights(package, compress.OptimizationConfig(compress.OpPalettizerConfig(
-            mode="kmeans", nbits=bits, weight_threshold=10_000)))
+    with contextlib.redirect_stderr(sys.stderr if sys.stderr.isatty() else io.StringIO()):      # coremltools' progress bars
+        package = convert(copy.deepcopy(model).float().cpu(), tuple(size), shape, gather, plain)
+        if bits:        # below 10,000 weights coremltools would want scikit-learn, and little is to be saved
+            from coremltools.optimize import coreml as compress
+            package = compress.palettize_weights(package, compress.OptimizationConfig(compress.OpPalettizerConfig(
+                mode="kmeans", nbits=bits, weight_threshold=10_000)))
     package.short_description = f"Turbo-VAED: latents to video. {note}".strip()
     package.license = "Code: MIT. Weights: under the licence of the teacher they were distilled from."
     package.input_description["latents"] = f"{shape}, (1, C, t, h, w): as the teacher's encoder gives them, no scaling factor"

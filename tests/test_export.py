@@ -1,6 +1,6 @@
 """Core ML packages: the graph made for phones computes what the student does, and a wrong package is found out."""
+import inspect
 import json
-import math
 import shutil
 import subprocess
 import sys
@@ -40,23 +40,22 @@ def package(tiny, tmp_path_factory):
     return export.export(tiny, (32, 40), path=tmp_path_factory.mktemp("export") / "tiny.mlpackage")
 
 
-def edit(package, path, change):
-    """A copy of a package with its specification changed; what change returns."""
+def copy_of(package, path, change=lambda operations, weights: None):
+    """A copy of a package after change(its operations, the bytes of its weight.bin)."""
     import coremltools as ct
     shutil.copytree(package, path)
-    file = path / "Data/com.apple.CoreML/model.mlmodel"
-    spec = ct.utils.load_spec(str(file))
+    file, blob = path / "Data/com.apple.CoreML/model.mlmodel", path / "Data/com.apple.CoreML/weights/weight.bin"
+    spec, weights = ct.utils.load_spec(str(file)), bytearray(blob.read_bytes())
     main = spec.mlProgram.functions["main"]
-    change(main.block_specializations[main.opset].operations)
+    change(main.block_specializations[main.opset].operations, weights)
     file.write_bytes(spec.SerializeToString())
+    blob.write_bytes(weights)
     return path
 
 
 def constant(operations, op, parameter):
-    """The integers that an operation takes as a parameter."""
     name = op.inputs[parameter].arguments[0].name
-    value = next(o for o in operations if o.outputs[0].name == name).attributes["val"].immediateValue.tensor
-    return value.ints.values
+    return next(o for o in operations if o.outputs[0].name == name).attributes["val"]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -141,7 +140,7 @@ def test_any_size_any_student(name, changes, gather, tmp_path):
 def test_palettised_weights(tiny, package, tmp_path):
     """Fewer bits are a smaller file and a coarser video, and the graph is still proven to the last bit of fp16."""
     worse = [export.report(export.Program(package))["weight_bytes"]], [100.0]
-    for bits in (8, 4):
+    for bits in (6, 4):
         path = export.export(tiny, (32, 40), path=tmp_path / f"{bits}.mlpackage", bits=bits)
         results, r = export.compare(path, tiny), export.report(export.Program(path))
         assert results["float32"]["worst_error"] < 1e-3 and results["fp16"]["worst_error"] < 0.01
@@ -154,11 +153,152 @@ def test_palettised_weights(tiny, package, tmp_path):
 # ---------------------------------------------------------------------------------------------------------------------
 # planted faults
 
-def test_a_wrong_frame_is_found(tiny, package, tmp_path):
-    def one_frame_off(operations):      # the last convolution repeats the frame before the last
-        constant(operations, [o for o in operations if o.type == "gather"][-1], "indices")
-        last = [o for o in operations if o.type == "gather"][-1]
-        name = last.inputs["indices"].arguments[0].name
-        value = next(o for o in operations if o.outputs[0].name == name).attributes["val"].immediateValue.tensor
-        print(value)
-    edit(package, tmp_path / "wrong.mlpackage", one_frame_off)
+@pytest.mark.parametrize("which", [0, -1])
+def test_a_wrong_frame_is_found(tiny, package, tmp_path, which):
+    def change(operations, weights):        # after its last frame a convolution sees the one before it
+        value = constant(operations, [o for o in operations if o.type == "gather"][which], "indices")
+        if value.WhichOneof("value") == "blobFileValue":        # a long list is in weight.bin, behind a header
+            header = value.blobFileValue.offset
+            start, size = (int.from_bytes(weights[header + i:header + i + 8], "little") for i in (16, 8))
+            weights[start + size - 2] -= 1
+        else:
+            tensor = value.immediateValue.tensor.bytes
+            tensor.values = tensor.values[:-2] + bytes([tensor.values[-2] - 1, 0])
+
+    with pytest.raises(ValueError, match="not the student: worst error .* in float32"):
+        export.verify(copy_of(package, tmp_path / "wrong.mlpackage", change), tiny)
+
+
+def test_a_wrong_slice_is_found(tiny, tmp_path):
+    def change(operations, weights):        # the crop keeps the last rows instead of the first
+        op, = [o for o in operations if o.type == "slice_by_index"]
+        begin, end, mask = (constant(operations, op, key).immediateValue.tensor for key in ("begin", "end", "end_mask"))
+        begin.ints.values[3], end.ints.values[3] = 4, 32
+        mask.bools.values[3] = True
+
+    package = export.export(tiny, (28, 32), 1, tmp_path / "right.mlpackage")
+    with pytest.raises(ValueError, match="not the student: worst error .* in float32"):
+        export.verify(copy_of(package, tmp_path / "wrong.mlpackage", change), tiny)
+
+
+def test_a_swapped_transpose_is_found(tmp_path):
+    def change(operations, weights):        # rows for columns, in square frames, so that every shape is still right
+        op = next(o for o in operations if o.type == "transpose")
+        perm = constant(operations, op, "perm").immediateValue.tensor.ints.values
+        perm[-1], perm[-2] = perm[-2], perm[-1]
+
+    model = small("ltx", resnets=(0, 0, 1, 0, 0))
+    package = export.export(model, (64, 64), 2, tmp_path / "right.mlpackage", plain=True)
+    export.verify(package, model)
+    with pytest.raises(ValueError, match="not the student|gives"):
+        export.verify(copy_of(package, tmp_path / "wrong.mlpackage", change), model)
+
+
+def test_an_unknown_operation_is_no_pass(tiny, package, tmp_path):
+    def change(operations, weights):
+        next(o for o in operations if o.type == "silu").type = "gelu"
+
+    with pytest.raises(ValueError, match="gelu mid_silu.*not one of the operations known"):
+        export.verify(copy_of(package, tmp_path / "wrong.mlpackage", change), tiny)
+
+
+def test_a_wrong_declared_shape_is_found(tiny, package, tmp_path):
+    def change(operations, weights):
+        next(o for o in operations if o.type == "conv").outputs[0].type.tensorType.dimensions[1].constant.size = 95
+
+    with pytest.raises(ValueError, match="conv conv_in.*declared is"):
+        export.verify(copy_of(package, tmp_path / "wrong.mlpackage", change), tiny)
+
+
+@pytest.mark.parametrize("file", ["Data/com.apple.CoreML/weights/weight.bin", "Data/com.apple.CoreML/model.mlmodel"])
+def test_truncated_files_are_found(tiny, package, tmp_path, file):
+    path = copy_of(package, tmp_path / "wrong.mlpackage")
+    (path / file).write_bytes((path / file).read_bytes()[:-1000])
+    with pytest.raises(ValueError, match="truncated or damaged|damaged, or no"):
+        export.verify(path, tiny)
+
+
+def test_a_package_of_another_checkpoint_is_found(tiny, package, tmp_path, monkeypatch):
+    torch.manual_seed(0)
+    other = TurboVAED(tiny.config)
+    with pytest.raises(ValueError, match="other weights"):
+        export.verify(package, other)
+    monkeypatch.setattr(export, "weights_hash", lambda model: export.Program(package).metadata["weights_sha256"])
+    with pytest.raises(ValueError, match="not the student"):        # also where the metadata lies
+        export.verify(package, other)
+
+
+def test_core_mls_own_prediction_is_compared_on_a_mac(tiny, package, monkeypatch):
+    import coremltools as ct
+    assert {"self", "data"} <= set(inspect.signature(ct.models.MLModel.predict).parameters)
+
+    class MLModel:
+        def __init__(self, model):
+            assert model == str(package)
+
+        def predict(self, data):
+            latents = data["latents"]
+            assert latents.shape == (1, 16, 4, 4, 5) and latents.dtype == "float16"
+            with torch.no_grad():
+                return {"video": (tiny(torch.from_numpy(latents).float()) + shift).numpy()}
+
+    monkeypatch.setattr(sys, "platform", "darwin")
+    monkeypatch.setattr(ct.models, "MLModel", MLModel)
+    shift = 0
+    assert export.compare(package, tiny)["core_ml"]["worst_error"] < 0.01
+    shift = 0.1
+    with pytest.raises(ValueError, match="in core_ml"):
+        export.verify(package, tiny)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the command line
+
+def command(folder, *flags):
+    return subprocess.run([sys.executable, str(ROOT / "export.py"), *flags], capture_output=True, text=True, timeout=200, cwd=folder)
+
+
+def test_the_newest_student_is_exported_and_proven(tiny, tmp_path):
+    tiny.save_pretrained(tmp_path / "out/run")
+    result = command(tmp_path, "--size", "36x40", "--latent-frames", "1")
+    assert result.returncode == 0, result.stderr
+    assert "out/run/student.safetensors" in result.stdout and "rounded to fp16: worst error" in result.stdout
+    path = tmp_path / "out/run/tiny_4x36x40.mlpackage"
+    saved = json.loads(path.with_suffix(".json").read_text())
+    assert saved["proof"]["fp16"]["worst_error"] == pytest.approx(export.verify(path, tiny))
+    assert saved["operations"] == sum(part["operations"] for part in saved["parts"].values()) == sum(saved["kinds"].values())
+    again = command(tmp_path, "--verify", str(path), "--student", str(ROOT / "assets/tiny_student.safetensors"))
+    assert again.returncode == 0 and "rounded to fp16: worst error" in again.stdout
+
+
+@pytest.mark.parametrize("flags, message", [
+    (["--size", "512"], "HEIGHTxWIDTH"),
+    (["--size", "0x512"], "HEIGHTxWIDTH"),
+    (["--random"], "--random needs --config"),
+    (["--latent-frames", "0"], "at least 1"),
+    (["--student", "nowhere"], "no such file or folder"),
+    (["--verify", "nowhere.mlpackage"], "no such Core ML package"),
+])
+def test_wrong_input_is_one_line(tmp_path, flags, message):
+    result = command(tmp_path, *flags)
+    assert result.returncode and message in result.stderr.splitlines()[-1] and "Traceback" not in result.stderr
+
+
+def test_random_weights_say_so(tmp_path):
+    result = command(tmp_path, "--config", "tiny", "--random", "--size", "16x16", "--latent-frames", "1", "--out", ".")
+    assert result.returncode == 0, result.stderr
+    path = tmp_path / "tiny_random_4x16x16.mlpackage"
+    assert "speed only" in export.Program(path).metadata["note"]
+
+
+def test_without_coremltools_one_line_says_what_to_do(tiny, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "coremltools", None)
+    with pytest.raises(ValueError, match="pip install coremltools"):
+        export.export(tiny, (16, 16), 1, tmp_path / "student.mlpackage")
+
+
+def test_wrong_arguments(tiny, tmp_path):
+    for size, name, bits in (((0, 16), "a.mlpackage", None), ((16, 16), "a.mlmodel", None), ((16, 16), "a.mlpackage", 5)):
+        with pytest.raises(ValueError):
+            export.export(tiny, size, 1, tmp_path / name, bits)
+    assert not list(tmp_path.iterdir())
