@@ -30,8 +30,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from model import (BLOCKS, CONFIGS, OWN_FILE, ChannelNorm, Conv3d, Resnet, SeparableConv3d, TurboVAED, TurboVAEDConfig,
-                   Upsampler, Upsampler2d)
+from model import (BLOCKS, CONFIGS, OWN_FILE, ChannelNorm, Conv3d, Resnet, SeparableConv3d, TurboVAED, Upsampler,
+                   Upsampler2d)
 
 SHIPPED = Path(__file__).resolve().parent / "assets" / "tiny_student.safetensors"
 PARTS = ("conv_in", *BLOCKS, "out")
@@ -237,7 +237,7 @@ def coremltools(gather=True):
         if gather:
             return context.add(mb.gather(x=x, indices=index, axis=2, name=node.name))
         jumps = [i for i in range(1, len(index)) if index[i] != index[i - 1] + 1]
-        runs = [(index[i], index[j - 1] + 1) for i, j in zip([0, *jumps], [*jumps, len(index)])]    # of frames that stay together
+        runs = [(index[i], index[j - 1] + 1) for i, j in zip([0, *jumps], [*jumps, len(index)])]     # that stay together
         cuts = sorted({0, x.shape[2], *sum(runs, ())})
         pieces = mb.split(x=x, axis=2, split_sizes=np.diff(cuts), name=f"{node.name}_split") if len(cuts) > 2 else [x]
         context.add(mb.concat(values=[pieces[cuts.index(cut)] for start, end in runs for cut in cuts if start <= cut < end],
@@ -486,11 +486,11 @@ MIL = {
 
 def last_uses(program):
     """{number of an operation: names of values that nothing after it reads}."""
-    last = {name: i for i, op in enumerate(program.operations) for names in op.inputs.values() for name in names}
-    last.pop(program.output, None)
-    uses = {}
+    last, uses = {}, {}
+    for i, op in enumerate(program.operations):
+        last.update(dict.fromkeys([name for name, _, _ in op.outputs] + sum(op.inputs.values(), []), i))
     for name, i in last.items():
-        if name not in program.constants:
+        if name not in program.constants and name != program.output:
             uses.setdefault(i, []).append(name)
     return uses
 
@@ -508,8 +508,9 @@ def run(program, latents, fp16):
     latents (1, C, t, h, w) float32 -> video (1, 3, T, H, W) float32. A value is freed after its last use. Raises ValueError
     for an operation or parameter that is not known, a failing one, and one whose output is not of the declared shape.
     """
+    from tqdm import tqdm
     values, unused = {program.input.name: latents}, last_uses(program)
-    for i, op in enumerate(program.operations):
+    for i, op in enumerate(tqdm(program.operations, unit="op", leave=False, disable=not sys.stderr.isatty())):
         where = f"operation {i}, {op.kind} {op.outputs[0][0]}"
         if op.kind not in MIL:
             raise ValueError(f"{where}: not one of the operations known here, so nothing is proven")
@@ -542,7 +543,7 @@ FLOAT32_FLOPS = 10e12                       # above, the command line leaves the
 def difference(video, expected):
     """Worst absolute error, and PSNR in dB with a peak of 2, the width of [-1, 1]."""
     error = video - expected
-    return {"worst_error": error.abs().max().item(), "psnr": 10 * math.log10(4 / max(error.square().mean().item(), 1e-20))}
+    return {"worst_error": error.abs().max().item(), "psnr": 10 * (4 / error.square().mean().clamp(1e-20)).log10().item()}
 
 
 @torch.no_grad()
@@ -563,13 +564,13 @@ def compare(path, model, float32=True, seed=0):
     are compared with the student that has their weights, and "palettised" is that one beside `model` itself. float32=False
     leaves that run out. Raises ValueError as `run` and Program do, and for a package of other weights.
     """
-    program = Program(path)
+    program, model = Program(path), copy.deepcopy(model).float().cpu().channels_last()
     if program.metadata.get("weights_sha256") != weights_hash(model):
         raise ValueError(f"{path} was exported from other weights than this student's")
     height, width = map(int, program.metadata["size"].split("x"))
     latents = torch.randn(program.type_of(program.input.type)[0], generator=torch.Generator().manual_seed(seed))
     decode = lambda decoder: decoder.eval()(latents)[..., :height, :width]
-    expected = decode(copy.deepcopy(model).float().cpu().channels_last())
+    expected = decode(model)
     results = {}
     if program.metadata["bits"] != "16":
         palettised = decode(with_weights_of(program, model))
@@ -668,15 +669,16 @@ def prove(path, model, r):
     float32 = r["flops"] < FLOAT32_FLOPS
     started = time.perf_counter()
     results = compare(path, model, float32)
-    path.with_suffix(".json").write_text(json.dumps({**r, "proof": results}, indent=1) + "\n")
     words = {"palettised": "its weights against the student's", "float32": "its operations in float32",
              "fp16": "its operations, each rounded to fp16", "core_ml": "Core ML's prediction"}
     for which, result in results.items():
         print(f"{words[which]}: worst error {result['worst_error']:.2g}, PSNR {result['psnr']:.1f} dB")
     print(f"largest sum of squares under a norm {results['fp16']['largest_sum_of_squares']:.3g}, fp16 holds 65504"
           + ("" if float32 else f"; float32 left out above {FLOAT32_FLOPS / 1e12:.0f} TFLOP")
-          + f"; {time.perf_counter() - started:.0f} s; {path.with_suffix('.json')}\n", flush=True)
+          + f"; {time.perf_counter() - started:.0f} s", flush=True)
     check(results)
+    path.with_suffix(".json").write_text(json.dumps({**r, "proof": results}, indent=1) + "\n")
+    print(f"{path.with_suffix('.json')}\n")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -124,6 +124,20 @@ def test_the_package_says_what_it_is(tiny, package):
     assert not list(package.parent.glob(".*"))          # nothing temporary is left
 
 
+def test_a_failed_export_leaves_what_was_there(tiny, package, tmp_path, monkeypatch):
+    import coremltools as ct
+    path = copy_of(package, tmp_path / "tiny.mlpackage")
+
+    def save(self, name):
+        Path(name).mkdir()
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(ct.models.MLModel, "save", save)
+    with pytest.raises(OSError, match="no space left"):
+        export.export(tiny, (16, 16), 1, path)
+    assert list(tmp_path.iterdir()) == [path] and export.verify(path, tiny) < 0.01
+
+
 @pytest.mark.parametrize("name, changes", [("ltx", {}), ("hunyuan", dict(upsampling="interpolate")), ("dc", {})])
 @pytest.mark.parametrize("gather", [True, False])
 def test_any_size_any_student(name, changes, gather, tmp_path):
@@ -162,8 +176,7 @@ def test_a_wrong_frame_is_found(tiny, package, tmp_path, which):
             start, size = (int.from_bytes(weights[header + i:header + i + 8], "little") for i in (16, 8))
             weights[start + size - 2] -= 1
         else:
-            tensor = value.immediateValue.tensor.bytes
-            tensor.values = tensor.values[:-2] + bytes([tensor.values[-2] - 1, 0])
+            value.immediateValue.tensor.ints.values[-1] -= 1
 
     with pytest.raises(ValueError, match="not the student: worst error .* in float32"):
         export.verify(copy_of(package, tmp_path / "wrong.mlpackage", change), tiny)
