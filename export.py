@@ -380,7 +380,7 @@ class Program:
                 inputs[key] = [a.name or f"{name}:{key}" for a in argument.arguments]
                 for a in argument.arguments:
                     if not a.name:
-                        self.constants[f"{name}:{key}"] = self.constant(a.value, name)
+                        self.constants[f"{name}:{key}"] = self.constant(a.value, f"{name}:{key}")
             if op.type == "const":
                 self.constants[name] = self.constant(op.attributes["val"], name)
             elif op.type == "constexpr_lut_to_dense":
@@ -548,11 +548,11 @@ def difference(video, expected):
 
 @torch.no_grad()
 def with_weights_of(program, model):
-    """The decoder that was exported, with the palettised weights of the package."""
+    """The decoder that was exported, with the package's palettised weights and the others rounded to fp16."""
     decoder = copy.deepcopy(model) if program.metadata["graph"] == "plain" else phone_twin(model)
     for name, p in decoder.named_parameters():
         palettised = program.constants.get(f"p_decoder_{name.replace('.', '_')}_to_fp16_palettized")
-        p.copy_(p if palettised is None else torch.from_numpy(palettised.astype(np.float32)))
+        p.copy_(p.half() if palettised is None else torch.from_numpy(palettised))
     return decoder
 
 
