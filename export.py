@@ -673,9 +673,10 @@ def prove(path, model, r):
              "fp16": "its operations, each rounded to fp16", "core_ml": "Core ML's prediction"}
     for which, result in results.items():
         print(f"{words[which]}: worst error {result['worst_error']:.2g}, PSNR {result['psnr']:.1f} dB")
-    print(f"largest sum of squares under a norm {results['fp16']['largest_sum_of_squares']:.3g}, fp16 holds 65504"
-          + ("" if float32 else f"; float32 left out above {FLOAT32_FLOPS / 1e12:.0f} TFLOP")
-          + f"; {time.perf_counter() - started:.0f} s", flush=True)
+    if largest := results["fp16"]["largest_sum_of_squares"]:
+        print(f"largest sum of squares under a norm {largest:.3g}, fp16 holds 65504")
+    print(f"in {time.perf_counter() - started:.0f} s"
+          + ("" if float32 else f", without float32, as above {FLOAT32_FLOPS / 1e12:.0f} TFLOP"), flush=True)
     check(results)
     path.with_suffix(".json").write_text(json.dumps({**r, "proof": results}, indent=1) + "\n")
     print(f"{path.with_suffix('.json')}\n")
@@ -727,7 +728,7 @@ def find_student(args):
         print(f"the student {path}" if trained else f"no student in out/: the shipped one, {path.name}")
     model = TurboVAED.from_pretrained(path, config=args.config)
     run = Path(path) if Path(path).is_dir() else Path(path).parent
-    name = model.metadata.get("teacher") or next((n for n, c in CONFIGS.items() if c == model.config), "student")
+    name = model.metadata.get("teacher") or args.config or next((n for n, c in CONFIGS.items() if c == model.config), "student")
     return name, model, run if run.resolve().parent == Path("out").resolve() else Path("out/export")
 
 
