@@ -1,0 +1,757 @@
+"""Student to Core ML, proven right on any machine: an ML Program in fp16 with fixed shapes.
+
+    python export.py                                     # the newest student under out/, at 512x512 and 720x1280
+    python export.py --student out/ltx --size 512x512 --bits 8
+    python export.py --config ltx --random               # no checkpoint at hand: for speed only
+    python export.py --config ltx --random --plain       # the graph without the rewrites below, to compare with
+    python export.py --verify out/ltx/ltx_17x512x512.mlpackage --student out/ltx
+
+Core ML predicts on a Mac only. So every export ends with the saved package's own operations, read back from its files and
+run one by one in PyTorch, in float32 and with each result rounded to fp16, beside the student on the same latents. On a
+Mac real predictions are compared as well. The report says what a phone will have to do: operations, arithmetic, memory.
+"""
+import argparse
+import contextlib
+import copy
+import hashlib
+import io
+import json
+import logging
+import math
+import os
+import shutil
+import sys
+import time
+from collections import Counter
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from model import (BLOCKS, CONFIGS, OWN_FILE, ChannelNorm, Conv3d, Resnet, SeparableConv3d, TurboVAED, Upsampler,
+                   Upsampler2d)
+
+SHIPPED = Path(__file__).resolve().parent / "assets" / "tiny_student.safetensors"
+PARTS = ("conv_in", *BLOCKS, "out")
+TINY = 2.0 ** -24           # the smallest number fp16 has
+MOVES = ("gather", "slice_by_index", "concat", "split", "reshape", "transpose", "pixel_shuffle", "upsample_nearest_neighbor")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A graph made for the phone: the student's own modules with other forwards that compute the same numbers. All tensors are
+# (1, C, T, H, W) throughout; nothing is ever transposed.
+
+@torch.library.custom_op("turbo_vaed::take_frames", mutates_args=())
+def take_frames(x: torch.Tensor, index: list[int]) -> torch.Tensor:
+    """Frames number `index` of (1, C, T, H, W): whatever repeats, drops or reorders frames is one operation."""
+    return x.index_select(2, torch.tensor(index))
+
+
+def replicate(x, n):
+    T = x.shape[2]
+    return take_frames(x, [0] * n + list(range(T)) + [T - 1] * n) if n else x
+
+
+@torch.library.custom_op("turbo_vaed::rms_norm", mutates_args=())
+def rms_norm(x: torch.Tensor) -> torch.Tensor:
+    """x / (|x| / sqrt(C) + 2^-24) over channels: three operations, of which one writes a tensor of x's size.
+
+    Squares never leave the operation that sums them: as tensors of their own they overflow fp16 from 256 on, which the
+    shipped student's activations do. The student's eps, 1e-8 under the root, is zero in fp16; what is added here is only there
+    for 0 / 0, and smaller than fp16's rounding wherever the student's eps is.
+    """
+    return x / (torch.linalg.vector_norm(x, dim=1, keepdim=True) * x.shape[1] ** -0.5 + TINY)
+
+
+@torch.library.custom_op("turbo_vaed::layer_norm", mutates_args=())
+def layer_norm(x: torch.Tensor, eps: float) -> torch.Tensor:
+    """LayerNorm over channels without its affine part: one operation."""
+    return F.layer_norm(x.movedim(1, -1), x.shape[1:2], eps=eps).movedim(-1, 1).contiguous()
+
+
+take_frames.register_fake(lambda x, index: x.new_empty(1, x.shape[1], len(index), *x.shape[3:]))
+rms_norm.register_fake(lambda x: torch.empty_like(x))
+layer_norm.register_fake(lambda x, eps: torch.empty_like(x))
+
+
+def pixel_shuffle(x, r):
+    """(1, C r², T, H, W) -> (1, C, T, r H, r W): one 2D pixel shuffle of the frames stacked into a tall one, since rows of
+    different frames never meet."""
+    return F.pixel_shuffle(x.flatten(2, 3), r).unflatten(2, (x.shape[2], -1)) if r > 1 else x
+
+
+class PhoneConv3d(Conv3d):
+    def forward(self, x):
+        return self.conv(replicate(x, self.conv.kernel_size[0] // 2))
+
+
+class PhoneSeparableConv3d(SeparableConv3d):
+    def forward(self, x):
+        return self.pointwise_conv(self.depthwise_conv(replicate(x, self.depthwise_conv.kernel_size[0] // 2)))
+
+
+class PhoneChannelNorm(ChannelNorm):
+    def forward(self, x):
+        return layer_norm(x, self.eps)
+
+
+class PhoneResnet(Resnet):
+    @torch.no_grad()
+    def rewrite(self):
+        """Fold the shortcut's LayerNorm into its convolution."""
+        if hasattr(self, "conv_shortcut"):
+            conv = self.conv_shortcut.conv
+            conv.bias += conv.weight.flatten(1) @ self.norm3.bias
+            conv.weight *= self.norm3.weight[:, None, None, None]
+
+    def forward(self, x):
+        h = self.conv1(self.activation(rms_norm(x)))
+        h = self.conv2(F.silu(rms_norm(h)))
+        return h + (self.conv_shortcut(self.norm3(x)) if hasattr(self, "conv_shortcut") else x)
+
+
+class PhoneUpsampler(Upsampler):
+    @torch.no_grad()
+    def rewrite(self):
+        """Order the convolution's output channels as (C, r_t, r_s²), as pixel_shuffle_3d has them; decoupled has r_t last."""
+        if self.upsampling == "decoupled":
+            for p in list(self.conv.parameters())[-2:]:
+                p.copy_(p.unflatten(0, (-1, self.factors[1] ** 2, self.factors[0])).transpose(1, 2).flatten(0, 2))
+
+    def forward(self, x):
+        r_t, r_s = self.factors
+        T = x.shape[2]
+        if self.upsampling == "interpolate":
+            x = F.interpolate(x.flatten(2, 3), scale_factor=r_s, mode="nearest").unflatten(2, (T, -1)) if r_s > 1 else x
+            order = [i // r_t for i in range(r_t * T)]
+        else:       # frame t of channel (c, k) stands at k T + t of channel c
+            x = pixel_shuffle(self.conv(x), r_s)
+            x = x.reshape(1, -1, r_t * T, *x.shape[3:])
+            order = [i % r_t * T + i // r_t for i in range(r_t * T)]
+        x = take_frames(x, order[self.drop:]) if r_t > 1 else x
+        return self.conv(x) if self.upsampling == "interpolate" else x
+
+
+class PhoneUpsampler2d(Upsampler2d):
+    def rewrite(self):
+        """The same convolution over stacks of frames, so that time stays where it is."""
+        self.conv.weight = torch.nn.Parameter(self.conv.weight.unsqueeze(2))
+
+    def forward(self, x):
+        return pixel_shuffle(F.conv3d(F.silu(rms_norm(x)), self.conv.weight, self.conv.bias, padding=(0, 1, 1)), 2)
+
+
+class PhoneTurboVAED(TurboVAED):
+    def forward(self, latents):
+        x = self.conv_in(latents)
+        for block in (self.mid_block, *self.up_blocks):
+            x = block(x)
+        for name in ("upsampler2d_1", "upsampler2d_2")[:self.config.patch // 2]:
+            x = getattr(self, name)(x)
+        return self.conv_out(F.silu(rms_norm(x)))
+
+
+REWRITES = {Conv3d: PhoneConv3d, SeparableConv3d: PhoneSeparableConv3d, ChannelNorm: PhoneChannelNorm, Resnet: PhoneResnet,
+            Upsampler: PhoneUpsampler, Upsampler2d: PhoneUpsampler2d, TurboVAED: PhoneTurboVAED}
+
+
+@torch.no_grad()
+def rescale(twin):
+    """Bring what the norms see to about 1 in size, by powers of two in the weights, which change no digit of the video.
+
+    A norm does not mind the scale of its input, fp16 does: 65504 is its largest number, also for the sum of squares where
+    hardware holds that in fp16; unscaled, the shipped student's reach 7 million. Every convolution writes to a norm or to the
+    stream of residuals, which only norms and upsamplers read. How much a convolution magnifies is estimated from its weights.
+    """
+    def scale(conv, by=None, read=1.0):     # conv's output, given that the scale of its input is `read` already
+        *depthwise, weight, bias = conv.parameters()
+        magnifies = math.prod(float(w.norm()) / len(w) ** 0.5 for w in (weight, *depthwise[:1])) / read
+        by = by or 2.0 ** -round(math.log2(max(magnifies, 1e-3)))
+        for p, factor in ((weight, by / read), (bias, by), *((p, read) for p in depthwise[1:])):
+            p.mul_(factor)
+        return by
+
+    stream = scale(twin.conv_in)
+    for block in (twin.mid_block, *twin.up_blocks):
+        if isinstance(block.conv_in, Resnet):
+            scale(block.conv_in.conv1)
+            stream = scale(block.conv_in.conv2, scale(block.conv_in.conv_shortcut))
+        for upsampler in block.upsamplers:
+            stream = scale(upsampler.conv, read=stream)
+        for resnet in block.resnets:
+            scale(resnet.conv1)
+            scale(resnet.conv2, stream)
+    for name in ("upsampler2d_1", "upsampler2d_2")[:twin.config.patch // 2]:
+        scale(getattr(twin, name).conv)
+
+
+def phone_twin(student):
+    """A copy of the student that computes the same video from (1, C, t, h, w) latents by way of the graph above."""
+    twin = copy.deepcopy(student)
+    for module in twin.modules():
+        module.__class__ = REWRITES.get(type(module), type(module))
+        if hasattr(module, "rewrite"):
+            module.rewrite()
+    rescale(twin)
+    return twin.eval()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Export.
+
+def latent_shape(config, size, latent_frames=None):
+    """(1, C, t, h, w) of the latents that decode to at least `size`; latent_frames None: what makes 17 frames, or 16."""
+    t = latent_frames or next(t for t in range(1, 18) if config.frames(t) >= 16)
+    return 1, config.latent_channels, t, -(-size[0] // config.compression[1]), -(-size[1] // config.compression[2])
+
+
+class Crop(torch.nn.Module):
+    """To (1, 3, T, height, width): where the size is no multiple of the compression, the student decodes a little more."""
+
+    def __init__(self, decoder, size):
+        super().__init__()
+        self.decoder, self.size = decoder, size
+
+    def forward(self, latents):
+        video = self.decoder(latents)
+        return video if video.shape[3:] == self.size else video[..., :self.size[0], :self.size[1]]
+
+
+def coremltools(gather=True):
+    """The package, told how the three operations above are written in MIL. ValueError where it is not installed.
+
+    gather=False takes frames by a split and a concat.
+    """
+    try:
+        logging.getLogger("coremltools").setLevel(logging.ERROR)        # it tells at length what a Mac would have
+        import coremltools as ct
+        from coremltools.converters.mil import Builder as mb
+        from coremltools.converters.mil import register_torch_op
+    except ImportError as error:
+        raise ValueError(f"this needs coremltools ({error}): pip install coremltools") from None
+
+    def take_frames(context, node):
+        x, index = context[node.inputs[0]], list(node.inputs[1])
+        if gather:
+            return context.add(mb.gather(x=x, indices=index, axis=2, name=node.name))
+        jumps = [i for i in range(1, len(index)) if index[i] != index[i - 1] + 1]
+        runs = [(index[i], index[j - 1] + 1) for i, j in zip([0, *jumps], [*jumps, len(index)])]     # that stay together
+        cuts = sorted({0, x.shape[2], *sum(runs, ())})
+        pieces = mb.split(x=x, axis=2, split_sizes=np.diff(cuts), name=f"{node.name}_split") if len(cuts) > 2 else [x]
+        context.add(mb.concat(values=[pieces[cuts.index(cut)] for start, end in runs for cut in cuts if start <= cut < end],
+                              axis=2, name=node.name))
+
+    def rms_norm(context, node):
+        x = context[node.inputs[0]]
+        norm = mb.reduce_l2_norm(x=x, axes=[1], keep_dims=True, name=f"{node.name}_l2")
+        rms = mb.linear_activation(x=norm, alpha=x.shape[1] ** -0.5, beta=TINY, name=f"{node.name}_rms")
+        context.add(mb.real_div(x=x, y=rms, name=node.name))
+
+    def layer_norm(context, node):
+        context.add(mb.layer_norm(x=context[node.inputs[0]], axes=[1], epsilon=node.inputs[1], name=node.name))
+
+    for lowering in (take_frames, rms_norm, layer_norm):
+        lowering.__name__ = f"turbo_vaed::{lowering.__name__}"      # what it is registered by
+        register_torch_op(lowering, override=True)
+    return ct
+
+
+def weights_hash(model):
+    """sha256 over names and float32 values of the weights, whatever file they came from."""
+    digest = hashlib.sha256()
+    for name, p in sorted(model.state_dict().items()):
+        digest.update(name.encode() + p.detach().float().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def part_of(node):
+    """The decoder's part that a node of the exported graph belongs to."""
+    path = [name for name, _ in node.meta.get("nn_module_stack", {}).values()]
+    modules = ("conv_in", "mid_block", *(f"up_blocks.{i}" for i in range(4)))
+    return next((part for part, module in zip(PARTS, modules) if f"decoder.{module}" in path), "out")
+
+
+def convert(model, size, shape, gather=True, plain=False):
+    """The student as a coremltools MLModel whose operations are named after the decoder's parts."""
+    ct = coremltools(gather)
+    decoder = Crop(model if plain else phone_twin(model), size).eval()
+    with torch.no_grad():
+        program = torch.export.export(decoder, (torch.zeros(shape),)).run_decompositions({})
+    for node in program.graph.nodes:
+        if node.op == "call_function" and not any(user.op == "output" for user in node.users):
+            node.name = f"{part_of(node)}_{node.name}"
+    # iOS 18 (macOS 15) is the first whose palettised weights are stored in 4 and 6 bits.
+    return ct.convert(program, inputs=[ct.TensorType(name="latents", shape=shape, dtype=np.float16)],
+                      outputs=[ct.TensorType(name="video", dtype=np.float16)], compute_precision=ct.precision.FLOAT16,
+                      minimum_deployment_target=ct.target.iOS18, skip_model_load=True)
+
+
+def export(model, size=(512, 512), latent_frames=None, path="student.mlpackage", bits=None, gather=True, plain=False, note=""):
+    """Write a student to `path`, an .mlpackage (ML Program, fp16, fixed shapes), and return that path.
+
+    model: a TurboVAED. size: (height, width) of the video in pixels; where it is no multiple of the compression the graph
+    decodes a little more and crops. latent_frames: None takes what makes 17 frames, 16 where first frames are kept. Input
+    "latents" (1, C, t, h, w) as the teacher's encoder gives them; output "video" (1, 3, T, height, width), about [-1, 1], not
+    clamped. bits: 8, 6 or 4 palettises the weights by k-means. gather=False repeats and reorders frames by splits and concats.
+    plain=True exports the student's own forward. note goes into the description. Written beside its place and renamed.
+    Raises ValueError for sizes below 1, other bits, other names, or without coremltools.
+    """
+    path, config = Path(path), model.config
+    if min(*size, 1 if latent_frames is None else latent_frames) < 1:
+        raise ValueError(f"size and latent frames must be at least 1, got {size[0]}x{size[1]} and {latent_frames}")
+    if bits not in (None, 8, 6, 4):
+        raise ValueError(f"weights have 8, 6 or 4 bits, or None for fp16; not {bits}")
+    if path.suffix != ".mlpackage":
+        raise ValueError(f"{path}: a Core ML package's name ends in .mlpackage")
+    shape = latent_shape(config, size, latent_frames)
+    with contextlib.redirect_stderr(sys.stderr if sys.stderr.isatty() else io.StringIO()):      # coremltools' progress bars
+        package = convert(copy.deepcopy(model).float().cpu(), tuple(size), shape, gather, plain)
+        if bits:        # below 10,000 weights coremltools would want scikit-learn, and little is to be saved
+            from coremltools.optimize import coreml as compress
+            package = compress.palettize_weights(package, compress.OptimizationConfig(compress.OpPalettizerConfig(
+                mode="kmeans", nbits=bits, weight_threshold=10_000)))
+    package.short_description = f"Turbo-VAED: latents to video. {note}".strip()
+    package.license = "Code: MIT. Weights: under the licence of the teacher they were distilled from."
+    package.input_description["latents"] = f"{shape}, (1, C, t, h, w): as the teacher's encoder gives them, no scaling factor"
+    package.output_description["video"] = f"(1, 3, {config.frames(shape[2])}, {size[0]}, {size[1]}), about [-1, 1], not clamped"
+    package.user_defined_metadata.update(
+        config=json.dumps(asdict(config)), size=f"{size[0]}x{size[1]}", latent_frames=str(shape[2]),
+        frames=str(config.frames(shape[2])), weights_sha256=weights_hash(model), bits=str(bits or 16), note=note,
+        graph="plain" if plain else "phone")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{os.getpid()}.{path.name}")
+    try:
+        package.save(str(partial))
+        (partial / "executorch_debug_handle_mapping.json").unlink(missing_ok=True)      # the converter's own, no part of it
+        shutil.rmtree(path, ignore_errors=True)
+        os.rename(partial, path)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return path
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A package, read back from its files.
+
+@dataclass
+class Operation:
+    kind: str           # as MIL calls it
+    inputs: dict        # parameter -> names of values: operations' outputs, constants or the program's input
+    outputs: list       # (name, shape, NumPy type)
+
+    @property
+    def part(self):
+        return next((part for part in PARTS if self.outputs[0][0].startswith(f"{part}_")), "out")
+
+
+NUMPY = {"FLOAT16": np.float16, "FLOAT32": np.float32, "INT32": np.int32, "INT16": np.int16, "UINT16": np.uint16,
+         "INT8": np.int8, "UINT8": np.uint8, "BOOL": np.bool_, "STRING": np.str_}
+
+
+class Program:
+    """The ML Program of a package: operations in order, constants, metadata. ValueError where it is damaged."""
+
+    def __init__(self, path):
+        path = Path(path)
+        if not path.is_dir():
+            raise FileNotFoundError(f"{path}: no such Core ML package")
+        ct = coremltools()
+        from coremltools.proto import MIL_pb2
+        self.type_name = MIL_pb2.DataType.Name
+        try:
+            spec = ct.utils.load_spec(str(path))
+            self.blob = np.memmap(path / "Data/com.apple.CoreML/weights/weight.bin", np.uint8, "r")
+            main = spec.mlProgram.functions["main"]
+            self.input, = main.inputs
+            block = main.block_specializations[main.opset]
+            self.output, = block.outputs
+        except Exception as error:      # protobuf, the package's reader and NumPy each have their own
+            raise ValueError(f"{path}: damaged, or no Core ML program of one input and output: {error}") from None
+        self.metadata = dict(spec.description.metadata.userDefined)
+        self.file_bytes = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+        self.constants, self.stored, self.operations = {}, {}, []       # stored: bytes of a constant in weight.bin
+        self.largest_square = 0.0       # sum of squares that a norm has met, while running
+        for op in block.operations:
+            outputs = [(o.name, *self.type_of(o.type)) for o in op.outputs]
+            name, inputs = outputs[0][0], {}
+            for key, argument in op.inputs.items():
+                inputs[key] = [a.name or f"{name}:{key}" for a in argument.arguments]
+                for a in argument.arguments:
+                    if not a.name:
+                        self.constants[f"{name}:{key}"] = self.constant(a.value, f"{name}:{key}")
+            if op.type == "const":
+                self.constants[name] = self.constant(op.attributes["val"], name)
+            elif op.type == "constexpr_lut_to_dense":
+                self.constants[name] = lut_to_dense(**{key: self.constants[names[0]] for key, names in inputs.items()})
+                self.stored[name] = sum(self.stored.get(names[0], 0) for names in inputs.values())
+            else:
+                self.operations.append(Operation(op.type, inputs, outputs))
+
+    def type_of(self, value_type):
+        """(shape, name of the data type) of a value's type."""
+        return tuple(d.constant.size for d in value_type.tensorType.dimensions), self.type_name(value_type.tensorType.dataType)
+
+    def constant(self, value, name):
+        """A constant as NumPy array, from the specification or from weight.bin: there a header of 64 bytes (a mark, the type,
+        the size and where the data begin), then data, of less than a byte each where the type is such."""
+        shape, kind = self.type_of(value.type)
+        count = math.prod(shape)
+        bits = 8 * np.dtype(NUMPY[kind]).itemsize if kind in NUMPY else int(kind.removeprefix("UINT"))
+        if value.WhichOneof("value") == "blobFileValue":
+            start = value.blobFileValue.offset
+            header = self.blob[start:start + 24].tobytes()
+            mark, size, data = (int.from_bytes(header[i:j], "little") for i, j in ((0, 4), (8, 16), (16, 24)))
+            if mark != 0xDEADBEEF or data + size > len(self.blob) or size != -(-count * bits // 8):
+                raise ValueError(f"weight.bin is truncated or damaged: it does not hold {name}, {count} values of {kind}")
+            raw = self.blob[data:data + size]
+            self.stored[name] = size
+        else:
+            tensor = value.immediateValue.tensor
+            raw = getattr(tensor, tensor.WhichOneof("value")).values
+            if not isinstance(raw, bytes):
+                return np.array(raw, NUMPY[kind]).reshape(shape)
+            raw = np.frombuffer(raw, np.uint8)
+        if kind in NUMPY:
+            return raw.view(NUMPY[kind]).reshape(shape)
+        fields = np.unpackbits(raw, bitorder="little", count=count * bits).reshape(count, bits)
+        return (fields << np.arange(bits, dtype=np.uint8)).sum(1, dtype=np.uint8).reshape(shape)
+
+
+def lut_to_dense(indices, lut):
+    """Palettised weights: indices (of the weights' shape) into tables (parts of each dimension ..., entries, 1)."""
+    grid = np.ogrid[tuple(map(slice, indices.shape))]
+    return lut[(*(g * parts // n for g, parts, n in zip(grid, lut.shape, indices.shape)), indices, 0)]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# MIL, operation by operation, in PyTorch. Parameters are MIL's; one that is not here is an error, as is an operation.
+
+def conv(x, weight, strides, pad_type, pad, dilations, groups, bias=None):
+    if pad_type not in ("custom", "valid") or pad[::2] != pad[1::2]:
+        raise ValueError(f"conv pads {pad_type} {pad}")
+    padding = pad[::2] if pad_type == "custom" else 0
+    if x.ndim == 5:
+        x, weight = (v.contiguous(memory_format=torch.channels_last_3d) for v in (x, weight))      # up to twice as fast
+    return (F.conv3d if x.ndim == 5 else F.conv2d)(x, weight, bias, strides, padding, dilations, groups)
+
+
+def gather(x, indices, axis, batch_dims, validate_indices):
+    if batch_dims or min(indices) < 0 or max(indices) >= x.shape[axis]:
+        raise ValueError(f"gather takes {indices} of {x.shape[axis]} with batch_dims {batch_dims}")
+    return x.index_select(axis, torch.tensor(indices))
+
+
+def slice_by_index(x, begin, end, stride=None, begin_mask=None, end_mask=None, squeeze_mask=None):
+    none = [False] * x.ndim
+    if any(squeeze_mask or none):
+        raise ValueError("slice_by_index squeezes")
+    return x[tuple(slice(None if no_begin else b, None if no_end else e, s) for b, e, s, no_begin, no_end
+                   in zip(begin, end, stride or [1] * x.ndim, begin_mask or none, end_mask or none))]
+
+
+def mil_layer_norm(x, axes, epsilon, gamma=None, beta=None):
+    centred = x - x.mean(axes, keepdim=True)
+    y = centred * torch.rsqrt(centred.square().mean(axes, keepdim=True) + epsilon)
+    shape = [x.shape[a] if a in [b % x.ndim for b in axes] else 1 for a in range(x.ndim)]
+    return (y if gamma is None else y * gamma.view(shape)) + (0 if beta is None else beta.view(shape))
+
+
+def concat(values, axis, interleave):
+    if interleave:
+        raise ValueError("concat interleaves")
+    return torch.cat(values, axis)
+
+
+MIL = {
+    "conv": conv, "gather": gather, "slice_by_index": slice_by_index, "layer_norm": mil_layer_norm, "concat": concat,
+    "split": lambda x, axis, split_sizes: x.split(split_sizes, axis),
+    "reduce_l2_norm": lambda x, axes, keep_dims: torch.linalg.vector_norm(x, dim=axes, keepdim=keep_dims),
+    "reduce_mean": lambda x, axes, keep_dims: x.mean(axes, keepdim=keep_dims),
+    "linear_activation": lambda x, alpha, beta: x * alpha + beta,
+    "rsqrt": lambda x, epsilon: torch.rsqrt(x + epsilon),
+    "real_div": lambda x, y: x / y,
+    "add": lambda x, y: x + y,
+    "mul": lambda x, y: x * y,
+    "silu": lambda x: F.silu(x),
+    "relu": lambda x: x.relu(),
+    "reshape": lambda x, shape: x.reshape(shape),
+    "transpose": lambda x, perm: x.permute(perm),
+    "pixel_shuffle": lambda x, upscale_factor: F.pixel_shuffle(x, upscale_factor),
+    "upsample_nearest_neighbor": lambda x, scale_factor_height, scale_factor_width: F.interpolate(
+        x, scale_factor=(scale_factor_height, scale_factor_width), mode="nearest"),
+}
+
+
+def last_uses(program):
+    """{number of an operation: names of values that nothing after it reads}."""
+    last, uses = {}, {}
+    for i, op in enumerate(program.operations):
+        last.update(dict.fromkeys([name for name, _, _ in op.outputs] + sum(op.inputs.values(), []), i))
+    for name, i in last.items():
+        if name not in program.constants and name != program.output:
+            uses.setdefault(i, []).append(name)
+    return uses
+
+
+def tensor_or_number(constant):
+    """A constant as PyTorch's functions take it: weights as float32 tensors, everything else as Python's own."""
+    floats = constant.ndim and constant.dtype.kind == "f"
+    return torch.from_numpy(constant.astype(np.float32)) if floats else constant.tolist()
+
+
+@torch.inference_mode()
+def run(program, latents, fp16):
+    """Run the program's operations one by one, in float32; fp16=True rounds what each of them gives to fp16.
+
+    latents (1, C, t, h, w) float32 -> video (1, 3, T, H, W) float32. A value is freed after its last use. Raises ValueError
+    for an operation or parameter that is not known, a failing one, and one whose output is not of the declared shape.
+    """
+    from tqdm import tqdm
+    values, unused = {program.input.name: latents}, last_uses(program)
+    for i, op in enumerate(tqdm(program.operations, unit="op", leave=False, disable=not sys.stderr.isatty())):
+        where = f"operation {i}, {op.kind} {op.outputs[0][0]}"
+        if op.kind not in MIL:
+            raise ValueError(f"{where}: not one of the operations known here, so nothing is proven")
+        try:
+            arguments = {key: [values[n] if n in values else tensor_or_number(program.constants[n]) for n in names]
+                         for key, names in op.inputs.items()}
+            results = MIL[op.kind](**{key: v if key == "values" else v[0] for key, v in arguments.items()})
+        except (KeyError, TypeError, ValueError, RuntimeError, IndexError) as error:
+            raise ValueError(f"{where}: {str(error).splitlines()[0]}") from None
+        del arguments
+        for (name, shape, kind), result in zip(op.outputs, results if op.kind == "split" else [results]):
+            if tuple(result.shape) != shape or kind != "FLOAT16":
+                raise ValueError(f"{where}: gives {tuple(result.shape)}, declared is {shape} of {kind}")
+            values[name] = result.half().float() if fp16 and op.kind not in MOVES else result
+        del result, results
+        if op.kind == "reduce_l2_norm":
+            program.largest_square = max(program.largest_square, values[name].max().item() ** 2)
+        for name in unused.get(i, ()):
+            del values[name]
+    return values[program.output]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Proof.
+
+FLOAT32_BOUND, FP16_BOUND = 0.02, 0.05      # worst error that passes; the video's range is about [-1, 1]
+FLOAT32_FLOPS = 10e12                       # above, the command line leaves the float32 run out: minutes, for little more proof
+
+
+def difference(video, expected):
+    """Worst absolute error, and PSNR in dB with a peak of 2, the width of [-1, 1]."""
+    error = video - expected
+    return {"worst_error": error.abs().max().item(), "psnr": 10 * (4 / error.square().mean().clamp(1e-20)).log10().item()}
+
+
+@torch.no_grad()
+def with_weights_of(program, model):
+    """The decoder that was exported, with the package's palettised weights and the others rounded to fp16."""
+    decoder = copy.deepcopy(model) if program.metadata["graph"] == "plain" else phone_twin(model)
+    for name, p in decoder.named_parameters():
+        palettised = program.constants.get(f"p_decoder_{name.replace('.', '_')}_to_fp16_palettized")
+        p.copy_(p.half() if palettised is None else torch.from_numpy(palettised))
+    return decoder
+
+
+@torch.inference_mode()
+def compare(path, model, float32=True, seed=0):
+    """What the saved package at `path` computes, beside its student, on normal latents: {which: {worst_error, psnr}}.
+
+    "float32" and "fp16": its operations one by one, see `run`; "core_ml": Core ML's prediction, on a Mac. Palettised packages
+    are compared with the student that has their weights, and "palettised" is that one beside `model` itself. float32=False
+    leaves that run out. Raises ValueError as `run` and Program do, and for a package of other weights.
+    """
+    program, model = Program(path), copy.deepcopy(model).float().cpu().channels_last()
+    if program.metadata.get("weights_sha256") != weights_hash(model):
+        raise ValueError(f"{path} was exported from other weights than this student's")
+    height, width = map(int, program.metadata["size"].split("x"))
+    latents = torch.randn(program.type_of(program.input.type)[0], generator=torch.Generator().manual_seed(seed))
+    decode = lambda decoder: decoder.eval()(latents)[..., :height, :width]
+    expected = decode(model)
+    results = {}
+    if program.metadata["bits"] != "16":
+        palettised = decode(with_weights_of(program, model))
+        results["palettised"] = difference(palettised, expected)
+        expected = palettised
+    if float32:
+        results["float32"] = difference(run(program, latents, fp16=False), expected)
+    results["fp16"] = difference(run(program, latents, fp16=True), expected)
+    results["fp16"]["largest_sum_of_squares"] = program.largest_square
+    if sys.platform == "darwin":
+        video = coremltools().models.MLModel(str(path)).predict({"latents": latents.numpy().astype(np.float16)})["video"]
+        results["core_ml"] = difference(torch.from_numpy(np.asarray(video, np.float32)), expected)
+    return results
+
+
+def check(results):
+    """Raise ValueError if a result of `compare` is outside the bounds."""
+    for which, bound in (("float32", FLOAT32_BOUND), ("fp16", FP16_BOUND), ("core_ml", FP16_BOUND)):
+        if which in results and not results[which]["worst_error"] <= bound:     # NaN is not
+            raise ValueError(f"the package is not the student: worst error {results[which]['worst_error']:.3g} in {which}, "
+                             f"{bound} would pass; PSNR {results[which]['psnr']:.1f} dB")
+
+
+def verify(path, model, float32=True, seed=0):
+    """Prove that the package at `path` computes what the student does; the worst absolute error with fp16 rounding.
+
+    See `compare`, whose arguments these are. Raises ValueError where it does not.
+    """
+    results = compare(path, model, float32, seed)
+    check(results)
+    return results["fp16"]["worst_error"]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Report.
+
+def report(program):
+    """What a phone will have to do, as a dict: totals, operations by kind, and by part of the decoder.
+
+    flops: two for each multiply-add of the convolutions. bytes_moved: every operation reads its inputs and writes its
+    outputs once. peak_activation_bytes: all that is alive at once in program order, inputs and outputs of the operation
+    included; a reshape takes no memory of its own. Core ML may fuse operations and need less of both.
+    """
+    sizes = {program.input.name: 2 * math.prod(program.type_of(program.input.type)[0])}
+    shapes, unused, alive, root = {}, last_uses(program), {program.input.name}, {}
+    parts = {part: dict(operations=0, parameters=0, weight_bytes=0, flops=0, bytes_moved=0, peak_activation_bytes=0)
+             for part in PARTS}
+    seen = set()
+    for i, op in enumerate(program.operations):
+        row = parts[op.part]
+        read = [name for names in op.inputs.values() for name in names]
+        for name, shape, kind in op.outputs:
+            shapes[name] = shape
+            sizes[name] = np.dtype(NUMPY[kind]).itemsize * math.prod(shape)
+            root[name] = root.get(op.inputs["x"][0], op.inputs["x"][0]) if op.kind == "reshape" else name
+        weights = [n for n in read if n in program.stored]
+        row["operations"] += 1
+        row["parameters"] += sum(program.constants[n].size for n in weights if n not in seen)
+        row["weight_bytes"] += sum(program.stored[n] for n in weights if n not in seen)
+        seen.update(weights)
+        if op.kind == "conv":
+            row["flops"] += 2 * math.prod(op.outputs[0][1]) * program.constants[op.inputs["weight"][0]][0].size
+        if op.kind != "reshape":
+            row["bytes_moved"] += sum(program.stored[n] if n in weights else sizes.get(n, 0) for n in read)
+            row["bytes_moved"] += sum(sizes[n] for n, _, _ in op.outputs)
+        alive.update(name for name, _, _ in op.outputs)
+        row["peak_activation_bytes"] = max(row["peak_activation_bytes"], sum(sizes[n] for n in {root.get(n, n) for n in alive}))
+        alive.difference_update(unused.get(i, ()))
+    kinds = Counter(op.kind for op in program.operations)
+    largest = max(shapes, key=sizes.get)
+    total = {key: (max if key.startswith("peak") else sum)(row[key] for row in parts.values()) for key in parts["out"]}
+    return {**total, "package_bytes": program.file_bytes,
+            "fp16_bytes": program.file_bytes + sum(2 * program.constants[n].size - program.stored[n] for n in seen), "highest_rank": max(map(len, shapes.values())),
+            "largest_tensor": {"name": largest, "shape": shapes[largest], "bytes": sizes[largest]},
+            "kinds": dict(kinds.most_common()), "parts": parts}
+
+
+def table(r):
+    """The report as lines of text."""
+    columns = (("operations", 1, "{:.0f}"), ("M weights", 1e6, "{:.3f}"), ("weights MB", 1e6, "{:.2f}"), ("GFLOP", 1e9, "{:.1f}"),
+               ("GB moved", 1e9, "{:.3f}"), ("peak MB", 1e6, "{:.1f}"))
+    keys = ("operations", "parameters", "weight_bytes", "flops", "bytes_moved", "peak_activation_bytes")
+    lines = [" " * 8 + "".join(f"{title:>12}" for title, _, _ in columns)]
+    for name, row in (*r["parts"].items(), ("total", r)):
+        lines.append(f"{name:8}" + "".join(f"{form.format(row[key] / unit):>12}" for key, (_, unit, form) in zip(keys, columns)))
+    lines.append(", ".join(f"{n} {kind}" for kind, n in r["kinds"].items()))
+    largest = r["largest_tensor"]
+    lines.append(f"package {r['package_bytes'] / 1e6:.1f} MB ({r['fp16_bytes'] / 1e6:.1f} in fp16), highest rank {r['highest_rank']}, "
+                 f"largest tensor {'x'.join(map(str, largest['shape']))} in {largest['name'].split('_')[0]}, "
+                 f"{largest['bytes'] / 1e6:.1f} MB")
+    return "\n".join(lines)
+
+
+def prove(path, model, r):
+    """Compare the package with the student, print how they differ, write the report beside it; ValueError if too much."""
+    float32 = r["flops"] < FLOAT32_FLOPS
+    started = time.perf_counter()
+    results = compare(path, model, float32)
+    words = {"palettised": "its weights against the student's", "float32": "its operations in float32",
+             "fp16": "its operations, each rounded to fp16", "core_ml": "Core ML's prediction"}
+    for which, result in results.items():
+        print(f"{words[which]}: worst error {result['worst_error']:.2g}, PSNR {result['psnr']:.1f} dB")
+    if largest := results["fp16"]["largest_sum_of_squares"]:
+        print(f"largest sum of squares under a norm {largest:.3g}, fp16 holds 65504")
+    print(f"in {time.perf_counter() - started:.0f} s"
+          + ("" if float32 else f", without float32, as above {FLOAT32_FLOPS / 1e12:.0f} TFLOP"), flush=True)
+    check(results)
+    path.with_suffix(".json").write_text(json.dumps({**r, "proof": results}, indent=1) + "\n")
+    print(f"{path.with_suffix('.json')}\n")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+def parse():
+    parser = argparse.ArgumentParser(description="Student to Core ML packages, each run operation by operation and compared "
+                                     "with the student, and a report of what a phone will have to do.")
+    parser.add_argument("--student", metavar="PATH", help="a run's folder, a file or a hub id (default: the newest under out/, "
+                        "else the shipped one)")
+    parser.add_argument("--config", choices=CONFIGS, help="the student's configuration, where its file does not say")
+    parser.add_argument("--random", action="store_true", help="random weights for --config, to measure speed only")
+    parser.add_argument("--size", nargs="+", metavar="HxW", help="of the video in pixels, one package each (default 512x512 "
+                        "720x1280); what is no multiple of the compression is cropped in the graph")
+    parser.add_argument("--latent-frames", type=int, metavar="N", help="default: what makes 17 frames, 16 for students that "
+                        "keep first frames")
+    parser.add_argument("--bits", type=int, choices=(8, 6, 4), help="palettise the weights (default: fp16)")
+    parser.add_argument("--no-gather", dest="gather", action="store_false", help="repeat and reorder frames by split and concat, "
+                        "34 operations more for ltx, should a phone not run gather on its Neural Engine")
+    parser.add_argument("--plain", action="store_true", help="the student's own forward instead of the graph made for phones")
+    parser.add_argument("--out", metavar="DIR", help="folder for the packages (default: the student's run, else out/export)")
+    parser.add_argument("--verify", metavar="PACKAGE", help="export nothing: compare this package with the student")
+    args = parser.parse_args()
+    sizes = []
+    for size in args.size or ("512x512", "720x1280"):
+        height, _, width = size.partition("x")
+        if not (height.isdecimal() and width.isdecimal() and int(height) and int(width)):
+            parser.error(f"--size is HEIGHTxWIDTH in pixels, such as 720x1280; not {size}")
+        sizes.append((int(height), int(width)))
+    args.size = sizes
+    if args.random and (not args.config or args.student):
+        parser.error("--random needs --config NAME and goes without --student")
+    if args.config and not args.random and not args.student:
+        parser.error("--config goes with --random or with --student PATH")
+    return args
+
+
+def find_student(args):
+    """(name, model, folder for its packages)."""
+    if args.random:
+        torch.manual_seed(0)
+        return f"{args.config}_random", TurboVAED(CONFIGS[args.config]), Path("out/export")
+    path = args.student
+    if path is None:
+        trained = sorted(Path("out").glob(f"*/{OWN_FILE}"), key=lambda file: file.stat().st_mtime)
+        path = trained[-1] if trained else SHIPPED
+        print(f"the student {path}" if trained else f"no student in out/: the shipped one, {path.name}")
+    model = TurboVAED.from_pretrained(path, config=args.config)
+    run = Path(path) if Path(path).is_dir() else Path(path).parent
+    name = model.metadata.get("teacher") or args.config or next((n for n, c in CONFIGS.items() if c == model.config), "student")
+    return name, model, run if run.resolve().parent == Path("out").resolve() else Path("out/export")
+
+
+def main():
+    args = parse()
+    name, model, run = find_student(args)
+    if args.verify:
+        path = Path(args.verify)
+        return prove(path, model, report(Program(path)))
+    for size in args.size:
+        t = latent_shape(model.config, size, args.latent_frames)[2]
+        options = (f"_{args.bits}bit" if args.bits else "") + ("_plain" if args.plain else "") + ("" if args.gather else "_split")
+        path = Path(args.out or run) / f"{name}_{model.config.frames(t)}x{size[0]}x{size[1]}{options}.mlpackage"
+        started = time.perf_counter()
+        export(model, size, args.latent_frames, path, args.bits, args.gather, args.plain,
+               note="Random weights: for speed only." if args.random else "")
+        r = report(Program(path))
+        print(f"{path}: exported in {time.perf_counter() - started:.0f} s\n{table(r)}", flush=True)
+        prove(path, model, r)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
