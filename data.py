@@ -145,6 +145,7 @@ def find_videos(root):
     """Yields (relative to root) all video files at any depth, and all folders that hold images and nothing to look into."""
     for folder, below, found in os.walk(root, followlinks=True):
         relative = lambda path: os.path.relpath(path, root).replace(os.sep, "/")
+        below[:] = [name for name in below if name[0] not in ".@"]       # what systems and editors keep beside the files
         videos = [name for name in found if name.lower().endswith(SUFFIXES)]
         yield from (relative(os.path.join(folder, name)) for name in videos)
         if not videos and not below and frame_files(folder):
@@ -298,13 +299,13 @@ ARCHIVES = {
 
 
 def split_names(root, split):
-    """The first words of the lines of a split's file, wherever under `root` it lies, or of the file `split`."""
+    """The lines of a split's file, wherever under `root` it lies, or of the file `split`."""
     lists = [split] if os.path.isfile(split) else sorted(
         os.path.join(folder, name) for folder, _, found in os.walk(root) for name in found if name in (split, f"{split}.txt"))
     if not lists:
         raise FileNotFoundError(f"no split {split}: neither a file of that name nor {split}.txt under {root}")
     with open(lists[0]) as file:
-        return [line.split()[0] for line in file if line.strip()]
+        return [line.strip() for line in file if line.strip()]
 
 
 def find_clips(data, root=None, split=None):
@@ -328,7 +329,8 @@ def find_clips(data, root=None, split=None):
         return frames, names
     if data == "ucf101":
         there = {os.path.basename(name): name for name in find_videos(folder)}      # by class in the release, flat in the mirror
-        return folder, [there.get(os.path.basename(name), name) for name in split_names(folder, split or "testlist01")]
+        names = [re.sub(r"\s+\d+$", "", name) for name in split_names(folder, split or "testlist01")]     # train lists name the class
+        return folder, [there.get(os.path.basename(name), name) for name in names]
     return folder, split_names(folder, split) if split else None
 
 

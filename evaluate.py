@@ -25,7 +25,9 @@ import sys
 import time
 import warnings
 from collections import deque
+from datetime import timedelta
 from importlib.metadata import version
+from itertools import chain
 from pathlib import Path
 
 import av
@@ -34,14 +36,14 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm import tqdm
 
 from data import (BROKEN, CLIPS_PER_SCENE, DATA_SETS, EXACT, BadVideo, SyntheticClips, VideoClips, download, find_clips,
                   open_video, video_stream, why)
-from model import CONFIGS, OWN_FILE, TurboVAED
+from model import CONFIGS, OWN_FILE, TurboVAED, find_checkpoint
 from teachers import TEACHERS, load_teacher
 
 SHIPPED = Path(__file__).resolve().parent / "assets" / "tiny_student.safetensors"
@@ -145,8 +147,13 @@ def load_lpips(path, device):
         raise OSError(f"no AlexNet weights ({why(error)}); name torchvision's {ALEXNET} with --lpips-weights, "
                       f"or put it into {cached(ALEXNET).parent}".replace("\n", " ")) from None
     net = net.to(device).eval()
-    clean = lambda video: frames_of(video) * 2 - 1
-    return lambda a, b: net(clean(a), clean(b)).view(len(a), -1).mean(1)
+
+    def distance(a, b):
+        check_shapes(a, b)
+        if min(a.shape[-2:]) < 32:
+            raise ValueError(f"LPIPS needs frames of 32x32 or more, not {a.shape[-2]}x{a.shape[-1]}")
+        return net(frames_of(a) * 2 - 1, frames_of(b) * 2 - 1).view(len(a), -1).mean(1)
+    return distance
 
 
 def load_i3d(path, device, frames):
@@ -202,7 +209,7 @@ def decode_speeds(decoders, latents):
 
     The decoders take turns, so that whatever else the machine does slows all of them; medians over the rounds.
     """
-    sync = torch.cuda.synchronize if latents.is_cuda else lambda: None
+    sync = (lambda: torch.cuda.synchronize(latents.device)) if latents.is_cuda else lambda: None
     seconds, frames = {name: [] for name in decoders}, {}
     for i in range(WARM_UP + ROUNDS):
         for name, decode in decoders.items():
@@ -219,17 +226,16 @@ def decode_speeds(decoders, latents):
 # ----------------------------------------------------------------------------------------------------------
 # what to evaluate, and on what
 
-def find_students(paths):
-    """Files of the students asked for; without any the newest that was trained here, else the shipped one."""
+def find_students(paths, teacher):
+    """{name: file} of the students asked for, `teacher`'s of a hub id; without any the newest trained here, else the shipped one."""
     if paths:
-        return [Path(p) / OWN_FILE if Path(p).is_dir() else Path(p) for p in paths]
+        return {short(path) if Path(path).exists() else path: find_checkpoint(path, teacher) for path in paths}
     trained = sorted(Path("out").glob(f"*/{OWN_FILE}"), key=lambda file: file.stat().st_mtime)
-    if trained:
-        return trained[-1:]
-    if not SHIPPED.is_file():
+    file = trained[-1] if trained else SHIPPED
+    if not file.is_file():
         raise FileNotFoundError(f"no student: out/ holds none and neither does {short(SHIPPED)}; "
                                 f"train one (make demo), or name one with --student")
-    return [SHIPPED]
+    return {short(file): file}
 
 
 def short(path):
@@ -239,18 +245,13 @@ def short(path):
     return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
 
 
-def teacher_name(student):
-    """What the student's file says, else the name of its configuration, else "tiny"."""
-    named = next((name for name, config in CONFIGS.items() if config == student.config), "tiny")
-    return student.metadata.get("teacher", named)
-
-
 def load_decoders(args, device):
     """(teacher, {name: student}, {name: file})."""
-    files = {short(file): file for file in find_students(args.student)}
+    files = find_students(args.student, args.teacher)
     students = {name: TurboVAED.from_pretrained(file) for name, file in files.items()}
-    dtype = getattr(torch, args.dtype)
-    teacher = load_teacher(args.teacher or teacher_name(next(iter(students.values()))), args.teacher_weights, device, dtype)
+    dtype, first = getattr(torch, args.dtype), next(iter(students.values()))
+    named = next((name for name, config in CONFIGS.items() if config == first.config), "tiny")
+    teacher = load_teacher(args.teacher or first.metadata.get("teacher", named), args.teacher_weights, device, dtype)
     for name, student in students.items():
         config = student.config
         fits = (teacher.latent_channels, tuple(teacher.compression), teacher.images)
@@ -284,7 +285,10 @@ def open_clips(args, frames, height, width):
         # one clip of each painted scene
         return SyntheticClips(frames, height, seed=args.seed), range(0, CLIPS_PER_SCENE * (args.clips or 16), CLIPS_PER_SCENE), "clip {}".format, {}
     if args.download and int(os.environ.get("RANK", 0)) == 0:
-        download(args.data, args.root)
+        try:
+            find_clips(args.data, args.root, args.split)
+        except FileNotFoundError:
+            download(args.data, args.root)
     if args.download and dist.is_initialized():
         dist.barrier()
     folder, names = find_clips(args.data, args.root, args.split)
@@ -307,8 +311,12 @@ class SavedLatents(Dataset):
         try:
             latents = load_file(self.files[n])["latents"]
         except Exception as error:      # safetensors has a class of its own for damaged files
-            raise BadVideo(f"{self.files[n].name}: no safetensors file with latents ({type(error).__name__})") from None
-        return latents.flatten(0, -4).float()      # with or without a batch of one
+            raise BadVideo(f"no safetensors file with latents ({type(error).__name__})") from None
+        if latents.shape[:-4] not in ((), (1,)) or latents.ndim < 4:
+            raise BadVideo(f"latents of shape {tuple(latents.shape)}, not (1, C, t, h, w)")
+        if not latents.isfinite().all():
+            raise BadVideo("latents that are not finite")
+        return latents.flatten(0, -4).float()
 
 
 class OrReason(Dataset):
@@ -349,12 +357,17 @@ def measure(items, numbers, args, videos_of, reference, functions, detector, dev
             if good:
                 videos = videos_of(torch.stack([item for _, item in good]).to(device))
                 for model, video in videos.items():
+                    if reference not in (None, "input") and model == "input":
+                        continue
                     compared = reference and model != reference
                     values = {name: f(video, videos[reference]).tolist() for name, f in functions.items()} if compared else {}
-                    found = detector(video).cpu() if detector else [None] * len(good)
+                    found = detector(video).cpu() if detector else None
                     for i, (n, _) in enumerate(good):
-                        records.setdefault(n, {})[model] = {name: value[i] for name, value in values.items()}
-                        features.setdefault(model, {})[n] = found[i]
+                        records.setdefault(n, {})
+                        if compared:
+                            records[n][model] = {name: value[i] for name, value in values.items()}
+                        if detector:
+                            features.setdefault(model, {})[n] = found[i]
             bar.update(world * len(batch))
     return gather(records), gather(features), gather(skipped)
 
@@ -379,7 +392,11 @@ def distances(features, reference):
     if clips < 2:
         return {}, "needs two clips or more"
     few = f"{clips} clips are too few to mean much: I3D has {d} features, and the distance falls with more clips" if clips <= d else None
-    return {model: frechet_distance(stacked[model], stacked[reference]) for model in stacked if model != reference}, few
+    broken = [model for model, found in stacked.items() if not found.isfinite().all()]
+    if broken:
+        few = f"{', '.join(broken)} gave clips whose features are not finite"
+    return {model: frechet_distance(found, stacked[reference]) for model, found in stacked.items()
+            if model != reference and not {model, reference} & set(broken)}, few
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -417,15 +434,6 @@ def replace(path, write):
         os.replace(partial_file, path)
     finally:
         partial_file.unlink(missing_ok=True)
-
-
-def finite(value):
-    """Infinities and NaN as None: JSON has neither."""
-    if isinstance(value, dict):
-        return {k: finite(v) for k, v in value.items()}
-    if isinstance(value, list):
-        return [finite(v) for v in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def pixels(frame):
@@ -483,9 +491,13 @@ def write_film(path, images, rate=12, seconds=4):
 # ----------------------------------------------------------------------------------------------------------
 # whole videos
 
-def upright_frames(container, stream, other):
-    """Yields (image (H, W, 3) uint8 RGB, upright, its time stamp) of a video stream; other(packet) takes the audio's packets."""
-    for packet in container.demux(stream, *container.streams.audio):
+# Audio that is copied, not encoded again; what PyAV says of .mp4 and .mov includes codecs that their muxers then refuse.
+COPIED = {".mp4": ("aac", "mp3", "mp3float", "ac3", "eac3", "alac", "opus", "flac"), ".mov": ("aac", "mp3", "mp3float", "ac3", "alac")}
+
+
+def upright_frames(container, stream, tracks, other):
+    """Yields (image (H, W, 3) uint8 RGB, upright, its time stamp) of a video stream; other(packet) takes the tracks' packets."""
+    for packet in container.demux(stream, *tracks):
         if packet.stream is not stream:
             other(packet)
             continue
@@ -494,26 +506,32 @@ def upright_frames(container, stream, other):
             yield np.ascontiguousarray(np.rot90(image, round(frame.rotation / 90))), frame.pts
 
 
-def in_windows(frames, length, overlap):
-    """Yields lists of `length` frames that each share `overlap` with the one before; the last one may be shorter."""
-    held, new = [], 0
-    for frame in frames:
-        held, new = [*held, frame], new + 1
-        if len(held) == length:
-            yield held
-            held, new = held[length - overlap:], 0
-    if new:
-        yield held
+def in_windows(source, through, length, overlap):
+    """Yields (image, original, time stamp) for each (original, time stamp) of `source`: windows of `length` originals go
+    through `through`, each shares `overlap` with the one before and is faded into it; the last one may be shorter."""
+    held, tail, fresh = [], None, False             # fresh: some of those held have not been in a window
+    for frame in chain(source, (None,)):            # None: the end
+        if frame:
+            held, fresh = [*held, frame], True
+        if frame and len(held) < length or not held:
+            continue
+        decoded = through([original for original, _ in held]) if fresh else tail
+        if fresh and tail is not None:
+            weight = (torch.arange(1, len(tail) + 1, device=tail.device) / (len(tail) + 1)).view(-1, 1, 1, 1)
+            decoded[:len(tail)] = tail + weight * (decoded[:len(tail)] - tail)
+        ready = length - overlap if frame else len(held)
+        yield from ((image, *frame) for image, frame in zip(map(pixels, decoded[:ready]), held[:ready]))
+        held, tail, fresh = held[ready:], decoded[ready:], False
 
 
 def reconstruct(teacher, student, source, target, frames, device, dtype):
     """Writes the video `source`, of any size and length, through the teacher's encoder and the student to `target`.
 
-    Size, frames, their time stamps and the audio are kept. Windows of `frames` frames overlap and are faded into each other, so memory depends on `frames` and the size only; edges are repeated up to what the teacher takes, then cut.
-    Returns (frames, PSNR in dB, mean over frames). ValueError for a source that cannot be read.
+    Size, frames, their time stamps and the audio are kept. Windows of `frames` frames overlap and are faded into each other, so
+    memory depends on `frames` and the size only; edges are repeated up to what the teacher takes, then cut. Returns (frames,
+    PSNR in dB, mean over frames). ValueError for a source that cannot be read, or a target that cannot be written.
     """
     (_, d_h, d_w), errors, waiting = teacher.compression, [], deque()
-    overlap = min(4, frames // 4)
 
     def through(images):
         video = torch.from_numpy(np.stack(images)).permute(3, 0, 1, 2)[None].to(device, dtype).div(127.5).sub(1)
@@ -521,54 +539,44 @@ def reconstruct(teacher, student, source, target, frames, device, dtype):
         video = F.pad(video, (0, -w % d_w, 0, -h % d_h, 0, frames - t), mode="replicate")
         return frames_of(student(teacher.encode(video, sample=False))[..., :t, :h, :w])
 
-    def faded(windows):
-        """Yields (image, time stamp) and measures."""
-        tail = None
-        for window in windows:
-            images, stamps = zip(*window)
-            decoded = through(images)
-            if tail is not None:
-                weight = (torch.arange(1, len(tail) + 1, device=device) / (len(tail) + 1)).view(-1, 1, 1, 1)
-                decoded[:len(tail)] = tail + weight * (decoded[:len(tail)] - tail)
-            last = len(window) < frames
-            ready = len(window) if last else frames - overlap
-            tail, kept = (None, ()) if last else (decoded[ready:], window[ready:])
-            yield from emit(decoded[:ready], images, stamps)
-        if tail is not None:
-            yield from emit(tail, *zip(*kept))
-
-    def emit(decoded, images, stamps):
-        for image, original, stamp in zip(map(pixels, decoded), images, stamps):
-            error = np.square(image.astype(np.float32) - original).mean() / 255 ** 2
-            errors.append(-10 * math.log10(max(error, 1e-10)))
-            yield image, stamp
-
     def write(file):
         with open_video(source) as container, av.open(str(file), "w") as out:
             stream, rate = video_stream(container)
             stream.thread_type = "AUTO"
+            tracks = [audio for audio in container.streams.audio if audio.codec_context]        # None: no decoder knows it
             step = max(1, round(1 / (rate * stream.time_base)))
             written, sounds, last = None, {}, -step
+
+            def open_streams(height, width):
+                written = add_h264(out, rate, height, width)
+                written.time_base = written.codec_context.time_base = stream.time_base
+                shape = stream.sample_aspect_ratio
+                if shape:
+                    written.codec_context.sample_aspect_ratio = shape if height == stream.height else 1 / shape
+                for audio in tracks:
+                    if audio.name in COPIED.get(file.suffix.lower(), out.supported_codecs):
+                        sounds[audio.index] = out.add_stream_from_template(audio), True
+                    else:
+                        layout = {} if audio.layout.name.endswith("channels") else {"layout": audio.layout.name}     # "6 channels" is no name
+                        sounds[audio.index] = out.add_stream("aac", rate=min(audio.rate, 48000), **layout), False
+                return written
 
             def mux_audio():
                 while waiting:
                     packet = waiting.popleft()
-                    sound = sounds[packet.stream.index]
-                    if sound.name == packet.stream.name and packet.dts is not None:
-                        packet.stream = sound
-                        out.mux(packet)
-                    elif sound.name != packet.stream.name:
+                    sound, copied = sounds[packet.stream.index]
+                    if not copied:
                         for frame in packet.decode():
                             out.mux(sound.encode(frame))
+                    elif packet.dts is not None:
+                        packet.stream = sound
+                        out.mux(packet)
 
-            film = faded(in_windows(upright_frames(container, stream, waiting.append), frames, overlap))
-            for image, stamp in tqdm(film, total=stream.frames or None, unit="frame", disable=not sys.stderr.isatty(), leave=False):
-                if written is None:
-                    written = add_h264(out, rate, *image.shape[:2])
-                    written.time_base = written.codec_context.time_base = stream.time_base
-                    for audio in container.streams.audio:       # as it is where the container takes it, else AAC
-                        copied = audio.name in out.supported_codecs
-                        sounds[audio.index] = out.add_stream_from_template(audio) if copied else out.add_stream("aac", rate=audio.rate)
+            film = in_windows(upright_frames(container, stream, tracks, waiting.append), through, frames, min(4, frames // 4))
+            for image, original, stamp in tqdm(film, total=stream.frames or None, unit="frame", disable=not sys.stderr.isatty(), leave=False):
+                error = np.square(image.astype(np.float32) - original).mean() / 255 ** 2
+                errors.append(-10 * math.log10(max(error, 1e-10)))
+                written = written or open_streams(*image.shape[:2])
                 frame = to_frame(image, written)
                 if stamp is None or stamp <= last or container.format.name == "avi":      # which holds no stamps, only a rate
                     stamp = last + step
@@ -580,13 +588,13 @@ def reconstruct(teacher, student, source, target, frames, device, dtype):
                 raise BadVideo("no frame in it can be decoded")
             out.mux(written.encode())
             mux_audio()
-            for audio in container.streams.audio:
-                if sounds[audio.index].name != audio.name:
-                    out.mux(sounds[audio.index].encode())
+            for sound, copied in sounds.values():
+                if not copied:
+                    out.mux(sound.encode())
     try:
         replace(Path(target), write)
     except BROKEN as error:
-        raise ValueError(f"{source}: {why(error)}") from None
+        raise ValueError(f"{source} to {target}: {why(error)}") from None
     return len(errors), statistics.fmean(errors)
 
 
@@ -601,16 +609,24 @@ def generate(args, device):
     prompts = [line.strip() for line in Path(args.generate).read_text().splitlines() if line.strip()]
     folder = Path(args.latents)
     folder.mkdir(parents=True, exist_ok=True)
+    shape = {"num_frames": args.frames, **dict(zip(("height", "width"), args.size or ()))}
+    shape = {key: value for key, value in shape.items() if value}
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     todo = {}
-    for n, prompt in enumerate(prompts):
-        file, origin = folder / f"{n:05d}.safetensors", {"prompt": prompt, "pipeline": args.pipeline, "seed": str(args.seed + n)}
+    for n, prompt in list(enumerate(prompts))[rank::world]:
+        file = folder / f"{n:05d}.safetensors"
+        origin = {"prompt": prompt, "pipeline": args.pipeline, "seed": str(args.seed + n), "dtype": args.dtype, "shape": json.dumps(shape)}
         if not file.is_file():
             todo[file] = origin
-        else:
+            continue
+        try:
             with safe_open(file, "pt") as held:
-                if held.metadata() != origin:
-                    raise ValueError(f"{file} was made from {held.metadata()}, not from {origin}: name another folder")
-    print(f"{len(prompts)} prompts, {len(todo)} to do", flush=True)
+                made = held.metadata()
+        except SafetensorError as error:
+            raise ValueError(f"{file} is damaged ({error}): delete it, and it is made again") from None
+        if made != origin:
+            raise ValueError(f"{file} was made from {made}, not from {origin}: name another folder")
+    print(f"{len(prompts)} prompts, {len(todo)} to do" + (f" by process {rank}" if world > 1 else ""), flush=True)
     if not todo:
         return
     try:
@@ -625,12 +641,9 @@ def generate(args, device):
         return DecoderOutput(sample=nothing) if return_dict else (nothing,)
     pipe.vae.decode = decode
     pipe.set_progress_bar_config(disable=True)
-    shape = {"num_frames": args.frames, **dict(zip(("height", "width"), args.size or ()))}
-    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    for file, origin in tqdm(list(todo.items())[rank::world], unit="prompt", disable=rank > 0 or not sys.stderr.isatty()):
+    for file, origin in tqdm(todo.items(), unit="prompt", disable=rank > 0 or not sys.stderr.isatty()):
         taken.clear()
-        pipe(origin["prompt"], generator=torch.Generator().manual_seed(int(origin["seed"])), output_type="pt",
-             **{key: value for key, value in shape.items() if value})
+        pipe(origin["prompt"], generator=torch.Generator().manual_seed(int(origin["seed"])), output_type="pt", **shape)
         replace(file, lambda partial_file: save_file({"latents": torch.cat(taken).cpu().contiguous()}, partial_file, metadata=origin))
 
 
@@ -655,7 +668,7 @@ def parse():
     add("--root", metavar="DIR", help="where the data set lies, if not in data/<name>")
     add("--split", help="a data set's list, such as val or testlist02, or a text file with a name a line (default: DAVIS's test-dev "
         "where it is there, else val; UCF-101's testlist01)")
-    add("--download", action="store_true", help="fetch davis (trainval, 0.8 GB) or ucf101 (7 GB) first")
+    add("--download", action="store_true", help="fetch davis (trainval, 0.8 GB) or ucf101 (7 GB) where it is not there")
     add("--student", nargs="+", metavar="PATH", help="students: a run's folder or a file, one or several "
         "(default: the newest under out/, else the shipped one)")
     add("--teacher", choices=TEACHERS, help="default: the one that the first student was trained with")
@@ -684,11 +697,15 @@ def parse():
             raise ValueError(f"--{name} must be at least 1, not {getattr(args, name)}")
     if min(args.seed, args.workers) < 0:
         raise ValueError(f"--seed and --workers must be at least 0, not {args.seed} and {args.workers}")
+    try:
+        torch.device(args.device)
+    except RuntimeError:
+        raise ValueError(f"--device is cpu or cuda, cuda:1 ..., not {args.device}") from None
     if args.device.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(f"--device {args.device}: PyTorch sees no CUDA device here; use --device cpu")
     if args.generate and not (args.pipeline and args.latents):
         raise ValueError("--generate needs --pipeline HUB_ID and --latents DIR, for what it makes")
-    if args.reconstruct and Path(args.reconstruct[1]).suffix not in (".mp4", ".mkv", ".mov"):
+    if args.reconstruct and Path(args.reconstruct[1]).suffix.lower() not in (".mp4", ".mkv", ".mov"):
         raise ValueError(f"--reconstruct writes .mp4, .mkv or .mov, not {args.reconstruct[1]}")
     if args.reconstruct and Path(args.reconstruct[0]).resolve() == Path(args.reconstruct[1]).resolve():
         raise ValueError(f"--reconstruct cannot write over its source, {args.reconstruct[0]}")
@@ -721,7 +738,7 @@ def evaluate(args):
         return generate(args, device)
     teacher, students, files = load_decoders(args, device)
     if not args.student and rank == 0:
-        print(f"the student {next(iter(students))}" if list(files.values()) != [SHIPPED] else f"no student in out/: evaluating the shipped one, {short(SHIPPED)}")
+        print(f"the student {next(iter(students))}" if SHIPPED not in files.values() else f"no student in out/: evaluating the shipped one, {short(SHIPPED)}")
     if args.reconstruct:
         return one_video(args, teacher, students, device)
 
@@ -737,22 +754,23 @@ def evaluate(args):
             raise ValueError(f"none of the files in {args.latents} holds latents")
         frames, height, width = students[next(iter(students))](first[None].to(device, teacher.dtype)).shape[2:]
         videos_of = lambda latents: decode(latents.to(teacher.dtype))
+        real_clips = open_clips(args, frames, height, width) if args.data != "synthetic" and "fvd" in args.metrics else None
     else:
         frames, height, width = clip_shape(args, teacher)
         items, numbers, name_of, skipped = open_clips(args, frames, height, width)
         reference, first = {"input": "input", "teacher": label}[args.against], None
         videos_of = lambda video: {"input": video, **decode(encode(video))}
     functions, detector, without = load_metrics(args, frames, device)
+    if args.latents and detector and not real_clips:
+        detector, without["fvd"] = None, "real video is needed: --data openvid, for example"
     records, features, failed = measure(items, numbers, args, videos_of, reference, functions, detector, device, name_of,
                                         first if first is None else first.shape)
     skipped = {**skipped, **failed}
     real = None
-    if args.latents and detector and args.data != "synthetic":
-        clips, real, name_of_real, skipped_real = open_clips(args, frames, height, width)
+    if args.latents and detector:
+        clips, real, name_of_real, skipped_real = real_clips
         seen, found, failed = measure(clips, real, args, lambda video: {"input": video}, None, {}, detector, device, name_of_real)
         features, skipped, real = {**features, **found}, {**skipped, **skipped_real, **failed}, [name_of_real(n) for n in sorted(seen)]
-    elif args.latents and "fvd" in args.metrics and detector:
-        without["fvd"] = "real video is needed: --data openvid, for example"
     if rank:
         return
     for clips, where in ((records, args.latents or args.data), (real, args.data)):
@@ -760,7 +778,7 @@ def evaluate(args):
             raise ValueError(f"none of the clips in {where} can be evaluated")
 
     done, fvd, few = sorted(records), {}, None
-    if detector and "fvd" not in without:
+    if detector:
         fvd, few = distances(features, "input" if args.latents else reference)
     mean = lambda model, metric: statistics.fmean(records[n][model][metric] for n in done)
     sample = items[done[0]][None].to(device)
@@ -794,22 +812,25 @@ def evaluate(args):
     results = {
         "rows": rows, "data": args.data, "latents": args.latents, "seed": args.seed if args.data == "synthetic" else None, "clips": len(done),
         "against": reference, "frames": frames, "height": height, "width": width, "device": hardware, "threads": torch.get_num_threads(),
-        "timed_together": together, "dtype": args.dtype, "skipped": skipped, "without": without, "too_few_for_fvd": few, "command": ["python", *sys.argv],
+        "timed_together": together, "dtype": args.dtype, "skipped": skipped, "without": without, "about_fvd": few, "command": ["python", *sys.argv],
         "versions": {"python": platform.python_version(), **{p: version(p) for p in ("torch", "torchvision", "torchmetrics", "lpips", "av")}},
         "weights": {label: teacher.weights_hash(), **{name: digest(file.read_bytes()) for name, file in {**files, **measured_by}.items()}},
         "clips_hash": digest(json.dumps([names, real]).encode()),
         "per_clip": [{"clip": name_of(n), **records[n]} for n in done]}
-    replace(out / "results.json", lambda file: file.write_text(json.dumps(finite(results), indent=1) + "\n"))
+    finite = json.loads(json.dumps(results), parse_constant=lambda _: None)      # JSON has neither infinities nor NaN
+    replace(out / "results.json", lambda file: file.write_text(json.dumps(finite, indent=1) + "\n"))
     replace(out / "results.md", lambda file: file.write_text(markdown(rows, columns, teacher.compression, what)))
 
     # The pictures' clips are decoded again: keeping all of them until it is known which ones would take memory.
     student = next(iter(students))
-    order = sorted(done, key=lambda n: records[n][student].get("psnr", 0))
-    picks = {order[len(order) // 2]: "median", order[0]: "worst", order[-1]: "best"}
+    metric = next(iter(functions), None)
+    rising = 1 if metric in ("psnr", "ssim") else -1
+    order = sorted(done, key=lambda n: rising * records[n][student][metric]) if metric else done
+    picks = {order[len(order) // 2]: "median", order[0]: "worst", order[-1]: "best"} if metric and len(done) > 1 else {order[0]: "clip"}
     shown = []
     for n in sorted(picks, key=order.index):
         videos = {name: frames_of(video) for name, video in videos_of(items[n][None].to(device)).items()}
-        title = lambda name: name + (f", {records[n][name]['psnr']:.2f} dB" if "psnr" in functions and name != reference else "")
+        title = lambda name: name + (f", {records[n][name]['psnr']:.2f} dB" if "psnr" in records[n].get(name, {}) else "")
         error = (4 * (videos[student] - videos[reference]).abs()).clamp(max=1)
         shown.append((f"{picks[n]}: {name_of(n)}", [(title(name), v) for name, v in videos.items()] + [(f"|error| x4 of {student}", error)]))
     sheets = [sheet(shown, t) for t in range(frames)]
@@ -821,7 +842,7 @@ def evaluate(args):
 def main():
     args = parse()
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        dist.init_process_group("gloo")         # records are gathered on the CPU
+        dist.init_process_group("gloo", timeout=timedelta(days=1))         # records are gathered on the CPU; a download may be waited for
     try:
         evaluate(args)
     finally:
@@ -832,5 +853,7 @@ def main():
 if __name__ == "__main__":
     try:
         main()
+    except torch.OutOfMemoryError:
+        sys.exit("error: out of memory: smaller --batch, --size or --frames, or --dtype bfloat16, need less")
     except (ValueError, OSError) as error:     # wrong input; anything else is a bug and shows its trace
         sys.exit(f"error: {(str(error).strip() or type(error).__name__).splitlines()[0]}")

@@ -391,6 +391,7 @@ def test_a_folder_of_frames_is_a_video(tmp_path):
     stream = VideoClips(tmp_path / "a", 5, 32, stride=2, train=True)
     seen = {tuple(numbers(stream[n])) for n in range(60)}
     assert seen == {tuple(range(start, start + 10, 2)) for start in range(4)}    # every window of 9 of the 12
+    (tmp_path / "a" / "unpadded" / ".thumbnails").mkdir()
     alone = VideoClips(tmp_path / "a" / "unpadded", 12, 32, train=False)         # named itself
     assert alone.files == ["unpadded"] and numbers(alone[0]) == list(range(12))
 
@@ -433,8 +434,8 @@ def test_davis_is_its_split(tmp_path, monkeypatch, capfd):
     assert clips.files == ["swan", "camel"] and clips[1].mean().item() == pytest.approx(40 / 127.5 - 1, abs=0.02)
     assert list(clips.skipped) == ["gone"] and "skipping gone: " in capfd.readouterr().err
     assert find_clips("davis", split="train")[1] == ["bear"]
-    (tmp_path / "mine.txt").write_text("dance\n")
-    assert find_clips("davis", split="mine.txt")[1] == ["dance"]
+    (tmp_path / "mine.txt").write_text("dance\n\nin two words \n")
+    assert find_clips("davis", split="mine.txt")[1] == ["dance", "in two words"]
     davis(tmp_path / "elsewhere", test_dev=["dance"], val=["swan"])
     assert find_clips("davis", root="elsewhere")[1] == ["dance"]
     with pytest.raises(FileNotFoundError, match="no split test: "):

@@ -390,6 +390,16 @@ def test_rfvd_is_the_distance_of_the_detectors_features(student, run, videos, i3
     assert "rFVD: 6 clips are too few to mean much: I3D has 6 features" in capsys.readouterr().out
 
 
+def test_one_student_that_broke_does_not_cost_the_others(student, run, videos, i3d, tmp_path):
+    broken = TurboVAED(CONFIGS["tiny"])
+    broken.conv_out.conv.bias.data.fill_(math.nan)
+    results = run("--student", student, broken.save_pretrained(tmp_path / "broken.safetensors"), "--data", "videos", "--size", 64,
+                  "--metrics", "psnr", "fvd", "--i3d", i3d)
+    teacher, good, bad = results["rows"]
+    assert teacher["fvd"] > 0 and good["fvd"] > 0 and bad["fvd"] is None and bad["psnr"] is None
+    assert results["about_fvd"].startswith("broken.safetensors gave clips whose features are not finite")
+
+
 def test_without_weights_the_column_says_so(student, run, videos, tmp_path, capsys):
     results = run("--data", "videos", "--size", 64, "--lpips-weights", tmp_path / "none.pth", "--i3d", tmp_path / "none.pt")
     assert sorted(results["without"]) == ["fvd", "lpips"] and results["rows"][1]["lpips"] is None and results["rows"][1]["psnr"] > 0
@@ -404,6 +414,7 @@ def test_without_weights_the_column_says_so(student, run, videos, tmp_path, caps
     ("plain", (48, 64), None, "aac", ".mp4"),
     ("odd and uneven", (51, 67), [0, 1, 2, 6, 7, 8, 15, 16, 17, 18, 30, 31, 32, 33, 34, 40, 41, 42, 43], None, ".mp4"),
     ("a codec that .mp4 does not hold", (48, 64), None, "adpcm_ima_wav", ".avi"),
+    ("one that it only claims to hold", (48, 64), None, "pcm_s16le", ".mkv"),
 ])
 def test_a_video_keeps_frames_time_and_sound(student, run, tmp_path, monkeypatch, name, shape, stamps, sound, suffix):
     source = write_video(tmp_path / f"in{suffix}", texture(19, *shape), stamps=stamps, sound=sound, pixels="yuv444p" if shape[0] % 2 else "yuv420p")
@@ -427,17 +438,18 @@ def test_a_video_keeps_frames_time_and_sound(student, run, tmp_path, monkeypatch
     assert not list(tmp_path.glob(".out*"))
 
 
-def test_windows_are_joined_in_order_and_colours_survive(tmp_path):
+@pytest.mark.parametrize("frames", [1, 2, 8])
+def test_windows_are_joined_in_order_and_colours_survive(tmp_path, frames):
     """With an encoder and a decoder that change nothing, what comes out is what went in, but for the video codec."""
     class Nothing:
         compression = (4, 8, 8)
 
         def encode(self, video, sample):
-            assert video.shape == (1, 3, 8, 56, 72)
+            assert video.shape == (1, 3, frames, 56, 72)
             return video
     flat = [np.full((50, 66, 3), (200 - 4 * n, 40 + 3 * n, 60), np.uint8) for n in range(21)]
     source = write_video(tmp_path / "in.mp4", flat)
-    count, quality = evaluate.reconstruct(Nothing(), lambda latents: latents, source, tmp_path / "out.mkv", 8, torch.device("cpu"), torch.float32)
+    count, quality = evaluate.reconstruct(Nothing(), lambda latents: latents, source, tmp_path / "out.mkv", frames, torch.device("cpu"), torch.float32)
     assert count == 21 and quality > 50
     read = lambda path: np.stack(list(evaluate.VideoClips(path, 21, (50, 66), train=False)[0].mul(127.5).add(127.5).numpy()), -1)
     before, after = read(source), read(tmp_path / "out.mkv")
@@ -506,9 +518,11 @@ def test_latents_are_generated_and_evaluated(student, run, videos, pipeline, i3d
         evaluate.main()
 
     save_file({"latents": made[0][..., :4].contiguous()}, tmp_path / "latents" / "narrow.safetensors")
+    save_file({"latents": made[0] * math.nan}, tmp_path / "latents" / "not a number.safetensors")
+    save_file({"latents": torch.cat(made)}, tmp_path / "latents" / "several.safetensors")
     (tmp_path / "latents" / "text.safetensors").write_text("no latents")
     results = run("--latents", "latents", "--data", "videos", "--i3d", i3d, "--metrics", "psnr", "fvd")
-    assert results["clips"] == 3 and {"narrow.safetensors", "text.safetensors", "corrupt.mp4"} <= set(results["skipped"])
+    assert results["clips"] == 3 and {"narrow.safetensors", "not a number.safetensors", "several.safetensors", "text.safetensors", "corrupt.mp4"} <= set(results["skipped"])
     detect, teacher = evaluate.load_i3d(i3d, "cpu", 8), evaluate.load_teacher("tiny")
     clips = VideoClips(videos, 8, 64, train=False)
     with torch.inference_mode():
@@ -530,6 +544,8 @@ def test_wrong_input_gets_one_line(tmp_path):
     (["--data", "davis"], "put them into the folder data/davis, .* or by --download"),
     (["--data", "synthetic", "--size", "64x32"], "made-up video is square"),
     (["--latents", "nowhere"], "no latents in nowhere"),
+    (["--device", "gpu"], "--device is cpu or cuda"),
+    (["--student", "hustvl/Turbo-VAED"], "if it is a hub id, say which student"),
     (["--generate", "prompts.txt"], "--generate needs --pipeline"),
     (["--reconstruct", "a.mp4", "b.webm"], "writes .mp4, .mkv or .mov"),
     (["--reconstruct", "a.mp4", "a.mp4"], "cannot write over its source"),
