@@ -21,6 +21,7 @@ import math
 import os
 import shutil
 import sys
+import tempfile
 import time
 from collections import Counter
 from dataclasses import asdict, dataclass
@@ -537,7 +538,7 @@ def run(program, latents, fp16):
 # Proof.
 
 FLOAT32_BOUND, FP16_BOUND = 0.02, 0.05      # worst error that passes, of a video in about [-1, 1]; ten times what is usual
-FLOAT32_FLOPS = 5e12                        # above, the command line leaves the float32 run out: minutes, for little more proof
+WHOLE_FLOPS = 5e12                          # above, running a package whole takes minutes: see prove_by_height
 
 
 def difference(video, expected):
@@ -557,12 +558,12 @@ def with_weights_of(program, model):
 
 
 @torch.inference_mode()
-def compare(path, model, float32=True, seed=0):
+def compare(path, model, seed=0):
     """What the saved package at `path` computes, beside its student, on normal latents: {which: {worst_error, psnr}}.
 
     "float32" and "fp16": its operations one by one, see `run`; "core_ml": Core ML's prediction, on a Mac. Palettised packages
-    are compared with the student that has their weights, and "palettised" is that one beside `model` itself. float32=False
-    leaves that run out. Raises ValueError as `run` and Program do, and for a package of other weights.
+    are compared with the student that has their weights, and "palettised" is that one beside `model` itself. Raises ValueError
+    as `run` and Program do, and for a package of other weights.
     """
     program, model = Program(path), copy.deepcopy(model).float().cpu().channels_last()
     if program.metadata.get("weights_sha256") != weights_hash(model):
@@ -576,8 +577,7 @@ def compare(path, model, float32=True, seed=0):
         palettised = decode(with_weights_of(program, model))
         results["palettised"] = difference(palettised, expected)
         expected = palettised
-    if float32:
-        results["float32"] = difference(run(program, latents, fp16=False), expected)
+    results["float32"] = difference(run(program, latents, fp16=False), expected)
     results["fp16"] = difference(run(program, latents, fp16=True), expected)
     results["fp16"]["largest_sum_of_squares"] = program.largest_square
     if sys.platform == "darwin":
@@ -594,12 +594,58 @@ def check(results):
                              f"{bound} would pass; PSNR {results[which]['psnr']:.1f} dB")
 
 
-def verify(path, model, float32=True, seed=0):
+def same_but_for_height(program, other):
+    """Raise ValueError unless two programs are the same operations with the same wiring, weights and parameters, but for
+    heights in shapes, which are all longer by one factor."""
+    tall, short = (p.type_of(p.input.type)[0] for p in (program, other))
+    grown = lambda a, b: len(a) == len(b) and all(x == y or x * short[3] == y * tall[3] for x, y in zip(a, b))
+    names = {program.input.name: other.input.name}          # of a value here: its name there
+    if len(program.operations) != len(other.operations) or names.get(program.output, program.output) != other.output:
+        raise ValueError(f"{len(program.operations)} operations, {len(other.operations)} at the smaller height")
+    for i, (a, b) in enumerate(zip(program.operations, other.operations)):
+        same = a.kind == b.kind and a.inputs.keys() == b.inputs.keys() and len(a.outputs) == len(b.outputs)
+        for key in a.inputs if same else ():
+            same = same and len(a.inputs[key]) == len(b.inputs[key])
+            for x, y in zip(a.inputs[key], b.inputs[key]):
+                if x in program.constants and y in other.constants:
+                    x, y = program.constants[x], other.constants[y]
+                    same = same and (np.array_equal(x, y) or a.kind == "reshape" and key == "shape" and grown(x.tolist(), y.tolist()))
+                else:
+                    same = same and names.get(x) == y
+        for (x, shape, kind), (y, *rest) in zip(a.outputs, b.outputs):
+            same = same and grown(shape, rest[0]) and kind == rest[1]
+            names[x] = y
+        if not same:
+            raise ValueError(f"operation {i}, {a.kind} {a.outputs[0][0]}, is not what it is at the smaller height")
+    if names[program.output] != other.output:
+        raise ValueError("the output is not that of the smaller height")
+
+
+def prove_by_height(path, model):
+    """`compare` for a package that is too large to run: of the same student exported at a fraction of the height, after
+    showing that the two programs are the same but for it. None where no such height exists, or weights are palettised.
+    """
+    program, config = Program(path), model.config
+    height, width = map(int, program.metadata["size"].split("x"))
+    t, h = program.type_of(program.input.type)[0][2:4]
+    rows = next((n for n in range(8, h) if h % n == 0), None)
+    if not rows or height != h * config.compression[1] or program.metadata["bits"] != "16":
+        return None
+    gather, plain = any(op.kind == "gather" for op in program.operations), program.metadata["graph"] == "plain"
+    with tempfile.TemporaryDirectory() as folder:
+        small = export(model, (rows * config.compression[1], width), t, Path(folder) / "small.mlpackage", gather=gather, plain=plain)
+        same_but_for_height(program, Program(small))
+        if program.metadata["weights_sha256"] != weights_hash(model):
+            raise ValueError(f"{path} was exported from other weights than this student's")
+        return compare(small, model) | {"run_at": f"{rows * config.compression[1]}x{width}"}
+
+
+def verify(path, model, seed=0):
     """Prove that the package at `path` computes what the student does; the worst absolute error with fp16 rounding.
 
     See `compare`, whose arguments these are. Raises ValueError where it does not.
     """
-    results = compare(path, model, float32, seed)
+    results = compare(path, model, seed)
     check(results)
     return results["fp16"]["worst_error"]
 
@@ -663,19 +709,19 @@ def table(r):
     return "\n".join(lines)
 
 
-def prove(path, model, r):
+def prove(path, model, r, whole=False):
     """Compare the package with the student, print how they differ, write the report beside it; ValueError if too much."""
-    float32 = r["flops"] < FLOAT32_FLOPS
     started = time.perf_counter()
-    results = compare(path, model, float32)
+    results = (prove_by_height(path, model) if r["flops"] > WHOLE_FLOPS and not whole else None) or compare(path, model)
     words = {"palettised": "its weights against the student's", "float32": "its operations in float32",
              "fp16": "its operations, each rounded to fp16", "core_ml": "Core ML's prediction"}
-    for which, result in results.items():
+    if "run_at" in results:
+        print(f"run at {results['run_at']}, where it is the same program but for the height (--whole runs all of it):")
+    for which, result in [(which, result) for which, result in results.items() if which in words]:
         print(f"{words[which]}: worst error {result['worst_error']:.2g}, PSNR {result['psnr']:.1f} dB")
     if largest := results["fp16"]["largest_sum_of_squares"]:
         print(f"largest sum of squares under a norm {largest:.3g}, fp16 holds 65504")
-    print(f"in {time.perf_counter() - started:.0f} s"
-          + ("" if float32 else f", without float32, as above {FLOAT32_FLOPS / 1e12:.0f} TFLOP"), flush=True)
+    print(f"in {time.perf_counter() - started:.0f} s", flush=True)
     check(results)
     path.with_suffix(".json").write_text(json.dumps({**r, "proof": results}, indent=1) + "\n")
     print(f"{path.with_suffix('.json')}\n")
@@ -699,6 +745,8 @@ def parse():
                         "concat, 34 operations more for ltx, should a phone not run gather on its Neural Engine")
     parser.add_argument("--plain", action="store_true", help="the student's own forward instead of the graph made for phones")
     parser.add_argument("--out", metavar="DIR", help="folder for the packages (default: the student's run, else out/export)")
+    parser.add_argument("--whole", action="store_true", help=f"run packages of more than {WHOLE_FLOPS / 1e12:.0f} TFLOP whole, "
+                        "which takes minutes, instead of showing that they are the same program as one of a fraction of the height")
     parser.add_argument("--verify", metavar="PACKAGE", help="export nothing: compare this package with the student")
     args = parser.parse_args()
     sizes = []
@@ -736,7 +784,7 @@ def main():
     name, model, run = find_student(args)
     if args.verify:
         path = Path(args.verify)
-        return prove(path, model, report(Program(path)))
+        return prove(path, model, report(Program(path)), args.whole)
     for size in args.size:
         t = latent_shape(model.config, size, args.latent_frames)[2]
         options = "".join([f"_{args.bits}bit" * bool(args.bits), "_plain" * args.plain, "_split" * (not args.gather)])
@@ -746,7 +794,7 @@ def main():
                note="Random weights: for speed only." if args.random else "")
         r = report(Program(path))
         print(f"{path}: exported in {time.perf_counter() - started:.0f} s\n{table(r)}", flush=True)
-        prove(path, model, r)
+        prove(path, model, r, args.whole)
 
 
 if __name__ == "__main__":

@@ -230,6 +230,36 @@ def test_truncated_files_are_found(tiny, package, tmp_path, file):
         export.verify(path, tiny)
 
 
+def test_a_large_package_is_the_small_one_but_for_its_height(tiny, tmp_path):
+    large = export.export(tiny, (192, 40), 4, tmp_path / "large.mlpackage")
+    results = export.prove_by_height(large, tiny)
+    assert results["run_at"] == "64x40" and results["float32"]["worst_error"] < 0.005 and results["fp16"]["worst_error"] < 0.01
+    assert export.prove_by_height(export.export(tiny, (190, 40), 4, tmp_path / "cropped.mlpackage"), tiny) is None
+
+    def weight(operations, weights):        # one bit of one weight
+        header = constant(operations, next(o for o in operations if o.type == "conv"), "weight").blobFileValue.offset
+        weights[int.from_bytes(weights[header + 16:header + 24], "little")] ^= 1
+
+    def wiring(operations, weights):        # adds another branch
+        adds = [o for o in operations if o.type == "add"]
+        adds[1].inputs["y"].arguments[0].name = adds[0].inputs["y"].arguments[0].name
+
+    def frame(operations, weights):
+        header = constant(operations, [o for o in operations if o.type == "gather"][-1], "indices").blobFileValue.offset
+        assert header
+        weights[int.from_bytes(weights[header + 16:header + 24], "little")] += 1
+
+    def shape(operations, weights):         # frames for rows
+        op = next(o for o in operations if o.type == "reshape")
+        values = constant(operations, op, "shape").immediateValue.tensor.ints.values
+        values[2], values[3] = values[3], values[2]
+
+    for change in (weight, wiring, frame, shape):
+        wrong = copy_of(large, tmp_path / f"{change.__name__}.mlpackage", change)
+        with pytest.raises(ValueError, match="is not what it is at the smaller height"):
+            export.prove_by_height(wrong, tiny)
+
+
 def test_a_package_of_another_checkpoint_is_found(tiny, package, tmp_path, monkeypatch):
     torch.manual_seed(0)
     other = TurboVAED(tiny.config)
