@@ -189,12 +189,12 @@ def load_i3d(path, device, frames):
     return lambda video: detect(255 * frames_of(video).unflatten(0, (len(video), -1)).transpose(1, 2), True)
 
 
-def load_metrics(args, frames, device):
-    """({name: function of two clips}, I3D or None, {metric left out: why})."""
-    functions, detector, without = {"psnr": psnr, "ssim": ssim, "temporal": temporal_error}, None, {}
+def load_metrics(args, frames, device, without):
+    """({name: function of two clips}, I3D or None, {metric left out: why}), those of `without` among the latter."""
+    functions, detector, without = {"psnr": psnr, "ssim": ssim, "temporal": temporal_error}, None, dict(without)
     functions = {name: f for name, f in functions.items() if name in args.metrics}
     for name, load in (("lpips", lambda: load_lpips(args.lpips_weights, device)), ("fvd", lambda: load_i3d(args.i3d, device, frames))):
-        if name in args.metrics:
+        if name in args.metrics and name not in without:
             try:
                 loaded = load()
             except (OSError, ValueError) as error:
@@ -284,7 +284,7 @@ def open_clips(args, frames, height, width):
             raise ValueError(f"made-up video is square: --size {height}, not {height}x{width}")
         # one clip of each painted scene
         return SyntheticClips(frames, height, seed=args.seed), range(0, CLIPS_PER_SCENE * (args.clips or 16), CLIPS_PER_SCENE), "clip {}".format, {}
-    if args.download and int(os.environ.get("RANK", 0)) == 0:
+    if args.download and process()[0] == 0:
         try:
             find_clips(args.data, args.root, args.split)
         except FileNotFoundError:
@@ -319,6 +319,11 @@ class SavedLatents(Dataset):
         return latents.flatten(0, -4).float()
 
 
+def process():
+    """(number of this process, how many share the work)."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
 class OrReason(Dataset):
     """(n, item, None), or (n, None, why it cannot be had): what worker processes can hand over."""
 
@@ -341,7 +346,7 @@ def measure(items, numbers, args, videos_of, reference, functions, detector, dev
     videos_of(items (B, ...)) -> {model: (B, 3, T, H, W)}; each is compared with that of `reference`, None for no comparison.
     One batch is held at a time. All items have one shape, `shape` or the first one's; others are skipped by name.
     """
-    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    rank, world = process()
     records, features, skipped = {}, {}, {}
     loader = DataLoader(Subset(OrReason(items), list(numbers)[rank::world]), args.batch, collate_fn=list, num_workers=args.workers)
     with tqdm(total=len(numbers), unit="clip", disable=rank > 0 or not sys.stderr.isatty(), leave=False) as bar:
@@ -374,9 +379,9 @@ def measure(items, numbers, args, videos_of, reference, functions, detector, dev
 
 def gather(mine):
     """The dicts of all processes as one, on the first process; dicts in them are joined too."""
-    parts = [mine]
+    parts, (rank, world) = [mine], process()
     if dist.is_initialized():
-        parts = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
+        parts = [None] * world if rank == 0 else None
         dist.gather_object(mine, parts)
     whole = {}
     for part in parts or []:
@@ -611,7 +616,7 @@ def generate(args, device):
     folder.mkdir(parents=True, exist_ok=True)
     shape = {"num_frames": args.frames, **dict(zip(("height", "width"), args.size or ()))}
     shape = {key: value for key, value in shape.items() if value}
-    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    rank, world = process()
     todo = {}
     for n, prompt in list(enumerate(prompts))[rank::world]:
         file = folder / f"{n:05d}.safetensors"
@@ -731,7 +736,7 @@ def one_video(args, teacher, students, device):
 def evaluate(args):
     if args.threads:
         torch.set_num_threads(args.threads)
-    rank = dist.get_rank() if dist.is_initialized() else 0
+    rank, _ = process()
     local = int(os.environ.get("LOCAL_RANK", 0))
     device = torch.device(f"cuda:{local}" if args.device == "cuda" and dist.is_initialized() else args.device)
     if args.generate:
@@ -755,14 +760,13 @@ def evaluate(args):
         frames, height, width = students[next(iter(students))](first[None].to(device, teacher.dtype)).shape[2:]
         videos_of = lambda latents: decode(latents.to(teacher.dtype))
         real_clips = open_clips(args, frames, height, width) if args.data != "synthetic" and "fvd" in args.metrics else None
+        without = {} if real_clips or "fvd" not in args.metrics else {"fvd": "real video is needed: --data openvid, for example"}
     else:
         frames, height, width = clip_shape(args, teacher)
         items, numbers, name_of, skipped = open_clips(args, frames, height, width)
-        reference, first = {"input": "input", "teacher": label}[args.against], None
+        reference, first, without = {"input": "input", "teacher": label}[args.against], None, {}
         videos_of = lambda video: {"input": video, **decode(encode(video))}
-    functions, detector, without = load_metrics(args, frames, device)
-    if args.latents and detector and not real_clips:
-        detector, without["fvd"] = None, "real video is needed: --data openvid, for example"
+    functions, detector, without = load_metrics(args, frames, device, without)
     records, features, failed = measure(items, numbers, args, videos_of, reference, functions, detector, device, name_of,
                                         first if first is None else first.shape)
     skipped = {**skipped, **failed}
