@@ -7,6 +7,7 @@ processes with any number of workers, sees the same clips in the same order with
 
 Clips are (3, T, H, W), float32, RGB in [-1, 1].
 """
+import hashlib
 import json
 import math
 import os
@@ -15,6 +16,7 @@ import shutil
 import sys
 import tempfile
 import zipfile
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 
@@ -26,7 +28,7 @@ from av.stream import Disposition
 from av.video.reformatter import Interpolation
 from PIL import Image, ImageOps
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors.torch import load, save
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
@@ -94,7 +96,7 @@ def read_frames(path, start, frames, stride):
                     if image.mode.startswith(("I", "F")):           # Pillow would clip more than 8 bits to white
                         raise BadVideo(f"images of 8 bits are needed, not mode {image.mode}")
                     yield np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
-            except (OSError, ValueError, SyntaxError) as error:     # all that Pillow raises on damaged files
+            except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:     # all that Pillow raises
                 raise BadVideo(f"{name}: {why(error)}") from None
         return
     with open_video(path) as container:
@@ -142,14 +144,38 @@ def shuffled(n, *key):
 
 
 def find_videos(root):
-    """Yields (relative to root) all video files at any depth, and all folders that hold images and nothing to look into."""
+    """Yields (relative to root) all video files at any depth, and all folders that hold images and nothing to look into.
+
+    A file or folder that links show in several places is found in the first of them only.
+    """
+    seen = set()
+    new = lambda path: not (path in seen or seen.add(path))
     for folder, below, found in os.walk(root, followlinks=True):
-        relative = lambda path: os.path.relpath(path, root).replace(os.sep, "/")
-        below[:] = [name for name in below if name[0] not in ".@"]       # what systems and editors keep beside the files
-        videos = [name for name in found if name.lower().endswith(SUFFIXES)]
-        yield from (relative(os.path.join(folder, name)) for name in videos)
+        real = os.path.realpath(folder)
+        if not new(real):
+            below.clear()
+            continue
+        relative = lambda name: os.path.relpath(os.path.join(folder, name), root).replace(os.sep, "/")
+        below[:] = sorted(name for name in below if name[0] not in ".@")     # what systems and editors keep beside the files
+        videos = sorted(name for name in found if name.lower().endswith(SUFFIXES))
+        yield from (relative(name) for name in videos if new(os.path.realpath(os.path.join(real, name))))
         if not videos and not below and frame_files(folder):
-            yield relative(folder)
+            yield relative("")
+
+
+def part_of(path):
+    """What tells a video from another of the same name: its size and three pieces of it; of a folder, its images' names
+    and sizes, and pieces of the first."""
+    if os.path.isdir(path):
+        images = [os.path.join(path, name) for name in frame_files(path)]
+        return [[os.path.basename(image), os.path.getsize(image)] for image in images], part_of(images[0])
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        for place in (0, size // 2, max(size - 4096, 0)):
+            file.seek(place)
+            digest.update(file.read(4096))
+    return size, digest.hexdigest()
 
 
 class VideoClips(Dataset):
@@ -220,6 +246,18 @@ class VideoClips(Dataset):
         self.gave_way = self.gave_way[list(indices)].share_memory_()
         return self
 
+    def without(self, others):
+        """Drops the files that the VideoClips `others` has, under whatever name, and returns itself."""
+        real = lambda clips: [os.path.realpath(os.path.join(clips.root, name)) for name in clips.files]
+        taken = set(real(others))
+        return self.subset([i for i, path in enumerate(real(self)) if path not in taken])
+
+    def fingerprint(self):
+        """A SHA-256 of `files`: their names, frames and sizes, and pieces of what they hold."""
+        with ThreadPoolExecutor(8) as pool:
+            parts = list(pool.map(part_of, (os.path.join(self.root, name) for name in self.files)))
+        return hashlib.sha256(json.dumps([self.files, self.counts, parts]).encode()).hexdigest()
+
     def __len__(self):
         return len(self.files)
 
@@ -239,7 +277,8 @@ class VideoClips(Dataset):
         epoch, place = divmod(n, len(self))
         order = shuffled(len(self), self.seed, 1, epoch)
         window, y, x, flip = np.random.default_rng((self.seed, 2, n)).random(4)
-        for i in np.roll(order, -place).tolist():
+        for k in range(len(self)):                              # one lookup, however many files there are
+            i = int(order[(place + k) % len(self)])
             try:
                 video = self.clip(i, window, y, x)
             except BROKEN as error:
@@ -362,6 +401,7 @@ def download(data, root=None):
 # ----------------------------------------------------------------------------------------------------------
 # made-up video
 
+HELD_OUT_SEED = 10_000  # made-up clips of this seed are for evaluation: training steps over it
 CLIPS_PER_SCENE = 8     # made-up clips that share one painted scene, since painting costs more than filming it
 
 
@@ -525,9 +565,18 @@ def write_file(path, data):
             file.write(data)
         os.replace(partial, path)
     except OSError as error:
+        raise OSError(f"{path} cannot be written ({error.strerror}); what was there before still is") from None
+    finally:                                                    # also when a signal ends the process
         if os.path.exists(partial):
             os.remove(partial)
-        raise OSError(f"{path} cannot be written ({error.strerror}); what was there before still is") from None
+
+
+def checksum(tensors):
+    """CRC-32 of the values of {name: tensor}."""
+    crc = 0
+    for _, tensor in sorted(tensors.items()):
+        crc = zlib.crc32(tensor.contiguous().flatten().view(torch.uint8).numpy(), crc)
+    return f"{crc:08x}"
 
 
 class CachedClips(Dataset):
@@ -539,7 +588,7 @@ class CachedClips(Dataset):
     whole or not at all; `missing` says what is still to be made, so that filling resumes, and may be shared.
 
     settings (str -> anything JSON holds) says whose cache it is. Raises ValueError if the folder's manifest says
-    otherwise, or when an entry cannot be read; OSError where the disk has no room.
+    otherwise, or when an entry is damaged, which is then removed; OSError where the disk has no room or cannot be read.
     """
 
     def __init__(self, folder, count, settings, dtype=torch.float16, blocks=(), seed=0):
@@ -587,9 +636,9 @@ class CachedClips(Dataset):
         for name, tensor in entry.items():
             if not tensor.isfinite().all():
                 raise ValueError(f"{name} of clip {m} does not fit into {self.dtype}: try --cache-dtype bfloat16")
-        entry = save(entry | {"video": video.cpu().add(1).mul(127.5).round().to(torch.uint8).contiguous()})
+        entry["video"] = video.cpu().add(1).mul(127.5).round().to(torch.uint8).contiguous()
         os.makedirs(os.path.dirname(self.path(m)), exist_ok=True)
-        write_file(self.path(m), entry)
+        write_file(self.path(m), save(entry, metadata={"crc32": checksum(entry)}))
 
     def fill(self, clips, make, batch, rank=0, world=1, barrier=lambda: None, workers=0, say=print):
         """Makes what is missing of clips[m] for all m < count, this process the rank-th share of `world`.
@@ -627,9 +676,20 @@ class CachedClips(Dataset):
         return self.path(self.number(n))
 
     def __getitem__(self, n):
+        path = self.describe(n)
         try:
-            entry = load_file(self.describe(n))
-        except (SafetensorError, OSError) as error:
-            raise ValueError(f"the cache's {self.describe(n)} cannot be read ({error}); run again with --resume, which makes it anew") from None
+            with open(path, "rb") as file:
+                held = file.read()
+        except OSError as error:
+            raise OSError(f"the cache's {path} cannot be read ({error.strerror}); --resume makes it anew if it is gone") from None
+        try:
+            entry = load(held)
+            header = json.loads(held[8:8 + int.from_bytes(held[:8], "little")])
+            whole = header["__metadata__"]["crc32"] == checksum(entry)
+        except (SafetensorError, ValueError, KeyError):
+            whole = False
+        if not whole:
+            os.remove(path)                                     # `fill` makes anew what is not there
+            raise ValueError(f"the cache's {path} was damaged and cannot be used: it is removed, --resume makes it anew")
         wanted = {name: t for name, t in entry.items() if not name.startswith("features.") or name[9:] in self.blocks}
         return wanted | {"video": entry["video"].float().div(127.5).sub(1)}

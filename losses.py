@@ -230,19 +230,20 @@ class Objective:
         return {name: value.detach() for name, value in (terms | {"loss": loss}).items()}, (gradient, adversarial)
 
 
-def last_layer_gradients(student, latents, *gradients):
+def last_layer_gradients(student, latents, *gradients, autocast=nullcontext):
     """Those of the last convolution's weight, for each of the gradients on the decoded video."""
     inputs = []
     handle = student.conv_out.register_forward_pre_hook(lambda module, args: inputs.append(args[0]))
-    with torch.no_grad():
+    with torch.no_grad(), autocast():
         student.forward(latents)                    # not student(latents): a compiled one would not call the hook
     handle.remove()
-    video, weight = student.conv_out(inputs[0]), student.conv_out.conv.weight
+    with autocast():                                # a region of its own: the first's cached weights have no graph
+        video, weight = student.conv_out(inputs[0]), student.conv_out.conv.weight
     return [torch.autograd.grad(video, weight, g.to(video.dtype), retain_graph=True)[0].float() for g in gradients]
 
 
 def adaptive_weight(reconstruction, adversarial):
-    """VQGAN's (Esser et al. 2021): the ratio of the gradients' norms at the last layer, at most 10,000."""
+    """VQGAN's (Esser et al. 2021): the ratio of the norms of the loss terms' gradients at the last layer, at most 10,000."""
     return (reconstruction.norm() / (adversarial.norm() + 1e-4)).clamp(max=1e4)
 
 

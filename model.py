@@ -548,6 +548,26 @@ def count_flops(config, latent_shape):
     return by_block(model, lambda name, module: sum(counts.get(f"TurboVAED.{name}", {}).values()))
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# Command lines.
+
+def number(kind=int, least=-math.inf, most=math.inf, above=-math.inf, below=math.inf):
+    """An argparse type: a finite `kind` (int or float) from `least` to `most`, greater than `above` and smaller than `below`."""
+    bounds = [f"{word} {bound}" for word, bound in (("at least", least), ("at most", most), ("above", above), ("below", below))
+              if math.isfinite(bound)]
+
+    def convert(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not (math.isfinite(value) and least <= value <= most and above < value < below):
+            raise argparse.ArgumentTypeError(f"takes a {'whole ' * (kind is int)}number {' and '.join(bounds)}, not {text!r}")
+        return value
+
+    return convert
+
+
 def main():
     parser = argparse.ArgumentParser(description="Print the family: parameters, compression, and GFLOP (two for each "
                                      "multiply-add) for each frame of a clip of 17 frames, 16 without a dropped one.")
