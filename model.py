@@ -355,8 +355,7 @@ class TurboVAED(nn.Module):
         path is that file, or a folder, which gets `student.safetensors`. metadata (str -> str) is kept in the file and
         comes back as `model.metadata`. Written beside its place and renamed, so a crash leaves no half file.
         """
-        from safetensors import SafetensorError
-        from safetensors.torch import save_file
+        from safetensors.torch import save
         path = Path(path).expanduser()
         if path.suffix in (".pth", ".pt", ".ckpt", ".bin"):
             raise ValueError(f"{path}: students are written as .safetensors; name such a file, or a folder")
@@ -365,10 +364,11 @@ class TurboVAED(nn.Module):
         state = {key: tensor.detach().cpu().contiguous() for key, tensor in self.state_dict().items()}
         partial_file = path.with_name(f"{path.name}.partial")
         try:
-            save_file(state, partial_file, metadata={**(metadata or {}), "config": json.dumps(asdict(self.config))})
+            # not safetensors' save_file: what that writes only its owner may read
+            partial_file.write_bytes(save(state, metadata={**(metadata or {}), "config": json.dumps(asdict(self.config))}))
             os.replace(partial_file, path)
-        except SafetensorError as error:
-            raise OSError(f"{path} cannot be written ({summary(error)}); what was there before still is") from None
+        except OSError as error:
+            raise OSError(f"{path} cannot be written ({error.strerror}); what was there before still is") from None
         finally:
             partial_file.unlink(missing_ok=True)
         return path

@@ -450,7 +450,8 @@ def plot_curves(path, log, teacher_psnr, start2):
     for axis in axes:
         if start2 is not None:
             axis.axvline(start2, color="grey", linewidth=0.8, linestyle=":", label="stage 2 begins")
-        axis.legend(fontsize=8)
+        if axis.get_legend_handles_labels()[0]:
+            axis.legend(fontsize=8)
     save_as(path, figure.savefig, dpi=120, format="png")
     plt.close(figure)
 
@@ -930,10 +931,11 @@ def main(args):
             break
         if saves:
             save()
-            saved_at = time.time()
+            clock = saved_at = time.time()                    # the clock of --minutes counts training
         if begins:
             if not processes.from_chief(validated):           # stage 2 is measured by what stage 1 ended with
                 save(validates=True)
+                clock = saved_at = time.time()
             start2 = step
             begin_stage2()
             say(f"step {step}: stage 2 begins")
@@ -1038,7 +1040,7 @@ def main(args):
                 write_line(line)
         if step % args.eval_every == 0 or step == begun + length:
             save(validates=True)
-            clock = saved_at = time.time()                    # the clock of --minutes counts training
+            clock = saved_at = time.time()
     bar.close()
     if stopped:
         save()

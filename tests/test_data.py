@@ -487,3 +487,67 @@ def test_an_archive_is_fetched_checked_and_unpacked(tmp_path, monkeypatch):
     monkeypatch.setattr(data, "ARCHIVES", {"davis": [("file:///nowhere.zip", sha256)]})
     with pytest.raises(OSError, match="could not be fetched .* by hand"):
         data.download("davis", "other")
+
+
+# ----------------------------------------------------------------------------------------------------------
+# links, impossible images, many files
+
+def test_a_video_is_found_once_however_many_links_show_it(tmp_path):
+    write(tmp_path / "a" / "clip.mkv", greys(4))
+    (tmp_path / "a" / "up").symlink_to(tmp_path)
+    (tmp_path / "a" / "again.mkv").symlink_to(tmp_path / "a" / "clip.mkv")
+    (tmp_path / "b").symlink_to(tmp_path / "a")
+    write(tmp_path / "elsewhere" / "far.mkv", greys(4))
+    (tmp_path / "a" / "far").symlink_to(tmp_path / "elsewhere")
+    assert sorted(data.find_videos(tmp_path / "a")) == ["again.mkv", "far/far.mkv"]
+
+
+def test_an_image_that_claims_to_be_huge_is_skipped_by_name(tmp_path, capsys):
+    import struct
+    import zlib
+    chunk = lambda kind, held: struct.pack(">I", len(held)) + kind + held + struct.pack(">I", zlib.crc32(kind + held))
+    bomb = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", 20_000, 20_000, 8, 2, 0, 0, 0)) + chunk(b"IDAT", b"") + chunk(b"IEND", b"")
+    for name in ("bomb", "fine"):
+        (tmp_path / name).mkdir()
+        for k in range(3):
+            if name == "bomb":
+                (tmp_path / name / f"{k}.png").write_bytes(bomb)
+            else:
+                Image.fromarray(greys(3)[k]).save(tmp_path / name / f"{k}.png")
+    with pytest.raises(BadVideo, match="bomb: 0.png: Image size"):
+        VideoClips(tmp_path, 3, 16, train=False)[0]
+    clips = VideoClips(tmp_path, 3, 16)
+    assert all(clips[n].shape == (3, 3, 16, 16) for n in range(4)) and clips.broken == ["bomb"]
+
+
+def test_picking_a_clip_looks_at_one_place_of_the_order(tmp_path, monkeypatch):
+    """However many files there are."""
+    for i in range(3):
+        write(tmp_path / f"{i}.mkv", greys(2))
+    clips, looked = VideoClips(tmp_path, 2, 16), []
+
+    class Order:
+        def __getitem__(self, i):
+            looked.append(i)
+            return i
+
+    monkeypatch.setattr(data, "shuffled", lambda n, *key: Order())
+    for n in range(6):
+        clips[n]
+    assert looked == [0, 1, 2, 0, 1, 2]
+
+
+def test_a_fingerprint_tells_files_by_what_they_hold(tmp_path):
+    write(tmp_path / "a" / "x.mkv", greys(4))
+    for k in range(4):
+        (tmp_path / "a" / "frames").mkdir(exist_ok=True)
+        Image.fromarray(greys(4)[k]).save(tmp_path / "a" / "frames" / f"{k}.png")
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    print_of = lambda name: VideoClips(tmp_path / name, 4, 16).fingerprint()
+    assert print_of("a") == print_of("b")
+    held = (tmp_path / "b" / "x.mkv").read_bytes()
+    (tmp_path / "b" / "x.mkv").write_bytes(held[:-1] + bytes([held[-1] ^ 1]))
+    assert print_of("a") != print_of("b")
+    (tmp_path / "b" / "x.mkv").write_bytes(held)
+    Image.fromarray(greys(9)[8]).save(tmp_path / "b" / "frames" / "0.png")
+    assert print_of("a") != print_of("b")

@@ -376,6 +376,21 @@ def test_the_adaptive_weight_is_the_ratio_of_norms_at_the_last_layer():
     assert not student.conv_out._forward_pre_hooks and weight.grad is None
 
 
+def test_the_last_layer_has_an_autocast_region_of_its_own():
+    """What one without gradients has cast and kept is of no use to one with."""
+    model, latents, _, target, _ = parts()
+    video, regions = model.student(latents), []
+    on_video, = torch.autograd.grad(l1_loss(video, target), video, retain_graph=True)
+    want, = last_layer_gradients(model.student, latents, on_video)
+
+    def autocast():
+        regions.append(torch.is_grad_enabled())
+        return torch.autocast("cpu", torch.bfloat16)
+
+    got, = last_layer_gradients(model.student, latents, on_video, autocast=autocast)
+    assert regions == [False, True] and (got - want).norm() < 0.05 * want.norm()
+
+
 def test_sharpness_is_the_energy_above_a_quarter_of_a_cycle_per_pixel():
     y = torch.arange(32.0)[:, None].expand(32, 32)
     waves = torch.stack([torch.sin(2 * torch.pi * f * y) for f in (1 / 32, 7 / 32, 9 / 32, 15 / 32)])

@@ -362,14 +362,23 @@ def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
     model = seeded(MICRO)
     file = model.save_pretrained(tmp_path)
 
-    def full_disk(state, path, metadata):
-        Path(path).write_bytes(b"half a file")
-        raise OSError("No space left on device")
-    monkeypatch.setattr("safetensors.torch.save_file", full_disk)
-    with pytest.raises(OSError):
+    def full_disk(path, data):
+        with open(path, "wb") as partial:
+            partial.write(data[:100])
+        raise OSError(28, "No space left on device")
+    monkeypatch.setattr(Path, "write_bytes", full_disk)
+    with pytest.raises(OSError, match="No space left"):
         seeded(MICRO, seed=1).save_pretrained(tmp_path)
     assert list(tmp_path.iterdir()) == [file]
     assert torch.equal(TurboVAED.from_pretrained(file).conv_in.conv.weight, model.conv_in.conv.weight)
+
+
+def test_others_can_read_what_the_umask_lets_them(tmp_path):
+    before = os.umask(0o022)
+    try:
+        assert seeded(MICRO).save_pretrained(tmp_path).stat().st_mode & 0o777 == 0o644
+    finally:
+        os.umask(before)
 
 
 def test_saving_refuses_the_name_of_another_format(tmp_path):

@@ -3,12 +3,14 @@ import json
 import math
 import os
 import random
+import re
 import resource
 import shutil
 import signal
 import subprocess
 import sys
 import time
+import weakref
 from pathlib import Path
 
 import av
@@ -16,8 +18,11 @@ import numpy as np
 import pytest
 import torch
 
+import data
+import train
+from losses import Objective
 from model import TurboVAED
-from train import best_step, converged, damping
+from train import best_step, converged, damping, parse_args
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = ["--size", "16", "--batch", "4", "--micro-batch", "2", "--val-clips", "2", "--dtype", "float32", "--log-every", "1", "--workers", "0"]
@@ -35,6 +40,15 @@ def run(*arguments, launcher=(), check=True, **options):
     result = subprocess.run([sys.executable, *launcher, *arguments], capture_output=True, text=True, timeout=300, env=ONE_THREAD, **options)
     assert not check or result.returncode == 0, result.stderr
     return result
+
+
+@pytest.fixture
+def here(monkeypatch):
+    """Runs in this process: what it takes to reach into one."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield lambda out, *flags: train.main(parse_args(command(out, *flags)[1:]))
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
 
 
 def fails_in_one_line(result, *words):
@@ -128,7 +142,11 @@ def videos(tmp_path_factory):
 
 def staged_command(out, cache, videos, *flags):
     """Four steps of stage 1 and six of stage 2, on a cache of what the teacher makes of 2 x 12 clips."""
-    return command(out, "--data", videos, "--cache", cache, "--cache-crops", 12, "--steps", 10, "--stage2", "auto", "--stage2-steps", 6,
+    return command(*staged_flags(out, cache, videos, *flags))
+
+
+def staged_flags(out, cache, videos, *flags):
+    return (out, "--data", videos, "--cache", cache, "--cache-crops", 12, "--steps", 10, "--stage2", "auto", "--stage2-steps", 6,
                    "--disc-width", 8, "--eval-every", 2, "--warmup", 2, *flags)
 
 
@@ -207,13 +225,34 @@ def test_a_cache_serves_runs_that_align_less_and_refuses_those_that_align_more(t
         CachedClips(tmp_path / "other", 2, {})
 
 
-def test_a_cache_file_that_goes_bad_in_a_run_stops_it_in_one_line(staged, videos, tmp_path):
-    """Found when it is read, in a loader process: what the first step needs is replaced between the check and the step."""
-    cache = shutil.copytree(staged / "cache", tmp_path / "cache")
+def test_a_cache_file_that_goes_bad_in_a_run_stops_it_in_one_line_and_is_made_anew(staged, videos, tmp_path):
+    """Of the right size, but for one bit: found when it is read, in a loader process."""
+    cache, out = shutil.copytree(staged / "cache", tmp_path / "cache"), tmp_path / "out"
     for path in (cache / "00000").iterdir():
-        path.write_bytes(bytes(path.stat().st_size))                # the right size, and nothing in it
-    result = run(*staged_command(tmp_path / "out", cache, videos, "--workers", 1), check=False)
-    fails_in_one_line(result, ".safetensors cannot be read", "--resume")
+        held = bytearray(path.read_bytes())
+        held[-5] ^= 1
+        path.write_bytes(held)
+    result = run(*staged_command(out, cache, videos, "--workers", 1), check=False)
+    fails_in_one_line(result, ".safetensors was damaged", "--resume makes it anew")
+    gone = [path for path in (staged / "cache" / "00000").iterdir() if not (cache / "00000" / path.name).exists()]
+    assert gone
+    for path in (cache / "00000").iterdir():
+        path.write_bytes((staged / "cache" / "00000" / path.name).read_bytes())
+    run(*staged_command(out, cache, videos, "--resume"))
+    assert all((cache / "00000" / path.name).read_bytes() == path.read_bytes() for path in gone)
+    same_run(staged / "out", out)
+
+
+def test_a_cache_is_of_the_videos_that_it_was_made_of(staged, videos, tmp_path, here):
+    """Another folder of the same names, lengths and sizes, whose pixels differ."""
+    other = shutil.copytree(videos, tmp_path / "videos")
+    held = bytearray((other / "2.mp4").read_bytes())
+    held[len(held) // 2] ^= 1
+    (other / "2.mp4").write_bytes(held)
+    with pytest.raises(ValueError, match="the cache .* was made with files"):
+        here(*staged_flags(tmp_path / "out", staged / "cache", other))
+    moved = shutil.copytree(videos, tmp_path / "moved")
+    here(*staged_flags(tmp_path / "out", staged / "cache", moved, "--stage2", "off", "--steps", 1))
 
 
 def test_two_processes_equal_one_in_stage_2(staged, videos, tmp_path):
@@ -280,16 +319,80 @@ def same_run(one, two):
 # ---------------------------------------------------------------------------------------------------------------------
 # What goes wrong.
 
-def test_a_loss_that_is_not_finite_names_step_term_and_clips_and_keeps_the_checkpoint(staged, videos, tmp_path):
+def test_a_student_that_is_not_finite_is_not_saved(staged, videos, tmp_path, here, capsys):
     out = shutil.copytree(staged / "out", tmp_path / "out")
     saved = checkpoint(out)
     saved["model"]["student.conv_out.conv.bias"].fill_(math.nan)
-    saved["step"], saved["start2"] = 8, 4
+    saved["step"] = 8
     torch.save(saved, out / "checkpoint.pt")
-    before = (out / "checkpoint.pt").read_bytes()
-    result = run(*staged_command(out, staged / "cache", videos, "--resume"), check=False)
-    fails_in_one_line(result, "l1 is nan at step 9", "00000/", ".safetensors", "checkpoint.pt")
-    assert (out / "checkpoint.pt").read_bytes() == before
+    before = {path.name: path.read_bytes() for path in out.iterdir() if path.suffix in (".pt", ".safetensors")}
+    with pytest.raises(RuntimeError, match="PSNR is nan at step 10: nothing was saved; the last good checkpoint is .*checkpoint.pt"):
+        here(*staged_flags(out, staged / "cache", videos, "--resume"))
+    assert re.search(r"passed over: l1 is nan at step 9, clips \S*00000/\d+.safetensors", capsys.readouterr().err)
+    assert all((out / name).read_bytes() == held for name, held in before.items())
+
+
+def with_clips(monkeypatch, change):
+    """Made-up clips as change(n, clip) makes them, the held-out ones as they are."""
+    plain = data.SyntheticClips.__getitem__
+    monkeypatch.setattr(data.SyntheticClips, "__getitem__",
+                        lambda self, n: plain(self, n) if self.seed == data.HELD_OUT_SEED else change(n, plain(self, n)))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_a_step_that_is_not_finite_is_passed_over(tmp_path, here, monkeypatch, capsys, dtype):
+    with_clips(monkeypatch, lambda n, clip: clip * math.nan if n == 5 else clip)
+    here(tmp_path, "--steps", 6, "--eval-every", 6, "--dtype", dtype, "--stage2", 3, "--disc-width", 8)
+    assert re.search("passed over: l1 is nan at step 2, clips made-up clip 4, made-up clip 5", capsys.readouterr().err)
+    assert list(log(tmp_path, "skipped"))[0] == 2 and 2 not in log(tmp_path, "loss")
+    saved = checkpoint(tmp_path)
+    assert saved["step"] == 6
+    assert all(t.isfinite().all() for part in ("model", "ema", "discriminator") for t in saved[part].values())
+    states = [value for o in saved["optimizers"] for state in o["state"].values() for value in state.values()]
+    assert all(value.isfinite().all() for value in states)
+    if dtype == "float32":
+        assert {float(s["step"]) for s in saved["optimizers"][0]["state"].values()} == {5}
+
+
+@pytest.mark.parametrize("first", [0, 12])
+def test_a_run_that_is_not_finite_again_and_again_ends(tmp_path, here, monkeypatch, capsys, first):
+    with_clips(monkeypatch, lambda n, clip: clip * math.nan if n >= first else clip)
+    with pytest.raises(SystemExit) as end:
+        here(tmp_path, "--steps", 100, "--eval-every", 3)
+    line = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert end.value.code == 1 and len(line) == 1 and "l1 is nan at step" in line[0]
+    assert ("the last good checkpoint is" in line[0]) == (tmp_path / "checkpoint.pt").exists()
+
+
+def test_float16_steps_with_all_optimisers_or_with_none():
+    """An infinite gradient in one of two: neither steps, the scale falls, nothing turns to NaN."""
+    from train import Muon, take_step
+    a, b = torch.nn.Parameter(torch.ones(4)), torch.nn.Parameter(torch.eye(4))
+    optimizers = [torch.optim.AdamW([a], 0.1, fused=True), Muon([b], 0.1)]
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+
+    def step(a_gradient, b_gradient):
+        scaler.scale(torch.ones(()))
+        a.grad, b.grad = torch.full_like(a, a_gradient), torch.full_like(b, b_gradient)
+        for optimizer in optimizers:
+            scaler.unscale_(optimizer)
+        norm = torch.nn.utils.clip_grad_norm_([a, b], 1.0)
+        take_step(optimizers, scaler, 1 - norm.isfinite().float())
+
+    step(1.0, math.inf)
+    assert torch.equal(a, torch.ones(4)) and torch.equal(b, torch.eye(4)) and scaler.get_scale() == 512
+    step(1.0, 1.0)
+    assert not torch.equal(a, torch.ones(4)) and not torch.equal(b, torch.eye(4)) and a.isfinite().all() and b.isfinite().all()
+    assert optimizers[0].state[a]["step"] == 1
+
+
+def test_a_discriminator_that_rests_stays_as_it_is():
+    from train import take_step
+    a, b = torch.nn.Parameter(torch.ones(4)), torch.nn.Parameter(torch.ones(4))
+    optimizers = [torch.optim.AdamW([p], 0.1, fused=True) for p in (a, b)]
+    a.grad, b.grad = torch.ones(4), torch.ones(4)
+    take_step(optimizers, torch.amp.GradScaler(enabled=False), torch.tensor(0.0), torch.tensor(1.0))
+    assert not torch.equal(a, torch.ones(4)) and torch.equal(b, torch.ones(4))
 
 
 def test_a_disk_that_fills_up_stops_the_run_in_one_line_and_keeps_the_checkpoint(whole, tmp_path):
@@ -403,9 +506,345 @@ def test_the_best_is_of_highest_psnr_then_the_sharpest_within_the_drop():
     assert best_step(log, 20, 0.3) == 40                             # stage 2's, since that is what it is for
 
 
-def test_profile_tells_where_the_time_goes_and_leaves_nothing_behind(tmp_path):
-    result = run(*command(tmp_path / "out", "--steps", 12, "--stage2", 2, "--profile", 2, "--price", 3), cwd=tmp_path)
-    shares = [float(line.split()[-2]) for line in result.stdout.splitlines() if " ms a step" in line]
-    assert len(shares) == 6 and abs(sum(shares) - 100) < 0.5
-    assert "samples/s" in result.stdout and "the whole recipe, 48 samples" in result.stdout
+def test_profile_prices_both_stages_by_their_own_steps_and_leaves_nothing_behind(tmp_path, here, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    here(tmp_path / "out", "--steps", 1200, "--stage2", 200, "--profile", 2, "--price", 3, "--disc-width", 8)
+    text = capsys.readouterr().out
+    hours = 0
+    for stage, steps in (1, 200), (2, 1000):
+        part = text.partition(f"stage {stage}, 2 steps")[2].partition("samples/s")[0]
+        rows = re.findall(r"([\d.]+) ms a step +([\d.]+) %", part)
+        assert len(rows) == 5 + stage and abs(sum(float(share) for _, share in rows) - 100) < 0.5
+        hours += steps * sum(float(ms) for ms, _ in rows) / 3.6e6
+        rate = float(re.findall(r"([\d.e+]+) $", part)[0])
+        assert abs(rate * sum(float(ms) for ms, _ in rows) / 4000 - 1) < 0.02        # samples/s are those of whole steps
+    said = re.search(r"200 steps of stage 1 and 1000 steps of stage 2, 4 samples each, at this speed: ([\d.e-]+) hours", text)
+    assert abs(float(said[1]) / hours - 1) < 0.02
     assert [p.name for p in tmp_path.iterdir()] == ["profile.png"]
+
+
+def test_profile_needs_no_more_steps_than_it_times(tmp_path, here, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    here(tmp_path / "out", "--steps", 3, "--profile", 2)
+    assert "stage 1, 2 steps" in capsys.readouterr().out
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A run is the run it says it is.
+
+def test_every_setting_is_remembered_but_those_that_change_nothing():
+    from train import MAY_CHANGE, check_resume
+    args, about = parse_args(["--size", "16"]), {"files": "a", "held_out": ["b"], "teacher_weights": "c"}
+    saved = {"args": dict(vars(args)), "about": dict(about), "start2": None}
+    check_resume(saved, args, about, "out")
+    for name, value in vars(args).items():
+        changed = parse_args(["--size", "16"])
+        setattr(changed, name, "other" if value != "other" else None)
+        if name in MAY_CHANGE:
+            check_resume(saved, changed, about, "out")
+        else:
+            with pytest.raises(ValueError, match=f"--{name.replace('_', '-')}"):
+                check_resume(saved, changed, about, "out")
+    for key in about:
+        with pytest.raises(ValueError, match="are others|these files"):
+            check_resume(saved, args, about | {key: ["d"]}, "out")
+
+
+@pytest.fixture(scope="module")
+def begun(tmp_path_factory, videos):
+    """Two steps on the three videos."""
+    out = tmp_path_factory.mktemp("begun")
+    run(*command(out, "--data", videos, "--steps", 2, "--eval-every", 2, "--dtype", "auto"))
+    return out
+
+
+@pytest.mark.parametrize("flags, words", [
+    (("--val-clips", 1), "--val-clips 2, not 1"),
+    (("--val-data", "1.mp4"), "validated on 0.mp4, and now"),
+    (("--dtype", "float16"), "--dtype .*, not float16"),
+])
+def test_a_resume_may_not_change_what_is_held_out(begun, videos, here, monkeypatch, flags, words):
+    monkeypatch.chdir(videos)
+    with pytest.raises(ValueError, match=words):
+        here(begun, "--data", videos, "--steps", 4, "--dtype", "auto", "--resume", *flags)
+
+
+def test_a_resume_finds_the_same_videos_wherever_they_are(begun, videos, tmp_path, here):
+    out, folder = shutil.copytree(begun, tmp_path / "out"), shutil.copytree(videos, tmp_path / "videos")
+    shutil.copy(folder / "1.mp4", folder / "3.mp4")
+    with pytest.raises(ValueError, match="trained on files of .* are others"):
+        here(out, "--data", folder, "--steps", 4, "--dtype", "auto", "--resume")
+    (folder / "3.mp4").unlink()
+    (folder / "0.mp4").rename(folder / "00.mp4")
+    with pytest.raises(ValueError, match="validated on 0.mp4, and now"):
+        here(out, "--data", folder, "--steps", 4, "--dtype", "auto", "--resume")
+    (folder / "00.mp4").rename(folder / "0.mp4")
+    here(out, "--data", folder, "--steps", 4, "--eval-every", 4, "--dtype", "auto", "--resume")
+    assert checkpoint(out)["step"] == 4
+
+
+def test_auto_keeps_the_type_that_a_run_began_with(begun, videos, tmp_path, here, monkeypatch):
+    """On a machine whose own choice would be another."""
+    out, kept = shutil.copytree(begun, tmp_path / "out"), checkpoint(begun)["args"]["dtype"]
+    monkeypatch.setattr(train, "autocast_dtype", lambda name, device: torch.float16 if name == "auto" else getattr(torch, name))
+    here(out, "--data", videos, "--steps", 3, "--eval-every", 3, "--dtype", "auto", "--resume")
+    assert checkpoint(out)["args"]["dtype"] == kept != "float16"
+
+
+def test_a_resume_that_takes_no_step_says_so(staged, videos, tmp_path, here, capsys):
+    out, cache = shutil.copytree(staged / "out", tmp_path / "out"), staged / "cache"
+    here(*staged_flags(out, cache, videos, "--resume"))
+    assert "is finished: it ended at step 10" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="is at step 10 and ends at 10: no step would be taken; ask for more --stage2-steps than 6"):
+        here(*staged_flags(out, cache, videos, "--resume", "--steps", 12))
+    with pytest.raises(ValueError, match="began at step 4: --stage2 off comes too late"):
+        here(*staged_flags(out, cache, videos, "--resume", "--steps", 12, "--stage2", "off"))
+    with pytest.raises(ValueError, match="began at step 4: --stage2 8 comes too late"):
+        here(*staged_flags(out, cache, videos, "--resume", "--steps", 12, "--stage2", 8))
+    here(*staged_flags(out, cache, videos, "--resume", "--steps", 12, "--stage2-steps", 8))
+    assert checkpoint(out)["step"] == 12 and list(log(out, "discriminator")) == list(range(5, 13))
+
+
+@pytest.mark.parametrize("flags", [("--stage2", 4, "--steps", 10), ("--stage2", "auto", "--stage2-steps", 6, "--steps", 10)])
+def test_a_stage_2_whose_step_has_passed_begins_at_once(whole, tmp_path, here, capsys, flags):
+    out = shutil.copytree(whole, tmp_path / "out")
+    here(out, "--eval-every", 4, "--resume", *flags)
+    assert "step 8: stage 2 begins" in capsys.readouterr().out
+    assert checkpoint(out)["start2"] == 8 and list(log(out, "discriminator")) == [9, 10]
+
+
+def test_overwriting_leaves_nothing_that_a_resume_would_go_on_with(whole, tmp_path, here, monkeypatch):
+    out = shutil.copytree(whole, tmp_path / "out")
+    monkeypatch.setattr(Objective, "backward", lambda *args: (_ for _ in ()).throw(RuntimeError("killed")))
+    with pytest.raises(RuntimeError, match="killed"):
+        here(out, "--steps", 4, "--overwrite")
+    assert {path.name for path in out.iterdir()} == {"args.json", "log.jsonl"} and not log(out)
+
+
+def test_no_seed_trains_on_the_held_out_clips(tmp_path, capsys):
+    streams = [train.datasets(parse_args(["--size", "8", "--frames", "4", "--val-clips", "1", "--seed", str(seed)]))
+               for seed in (data.HELD_OUT_SEED - 1, data.HELD_OUT_SEED, data.HELD_OUT_SEED + 1, 2 ** 32 - 2)]
+    assert len({stream.seed for stream, *_ in streams} | {data.HELD_OUT_SEED}) == 5
+    assert all(torch.equal(clips[0], streams[0][1][0]) and not torch.equal(stream[0], clips[0]) for stream, clips, *_ in streams)
+    with pytest.raises(SystemExit):                            # a longer one's words would run into the clip's number
+        parse_args(["--seed", str(2 ** 32 + data.HELD_OUT_SEED)])
+
+
+@pytest.mark.parametrize("start", [0, 3])
+def test_stage_1_is_measured_where_stage_2_begins(tmp_path, here, start):
+    here(tmp_path, "--steps", 5, "--stage2", start, "--eval-every", 5, "--disc-width", 8)
+    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [(line["step"], line["stage"]) for line in lines if "psnr" in line] == [(start, 1), (5, 2)]
+    assert damping([line | {"psnr": line["psnr"] - 9 * (line["step"] > start)} if "psnr" in line else line for line in lines], start, 0.3) == 0.5
+
+
+def test_files_of_val_data_are_not_trained_on(videos, tmp_path):
+    shutil.copytree(videos, tmp_path / "all" / "train")
+    shutil.copytree(videos, tmp_path / "val")
+    (tmp_path / "all" / "link").symlink_to(tmp_path / "val")
+    args = parse_args(["--data", str(tmp_path / "all"), "--val-data", str(tmp_path / "val"), "--size", "16", "--val-clips", "1"])
+    clips, val_clips, *_ = train.datasets(args)
+    assert clips.files == [f"train/{i}.mp4" for i in range(3)] and len(val_clips) == 1
+    args.val_data = args.data
+    with pytest.raises(ValueError, match="no video is left to train on"):
+        train.datasets(args)
+
+
+def test_a_held_out_video_that_cannot_be_decoded_gives_way_to_the_next(videos, monkeypatch, capsys):
+    plain = data.VideoClips.clip
+
+    def clip(self, i, *place):
+        if self.files[i] == "0.mp4":
+            raise data.BadVideo("damaged")
+        return plain(self, i, *place)
+
+    monkeypatch.setattr(data.VideoClips, "clip", clip)
+    clips, val_clips, name, about = train.datasets(parse_args(["--data", str(videos), "--size", "16"]))
+    assert about["held_out"][:-1] == ["1.mp4"] and clips.files == ["0.mp4", "2.mp4"] and name == "1 held-out videos"
+    assert "not validating on 0.mp4: damaged" in capsys.readouterr().err
+    monkeypatch.setattr(data.VideoClips, "clip", lambda *args: (_ for _ in ()).throw(data.BadVideo("damaged")))
+    with pytest.raises(ValueError, match="no video in .* can be decoded to validate on"):
+        train.datasets(parse_args(["--data", str(videos), "--size", "16"]))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# It saves before it ends.
+
+def test_ctrl_c_saves_and_goes_on_bit_for_bit(whole, tmp_path):
+    """Sent to the whole process group, loader processes too, as a terminal does."""
+    arguments = command(tmp_path, "--steps", 8, "--eval-every", 4, "--workers", 1)
+    process = subprocess.Popen([sys.executable, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ONE_THREAD,
+                               start_new_session=True)
+    while process.poll() is None and not log_lines(tmp_path):
+        time.sleep(0.001)
+    os.killpg(process.pid, signal.SIGINT)
+    stdout, stderr = process.communicate(timeout=60)
+    step = int(re.search(r"stopped by SIGINT at step (\d+); --resume goes on", stdout)[1])
+    assert process.returncode == 130 and stderr == "" and 0 < step < 8 and checkpoint(tmp_path)["step"] == step
+    run(*arguments, "--resume")
+    for part in ("model", "ema", "optimizers", "step"):
+        assert same(checkpoint(whole)[part], checkpoint(tmp_path)[part]), part
+    assert log(whole) == log(tmp_path)
+
+
+def stop_at(monkeypatch, step, number=signal.SIGTERM):
+    """The signal comes in the middle of that step."""
+    plain, calls = Objective.backward, []
+
+    def backward(*args, **more):
+        calls.append(1)
+        if len(calls) == 2 * step:                              # two micro-batches a step
+            signal.raise_signal(number)
+        return plain(*args, **more)
+
+    monkeypatch.setattr(Objective, "backward", backward)
+
+
+def test_what_a_line_of_the_log_is_the_mean_of_survives_a_stop(tmp_path, here, monkeypatch):
+    flags = ("--steps", 6, "--eval-every", 6, "--log-every", 6, "--stage2", 2, "--disc-width", 8)
+    here(tmp_path / "a", *flags)
+    with monkeypatch.context() as context, pytest.raises(SystemExit) as end:
+        stop_at(context, 4)
+        here(tmp_path / "b", *flags)
+    assert end.value.code == 143 and checkpoint(tmp_path / "b")["step"] == 4
+    here(tmp_path / "b", *flags, "--resume")
+    same_run(tmp_path / "a", tmp_path / "b")
+    for key in ("clipped", "weight", "discriminator"):
+        assert log(tmp_path / "a", key) == log(tmp_path / "b", key)
+
+
+def test_checkpoints_come_by_time_too(tmp_path, here, monkeypatch):
+    steps, plain = [], torch.save
+    monkeypatch.setattr(torch, "save", lambda held, file: (steps.append(held["step"]), plain(held, file)))
+    here(tmp_path, "--steps", 4, "--eval-every", 4, "--save-minutes", 1e-9)
+    assert {1, 2, 3, 4} <= set(steps)
+    steps.clear()
+    here(tmp_path / "late", "--steps", 4, "--eval-every", 4)
+    assert steps == [4]
+
+
+def test_a_signal_before_the_first_step_ends_at_once(tmp_path, here, monkeypatch):
+    monkeypatch.setattr(train, "load_teacher", lambda *args: signal.raise_signal(signal.SIGINT))
+    with pytest.raises(SystemExit) as end:
+        here(tmp_path, "--steps", 1)
+    assert end.value.code == 130
+
+
+def test_two_processes_scan_once_and_stop_together(videos, tmp_path):
+    """SIGTERM to torchrun, as a cluster sends it before it takes the machine."""
+    script = tmp_path / "script.py"
+    script.write_text(f"import sys, os; sys.path.insert(0, {str(ROOT)!r})\nimport data, train\nplain = data.VideoClips.probe\n"
+                      f"def probe(self, name):\n    open({str(tmp_path)!r} + '/scans', 'a').write(os.environ['RANK'] + ' ' + name + chr(10))\n"
+                      f"    return plain(self, name)\ndata.VideoClips.probe = probe\ntrain.main(train.parse_args())\n")
+    arguments = command(tmp_path / "out", "--data", videos, "--steps", 5000, "--eval-every", 5000)[1:]
+    process = subprocess.Popen([sys.executable, *TWO, str(script), *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ONE_THREAD)
+    while process.poll() is None and not log_lines(tmp_path / "out"):
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    stdout, stderr = process.communicate(timeout=60)
+    assert sorted((tmp_path / "scans").read_text().splitlines()) == ["0 0.mp4", "0 1.mp4", "0 2.mp4", "0 empty.mp4"]
+    step = int(re.search(r"stopped by SIGTERM at step (\d+); --resume goes on", stdout)[1])
+    assert step > 0 and checkpoint(tmp_path / "out")["step"] == step
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# It says what it dies of, and does not die of what it can outlive.
+
+def test_a_teacher_that_is_not_finite_in_float16_runs_in_float32(tmp_path, here, capsys):
+    """The embedded one's activations go beyond 65,504."""
+    here(tmp_path, "--steps", 2, "--eval-every", 2, "--dtype", "float16")
+    assert "the tiny teacher is not finite in float16: it runs in float32" in capsys.readouterr().out
+    assert all(map(math.isfinite, [log(tmp_path, "psnr")[2], log(tmp_path, "teacher_psnr")[2], log(tmp_path, "loss")[2]]))
+    assert checkpoint(tmp_path)["args"]["dtype"] == "float16"
+
+
+def test_a_teacher_whose_psnr_is_not_finite_is_refused(tmp_path, here, monkeypatch):
+    from teachers import DCAETeacher
+    plain = DCAETeacher.decode
+    monkeypatch.setattr(DCAETeacher, "decode", lambda self, latents: plain(self, latents) * math.nan)
+    with pytest.raises(ValueError, match="tiny teacher's PSNR is nan on held-out made-up clips"):
+        here(tmp_path, "--steps", 2)
+
+
+def test_a_loader_process_that_is_killed_is_told_apart(tmp_path, here, monkeypatch):
+    with_clips(monkeypatch, lambda n, clip: os.kill(os.getpid(), signal.SIGKILL))
+    with pytest.raises(RuntimeError) as error:
+        here(tmp_path, "--steps", 2, "--workers", 1)
+    assert "memory ran out: fewer --workers" in train.one_line(error.value)
+
+
+@pytest.mark.parametrize("flags", [
+    "--log-every 0", "--eval-every 0", "--batch 0", "--micro-batch 0", "--val-clips 0", "--cache-crops 0", "--warmup -1", "--ema 2", "--ema 1",
+    "--clip 0", "--seed -1", "--seed 4294967296", "--steps 0", "--frames 0", "--size 0", "--stride 0", "--workers -1", "--lr 0", "--lr nan", "--lr inf",
+    "--muon-lr -1", "--weight-decay -1", "--lpips-frames -1", "--lpips-weight -1", "--distill-weight -1", "--kl-weight -1", "--adversarial-weight -1",
+    "--max-drop -1", "--disc-lr 0", "--disc-width 6", "--disc-width 0", "--disc-floor -1", "--smoothness -1", "--stage2-steps 0", "--stage2-lr -1",
+    "--stage2-gain -1", "--stage2-evaluations 0", "--minutes 0", "--save-minutes 0", "--profile 0", "--price -1", "--stage2 -1", "--batch 1.5",
+    "--batch two", "--resume --overwrite", "--resume --profile 2"])
+def test_numbers_and_pairs_that_mean_nothing_are_refused_before_anything_is_loaded(flags, capsys):
+    with pytest.raises(SystemExit) as end:
+        parse_args(flags.split())
+    lines = capsys.readouterr().err.splitlines()
+    assert end.value.code == 2 and len(lines) == 2 and flags.split()[0] in lines[1]
+
+
+def test_a_folder_that_cannot_be_written_to_is_found_first(tmp_path, here, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(train, "load_teacher", lambda *args: pytest.fail("loaded"))
+    with pytest.raises(OSError, match="--out .*file/run cannot be written to"):
+        here(tmp_path / "file" / "run", "--steps", 1)
+    with pytest.raises(ValueError, match="--device cuda:9 cannot be used here"):
+        here(tmp_path / "out", "--steps", 1, "--device", "cuda:9")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What costs time on a GPU, as far as a CPU can show.
+
+def test_muon_allocates_its_momentum_once(monkeypatch):
+    from train import Muon
+    weight = torch.nn.Parameter(torch.eye(4))
+    optimizer, made = Muon([weight], 0.1), []
+    plain = torch.zeros_like
+    monkeypatch.setattr(torch, "zeros_like", lambda *args, **more: (made.append(1), plain(*args, **more))[1])
+    for _ in range(3):
+        weight.grad = torch.eye(4)
+        optimizer.step()
+    assert len(made) == 1
+
+
+def test_a_step_reads_nothing_from_the_device(tmp_path, here, monkeypatch):
+    """Between two lines of the log, every floating-point number stays a tensor, in both stages."""
+    reads, steps = [], []
+    for name in ("item", "tolist", "__float__", "__bool__"):
+        plain = getattr(torch.Tensor, name)
+        monkeypatch.setattr(torch.Tensor, name, lambda self, plain=plain: (reads.append(self.is_floating_point()), plain(self))[1])
+    plain = Objective.backward
+    monkeypatch.setattr(Objective, "backward", lambda *args, **more: (steps.append(sum(reads)), plain(*args, **more))[1])
+    here(tmp_path, "--steps", 18, "--stage2", 9, "--eval-every", 50, "--log-every", 50, "--disc-width", 8)
+    between = [b - a for a, b in zip(steps[::2], steps[2::2])]
+    assert [step for step, n in enumerate(between, 1) if n] == [9, 10]      # stage 2 begins; every tenth step
+
+
+def test_a_checkpoint_is_read_on_the_cpu_and_let_go(whole, tmp_path, here, monkeypatch):
+    out, held = shutil.copytree(whole, tmp_path / "out"), []
+    plain = torch.load
+
+    def load(path, map_location, **more):
+        saved = plain(path, map_location=map_location, **more)
+        held.extend((map_location, weakref.ref(next(iter(saved["ema"].values())))))
+        return saved
+
+    monkeypatch.setattr(torch, "load", load)
+    backward = Objective.backward
+    monkeypatch.setattr(Objective, "backward", lambda *args, **more: (held.append(held[1]() is None), backward(*args, **more))[1])
+    here(out, "--steps", 9, "--eval-every", 9, "--resume")
+    assert held[0] == "cpu" and held[2] is True
+
+
+def test_the_adaptive_weight_does_not_depend_on_the_loss_scale(tmp_path, here, monkeypatch):
+    flags = ("--steps", 3, "--stage2", 1, "--eval-every", 3, "--disc-width", 8)
+    here(tmp_path / "a", *flags)
+    scaler = torch.amp.GradScaler
+    monkeypatch.setattr(torch.amp, "GradScaler", lambda device, enabled: scaler(device, init_scale=2.0 ** -12))
+    here(tmp_path / "b", *flags)
+    a, b = log(tmp_path / "a", "weight")[3], log(tmp_path / "b", "weight")[3]
+    assert a > 0 and abs(a / b - 1) < 1e-4
