@@ -549,8 +549,9 @@ class Tally:
     `add` leaves them on the device, `settle` reads all in one go, since reading waits for the device."""
     IN_A_ROW, OF_100 = 5, 20                        # so many steps that are not finite end a run
 
-    def __init__(self, chief):
-        self.chief, self.describe, self.pending, self.failure = chief, str, [], None
+    def __init__(self, processes):
+        self.chief, self.alone = processes.chief, processes.world == 1
+        self.describe, self.pending, self.failure = str, [], None
         self.in_a_row, self.recent, self.told = 0, deque(maxlen=100), 0
         self.reset()
 
@@ -586,7 +587,8 @@ class Tally:
             norms, (skip, scale) = dict(zip(norms, values[len(names) * len(rows):])), values[-2:]
             wrong = [(name, value, n) for row, n in zip(rows, numbers) for name, value in zip(names, row) if not math.isfinite(value)]
             if skip and not wrong and scale <= 1:   # above 1 float16 just looks for its scale
-                wrong = [(name, value, sum(numbers, [])) for name, value in norms.items() if not math.isfinite(value)][:1]
+                where = "" if self.alone else " of this process or another"
+                wrong = [(name + where, value, sum(numbers, [])) for name, value in norms.items() if not math.isfinite(value)][:1]
             self.state["skipped"] += int(skip) * self.chief             # it is the same step on all processes
             if wrong:
                 self.not_finite(step, wrong)
@@ -806,7 +808,7 @@ def main(args):
 
     # resume --------------------------------------------------------------------------------------------------
     step, start2, elapsed, log = 0, None, 0.0, []             # start2: the step at which stage 2 began
-    tally = Tally(chief)
+    tally = Tally(processes)
     if resumes:
         step, start2, elapsed = saved["step"], saved["start2"], saved["elapsed"]
         both.load_state_dict(saved["model"])
@@ -1028,7 +1030,8 @@ def main(args):
             line = {"step": step} | {name: round(value / state["steps"], 7) for name, value in state["sums"].items() if state["steps"]}
             if start2 is not None:
                 line["weight"] = round(float(weight), 7)      # of L_adv
-            line |= {"lr": optimizers[0].param_groups[0]["lr"], "grad_norm": round(norms["the gradient"].item(), 4),
+            grad_norm = norms["the gradient"].item()
+            line |= {"lr": optimizers[0].param_groups[0]["lr"], "grad_norm": round(grad_norm, 4) if math.isfinite(grad_norm) else None,
                      "clipped": state["clipped"] / max(state["steps"], 1), "samples_per_s": round(args.batch * timed / max(elapsed - logged_elapsed, 1e-9), 3),
                      "minutes": round(elapsed / 60, 3)}
             if state["skipped"]:
