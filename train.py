@@ -32,8 +32,9 @@ import os
 import signal
 import sys
 import time
-from collections import deque
+from collections import deque, namedtuple
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
 from datetime import timedelta
 from itertools import count
 from pathlib import Path
@@ -73,7 +74,7 @@ RECIPES = {
 }
 
 
-def stage2(value):
+def stage2_argument(value):
     if value in ("auto", "off"):
         return value
     if not value.isdecimal():
@@ -95,7 +96,7 @@ def parse_args(argv=None):
     p.add_argument("--size", type=number(int, 1), help="height and width of a clip in pixels *")
     p.add_argument("--stride", type=number(int, 1), default=1, help="keep every so many frames of a video (default: 1)")
     p.add_argument("--steps", type=number(int, 1), help="optimiser steps, both stages together, at most *")
-    p.add_argument("--stage2", type=stage2, metavar="auto|STEP|off", help="when the adversarial term joins: once validation PSNR has gained "
+    p.add_argument("--stage2", type=stage2_argument, metavar="auto|STEP|off", help="when the adversarial term joins: once validation PSNR has gained "
                    "less than --stage2-gain over --stage2-evaluations, or --stage2-steps are left; at that step; never *")
     p.add_argument("--stage2-steps", type=number(int, 1), help="optimiser steps of stage 2 where it begins by itself *")
     p.add_argument("--stage2-lr", type=number(float, 0), help="the student's learning rates in stage 2, as a part of stage 1's *")
@@ -175,6 +176,9 @@ def autocast_dtype(name, device):
     fast = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
     return torch.bfloat16 if device.type == "cpu" and fast else torch.float32
 
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Clips.
 
 def hold_out(clips, n):
     """{index: clip} of n of the files, spread evenly; the next file where one cannot be decoded."""
@@ -263,6 +267,9 @@ def end_workers():
         child.kill()
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# Optimisers.
+
 class Muon(torch.optim.Optimizer):
     """Muon (Jordan et al. 2024): steps along the momentum with all its singular values made about 1, so that weak
     directions, colour say, are learned as fast as strong ones, brightness. A convolution's weight counts as the matrix
@@ -306,6 +313,18 @@ def make_optimizers(module, lr, muon_lr, weight_decay):
         + ([Muon(mixing, muon_lr, weight_decay=weight_decay)] if mixing else [])
 
 
+def take_step(optimizers, scaler, skip, rests=None):
+    """One step of all optimisers together, or of none where `skip` is 1; the last one, the discriminator's, stays where
+    `rests` is 1. Both are tensors that stay on the device, as torch.optim's fused optimisers and Muon read them."""
+    for optimizer in optimizers:
+        optimizer.found_inf = skip if rests is None or optimizer is not optimizers[-1] else torch.maximum(skip, rests)
+        optimizer.step()
+    scaler.update()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Randomness, and what the teacher makes of clips.
+
 def clip_rng(seed, purpose, n):
     """A generator of its own for each clip, so that its random numbers do not depend on which others share its batch."""
     return np.random.default_rng((seed, purpose, n))
@@ -316,6 +335,146 @@ def clip_noise(seed, purpose, numbers, like):
     generators = [torch.Generator(like.device).manual_seed(int(clip_rng(seed, purpose, n).integers(2 ** 62))) for n in numbers]
     return torch.stack([torch.randn(like.shape[1:], generator=g, device=like.device) for g in generators]).to(like.dtype)
 
+
+def teach(teacher, video, numbers, blocks, seed):
+    """(latents, {block: features}, KL divergence of each clip) of the clips with these numbers: what the student learns from."""
+    mean, logvar = teacher.posterior(video)
+    latents = mean if logvar is None else mean + (0.5 * logvar).exp() * clip_noise(seed, 4, numbers, mean)
+    kl = torch.stack([kl_loss(mean[i:i + 1], None if logvar is None else logvar[i:i + 1]) for i in range(len(mean))])
+    return latents, teacher.features(latents, blocks), kl
+
+
+@torch.no_grad()
+def fill_cache(args, teacher, clips, about, device, autocast, processes, say):
+    """A CachedClips of --cache-crops crops of each clip, of which this process makes its share of what is missing."""
+    videos = 512 if args.data == "synthetic" else len(clips)
+    settings = {"teacher": args.teacher, "weights": about["teacher_weights"], "files": about["files"], "seed": args.seed, "precision": args.dtype} \
+        | {key: getattr(args, key) for key in ("frames", "size", "stride", "cache_crops")}
+    make_cache = lambda: CachedClips(args.cache, videos * args.cache_crops, settings, getattr(torch, args.cache_dtype), args.align, args.seed)
+    cache = processes.from_chief(make_cache)
+
+    def make(numbers, video):
+        with autocast():
+            latents, features, kl = teach(teacher, video.to(device), numbers, cache.made["blocks"], args.seed)
+        return [{"latents": latents[i], "kl": kl[i]} | {f"features.{name}": f[i] for name, f in features.items()} for i in range(len(video))]
+
+    cache.fill(clips, make, args.micro_batch, processes.rank, processes.world, processes.wait, args.workers, say)
+    return cache
+
+
+@torch.no_grad()
+def lesson(batch, teacher, args, autocast):
+    """(latents, {block: features}, KL divergence of each clip) of a batch, as the cache has them where there is no teacher."""
+    if teacher is None:
+        return batch["latents"].float(), {name: batch[f"features.{name}"] for name in args.align}, batch["kl"].float()
+    with autocast():
+        return teach(teacher, batch["video"], batch["n"], args.align, args.seed)
+
+
+@torch.no_grad()
+def finite_in_autocast(teacher, clip, blocks, autocast):
+    """Whether all that training asks of the teacher is finite in half precision, whose largest number is 65,504."""
+    with autocast():
+        mean, logvar = teacher.posterior(clip)
+        tensors = [mean, teacher.decode(mean), *teacher.features(mean, blocks).values()] + [logvar] * (logvar is not None)
+    return all(tensor.isfinite().all().item() for tensor in tensors)
+
+
+def prepare(module, device, compiles):
+    """Lays a network's convolutions out as is fast on GPUs, and compiles it, or what is used of a teacher."""
+    if module is None:
+        return
+    if device.type == "cuda":
+        for p in module.parameters():
+            if p.ndim in (4, 5):
+                p.data = p.data.contiguous(memory_format=torch.channels_last_3d if p.ndim == 5 else torch.channels_last)
+    if compiles and hasattr(module, "vae"):
+        module.vae.encoder.compile(dynamic=False)
+        for block in module.vae.decoder.children():           # one by one: features need the first of them only
+            for part in block if isinstance(block, torch.nn.ModuleList) else [block]:
+                part.compile(dynamic=False)
+    elif compiles:
+        module.compile()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Processes and signals.
+
+class Processes:
+    """The processes of a run, in one place. They wait for each other over gloo on the CPU, with no limit to speak of:
+    NCCL's watchdog ends who waits for ten minutes, be it for a validation or a cache. The chief is the first."""
+
+    def __init__(self, device):
+        self.world, self.rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
+        self.chief = self.rank == 0
+        if self.world > 1:
+            dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+            self.group = dist.new_group(backend="gloo", timeout=timedelta(days=7))
+
+    def wait(self):
+        if self.world > 1:
+            dist.barrier(self.group)
+
+    def end(self):
+        if self.world > 1:
+            dist.barrier(self.group)
+            dist.destroy_process_group()
+
+    def total(self, values, largest=False):
+        """The sum, or the largest, of each of a list of floats over all processes."""
+        if self.world == 1:
+            return values
+        values = torch.tensor(values, dtype=torch.float64)
+        dist.all_reduce(values, dist.ReduceOp.MAX if largest else dist.ReduceOp.SUM, self.group)
+        return values.tolist()
+
+    def from_chief(self, make):
+        """What make() returns on the chief, on all processes; its error ends them all, and is said once."""
+        if self.world == 1:
+            return make()
+        held, error = [None, None], None
+        if self.chief:
+            try:
+                held = [make(), None]
+            except (ValueError, OSError, RuntimeError) as e:
+                held, error = [None, str(e)], e
+        dist.broadcast_object_list(held, 0, self.group)
+        if error:
+            raise error
+        if held[1] is not None:
+            sys.exit(1)
+        return held[0]
+
+
+class Signals:
+    """SIGINT (Ctrl-C) and SIGTERM: while `holding`, they are kept in `received` until the step is done; else they end the
+    process at once."""
+
+    def __init__(self):
+        self.received, self.holding = 0, False
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self.handle)
+
+    def handle(self, number, frame):
+        self.received = self.received or number
+        if not self.holding:
+            sys.exit(128 + number)
+
+
+def find_device(name):
+    """The torch.device, this process's own where there are several GPUs. Raises ValueError where there is none such."""
+    try:
+        device = torch.device(name, int(os.environ.get("LOCAL_RANK", 0))) if name == "cuda" else torch.device(name)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device {name} cannot be used here: {str(error).splitlines()[0]}") from None
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    return device
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is measured, and the rules that go by it.
 
 def psnr(video, target):
     """dB over a clip, [-1, 1] mapped to [0, 1] and clamped."""
@@ -360,29 +519,102 @@ def best_step(log, start, max_drop):
     return min(stage2, key=distance)["step"] if stage2 else max(stage1 or lines, key=lambda line: line["psnr"])["step"]
 
 
+class Tally:
+    """The steps' values between two lines of the log, and which steps were skipped since something was not finite.
+
+    `add` leaves them on the device, `settle` reads all in one go, since reading waits for the device."""
+    IN_A_ROW, OF_100 = 5, 20                        # so many steps that are not finite end a run
+
+    def __init__(self, processes):
+        self.chief, self.alone = processes.chief, processes.world == 1
+        self.describe, self.pending, self.failure = str, [], None
+        self.in_a_row, self.recent, self.told = 0, deque(maxlen=100), 0
+        self.reset()
+
+    def reset(self):
+        self.state = {"steps": 0, "clipped": 0, "skipped": 0, "sums": {}}
+
+    def restore(self, state):
+        """The sums over all processes are the chief's from then on."""
+        self.state = state if self.chief else {"steps": 0, "clipped": 0, "skipped": 0, "sums": dict.fromkeys(state["sums"], 0.0)}
+
+    def gather(self, processes):
+        """The state summed over all processes."""
+        counts, names = ("steps", "clipped", "skipped"), list(self.state["sums"])
+        values = processes.total([self.state[name] for name in counts] + list(self.state["sums"].values()))
+        state = dict(zip(counts, values)) | {"sums": dict(zip(names, values[len(counts):]))}
+        self.restore(state)
+        return state
+
+    def add(self, step, micros, norms, skip, scale):
+        """micros: (numbers, {term: value}) of each micro-batch; norms: {name: gradient's norm}; skip: whether the step is
+        skipped; scale: float16's loss scale, else 1."""
+        for name in micros[0][1]:
+            self.state["sums"].setdefault(name, 0.0)
+        values = [value for _, terms in micros for value in terms.values()] + [*norms.values(), skip, scale]
+        self.pending.append((step, [numbers for numbers, _ in micros], list(micros[0][1]), list(norms), torch.stack([v.float() for v in values])))
+
+    def settle(self, clip):
+        """clip: the largest norm that is not clipped."""
+        flat = torch.cat([p[-1] for p in self.pending]).tolist() if self.pending else []
+        for step, numbers, names, norms, values in self.pending:
+            values, flat = flat[:len(values)], flat[len(values):]
+            rows = [values[i * len(names):][:len(names)] for i in range(len(numbers))]
+            norms, (skip, scale) = dict(zip(norms, values[len(names) * len(rows):])), values[-2:]
+            wrong = [(name, value, n) for row, n in zip(rows, numbers) for name, value in zip(names, row) if not math.isfinite(value)]
+            if skip and not wrong and scale <= 1:   # above 1 float16 just looks for its scale
+                where = "" if self.alone else " of this process or another"
+                wrong = [(name + where, value, sum(numbers, [])) for name, value in norms.items() if not math.isfinite(value)][:1]
+            self.state["skipped"] += int(skip) * self.chief             # it is the same step on all processes
+            if wrong:
+                self.not_finite(step, wrong)
+            self.in_a_row = self.in_a_row + 1 if wrong else 0
+            self.recent.append(bool(wrong))
+            if self.in_a_row >= self.IN_A_ROW or sum(self.recent) >= self.OF_100:
+                self.failure = f"{self.last}; so were {sum(self.recent)} of the last {len(self.recent)} steps"
+            if not wrong and not skip:
+                for name, column in zip(names, zip(*rows)):
+                    self.state["sums"][name] += sum(column) / len(rows)
+                self.state["steps"] += 1
+                self.state["clipped"] += next(iter(norms.values())) > clip
+        self.pending = []
+
+    def not_finite(self, step, wrong):
+        clips = dict.fromkeys(self.describe(n) for _, _, numbers in wrong for n in numbers)
+        self.last = f"{wrong[0][0]} is {wrong[0][1]} at step {step}, clips {', '.join(clips)}"
+        self.told += 1
+        if self.told <= 10:
+            print(f"passed over: {self.last}" + "; more of these are not told" * (self.told == 10), file=sys.stderr)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Time and pictures.
+
 class Timer:
     """Seconds by part of the step, waiting for the device at each part's ends: `with timer("student"): ...`; and of whole
-    steps, between start() and stop()."""
+    steps: `with timer.step(): ...`. One that is not `on` does nothing."""
 
-    def __init__(self, device):
-        self.device, self.seconds, self.total, self.steps = device, {}, 0.0, 0
+    def __init__(self, device, on=True):
+        self.device, self.on, self.parts, self.total, self.steps = device, on, {}, 0.0, 0
 
     def now(self):
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         return time.perf_counter()
 
-    def start(self):
-        self.began = self.now()
-
-    def stop(self):
-        self.total, self.steps = self.total + self.now() - self.began, self.steps + 1
-
     @contextmanager
     def __call__(self, part):
-        start = self.now()
+        start = self.on and self.now()
         yield
-        self.seconds[part] = self.seconds.get(part, 0.0) + self.now() - start
+        if self.on:
+            self.parts[part] = self.parts.get(part, 0.0) + self.now() - start
+
+    @contextmanager
+    def step(self):
+        start = self.on and self.now()
+        yield
+        if self.on:
+            self.total, self.steps = self.total + self.now() - start, self.steps + 1
 
 
 def report(timers, recipe, args, device, world, path):
@@ -395,7 +627,7 @@ def report(timers, recipe, args, device, world, path):
     figure, axes = plt.subplots(len(timers), 1, figsize=(7, 3.2 * len(timers)), squeeze=False, layout="constrained")
     hours = 0.0
     for axis, (stage, timer) in zip(axes[:, 0], timers.items()):
-        parts = timer.seconds | {"the rest": timer.total - sum(timer.seconds.values())}
+        parts = timer.parts | {"the rest": timer.total - sum(timer.parts.values())}
         print(f"stage {stage}, {timer.steps} steps")
         for part, seconds in parts.items():
             print(f"  {part:16} {1000 * seconds / timer.steps:9.1f} ms a step  {100 * seconds / timer.total:5.1f} %")
@@ -456,190 +688,109 @@ def plot_curves(path, log, teacher_psnr, start2):
     plt.close(figure)
 
 
-def teach(teacher, video, numbers, blocks, seed):
-    """(latents, {block: features}, KL divergence of each clip) of the clips with these numbers: what the student learns from."""
-    mean, logvar = teacher.posterior(video)
-    latents = mean if logvar is None else mean + (0.5 * logvar).exp() * clip_noise(seed, 4, numbers, mean)
-    kl = torch.stack([kl_loss(mean[i:i + 1], None if logvar is None else logvar[i:i + 1]) for i in range(len(mean))])
-    return latents, teacher.features(latents, blocks), kl
+# ---------------------------------------------------------------------------------------------------------------------
+# A run.
 
+@dataclass
+class Run:
+    """What a checkpoint holds: all that is trained, and how far it has come."""
+    args: argparse.Namespace
+    device: torch.device
+    compiles: bool
+    both: StudentWithHeads                      # the student and its projection heads
+    ema: TurboVAED                              # the student's moving average, which is what is validated and kept
+    objective: Objective
+    optimizers: list                            # AdamW, Muon where it is used, and in stage 2 the discriminator's
+    rates: list                                 # their learning rates at full height
+    scaler: torch.amp.GradScaler
+    tally: Tally
+    step: int = 0                               # optimiser steps taken
+    stage2_start: int | None = None             # the step at which stage 2 began
+    seconds: float = 0.0                        # of training
+    log: list = field(default_factory=list)     # the lines of log.jsonl
+    damping: float = 1.0                        # what the adversarial weight is multiplied by
 
-@torch.no_grad()
-def fill_cache(args, teacher, clips, about, device, autocast, processes, say):
-    """A CachedClips of --cache-crops crops of each clip, of which this process makes its share of what is missing."""
-    videos = 512 if args.data == "synthetic" else len(clips)
-    settings = {"teacher": args.teacher, "weights": about["teacher_weights"], "files": about["files"], "seed": args.seed, "precision": args.dtype} \
-        | {key: getattr(args, key) for key in ("frames", "size", "stride", "cache_crops")}
-    make_cache = lambda: CachedClips(args.cache, videos * args.cache_crops, settings, getattr(torch, args.cache_dtype), args.align, args.seed)
-    cache = processes.from_chief(make_cache)
+    @property
+    def stage(self):
+        return 1 if self.stage2_start is None else 2
 
-    def make(numbers, video):
-        with autocast():
-            latents, features, kl = teach(teacher, video.to(device), numbers, cache.made["blocks"], args.seed)
-        return [{"latents": latents[i], "kl": kl[i]} | {f"features.{name}": f[i] for name, f in features.items()} for i in range(len(video))]
+    def validated(self):
+        """Whether the log has a validation of this step."""
+        return any(line["step"] == self.step and "psnr" in line for line in self.log)
 
-    cache.fill(clips, make, args.micro_batch, processes.rank, processes.world, processes.wait, args.workers, say)
-    return cache
+    def begin_stage2(self):
+        args = self.args
+        torch.manual_seed(args.seed + 1)
+        discriminator = PatchDiscriminator(args.disc_width).to(self.device)
+        prepare(discriminator, self.device, self.compiles)
+        self.objective.discriminator, self.objective.adaptive_weight = discriminator, torch.zeros((), device=self.device)
+        self.optimizers.append(torch.optim.AdamW(discriminator.parameters(), args.disc_lr, betas=(0.5, 0.9),
+                                                 weight_decay=args.weight_decay, fused=True))
+        self.rates = [args.stage2_lr * rate for rate in self.rates] + [args.disc_lr]
 
-
-class Processes:
-    """The processes of a run, in one place. They wait for each other over gloo on the CPU, with no limit to speak of:
-    NCCL's watchdog ends who waits for ten minutes, be it for a validation or a cache. The chief is the first."""
-
-    def __init__(self, device):
-        self.world, self.rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
-        self.chief = self.rank == 0
-        if self.world > 1:
-            dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-            self.group = dist.new_group(backend="gloo", timeout=timedelta(days=7))
-
-    def wait(self):
-        if self.world > 1:
-            dist.barrier(self.group)
-
-    def end(self):
-        if self.world > 1:
-            dist.barrier(self.group)
-            dist.destroy_process_group()
-
-    def agree(self, values, how=None):
-        """The sum, or what else `how` says, of a list of floats over all processes."""
-        if self.world == 1:
-            return values
-        values = torch.tensor(values, dtype=torch.float64)
-        dist.all_reduce(values, how or dist.ReduceOp.SUM, self.group)
-        return values.tolist()
-
-    def from_chief(self, make):
-        """What make() returns on the chief, on all processes; its error ends them all, and is said once."""
-        if self.world == 1:
-            return make()
-        held, error = [None, None], None
-        if self.chief:
-            try:
-                held = [make(), None]
-            except (ValueError, OSError, RuntimeError) as e:
-                held, error = [None, str(e)], e
-        dist.broadcast_object_list(held, 0, self.group)
-        if error:
-            raise error
-        if held[1] is not None:
-            sys.exit(1)
-        return held[0]
-
-
-class Signals:
-    """SIGINT (Ctrl-C) and SIGTERM: while `holding`, they are kept in `received` until the step is done; else they end the
-    process at once."""
-
-    def __init__(self):
-        self.received, self.holding = 0, False
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self.handle)
-
-    def handle(self, number, frame):
-        self.received = self.received or number
-        if not self.holding:
-            sys.exit(128 + number)
-
-
-class Tally:
-    """The steps' values between two lines of the log, and which steps were skipped since something was not finite.
-
-    `add` leaves them on the device, `settle` reads all in one go, since reading waits for the device."""
-    IN_A_ROW, OF_100 = 5, 20                        # so many steps that are not finite end a run
-
-    def __init__(self, processes):
-        self.chief, self.alone = processes.chief, processes.world == 1
-        self.describe, self.pending, self.failure = str, [], None
-        self.in_a_row, self.recent, self.told = 0, deque(maxlen=100), 0
-        self.reset()
-
-    def reset(self):
-        self.state = {"steps": 0, "clipped": 0, "skipped": 0, "sums": {}}
-
-    def restore(self, state):
-        """The sums over all processes are the chief's from then on."""
-        self.state = state if self.chief else {"steps": 0, "clipped": 0, "skipped": 0, "sums": dict.fromkeys(state["sums"], 0.0)}
-
-    def gather(self, processes):
-        """The state summed over all processes."""
-        counts, names = ("steps", "clipped", "skipped"), list(self.state["sums"])
-        values = processes.agree([self.state[name] for name in counts] + list(self.state["sums"].values()))
-        state = dict(zip(counts, values)) | {"sums": dict(zip(names, values[len(counts):]))}
-        self.restore(state)
+    def state(self):
+        state = {"model": self.both.state_dict(), "ema": self.ema.state_dict(), "scaler": self.scaler.state_dict(),
+                 "optimizers": [optimizer.state_dict() for optimizer in self.optimizers], "tally": self.tally.state,
+                 "step": self.step, "stage2_start": self.stage2_start, "seconds": self.seconds, "args": vars(self.args)}
+        if self.stage == 2:
+            state |= {"discriminator": self.objective.discriminator.state_dict(),
+                      "adaptive_weight": self.objective.adaptive_weight.item()}
         return state
 
-    def add(self, step, micros, norms, skip, scale):
-        """micros: (numbers, {term: value}) of each micro-batch; norms: {name: gradient's norm}; skip: whether the step is
-        skipped; scale: float16's loss scale, else 1."""
-        for name in micros[0][1]:
-            self.state["sums"].setdefault(name, 0.0)
-        values = [value for _, terms in micros for value in terms.values()] + [*norms.values(), skip, scale]
-        self.pending.append((step, [numbers for numbers, _ in micros], list(micros[0][1]), list(norms), torch.stack([v.float() for v in values])))
+    def load(self, state, log_file):
+        self.step, self.seconds = state["step"], state["seconds"]
+        self.both.load_state_dict(state["model"])
+        self.ema.load_state_dict(state["ema"])
+        if state["stage2_start"] is not None:
+            self.begin_stage2()
+            self.stage2_start = state["stage2_start"]
+            self.objective.discriminator.load_state_dict(state["discriminator"])
+            self.objective.adaptive_weight.fill_(state["adaptive_weight"])
+        for optimizer, held in zip(self.optimizers, state["optimizers"]):
+            optimizer.load_state_dict(held)
+        self.scaler.load_state_dict(state["scaler"])
+        self.tally.restore(state["tally"])
+        lines = log_file.read_text().split("\n")[:-1] if log_file.exists() else []      # the last one may be half a line
+        self.log = [line for line in map(json.loads, lines) if line["step"] <= self.step]
+        self.damping = damping(self.log, self.stage2_start, self.args.max_drop)
 
-    def settle(self, clip):
-        """clip: the largest norm that is not clipped."""
-        flat = torch.cat([p[-1] for p in self.pending]).tolist() if self.pending else []
-        for step, numbers, names, norms, values in self.pending:
-            values, flat = flat[:len(values)], flat[len(values):]
-            rows = [values[i * len(names):][:len(names)] for i in range(len(numbers))]
-            norms, (skip, scale) = dict(zip(norms, values[len(names) * len(rows):])), values[-2:]
-            wrong = [(name, value, n) for row, n in zip(rows, numbers) for name, value in zip(names, row) if not math.isfinite(value)]
-            if skip and not wrong and scale <= 1:   # above 1 float16 just looks for its scale
-                where = "" if self.alone else " of this process or another"
-                wrong = [(name + where, value, sum(numbers, [])) for name, value in norms.items() if not math.isfinite(value)][:1]
-            self.state["skipped"] += int(skip) * self.chief             # it is the same step on all processes
-            if wrong:
-                self.not_finite(step, wrong)
-            self.in_a_row = self.in_a_row + 1 if wrong else 0
-            self.recent.append(bool(wrong))
-            if self.in_a_row >= self.IN_A_ROW or sum(self.recent) >= self.OF_100:
-                self.failure = f"{self.last}; so were {sum(self.recent)} of the last {len(self.recent)} steps"
-            if not wrong and not skip:
-                for name, column in zip(names, zip(*rows)):
-                    self.state["sums"][name] += sum(column) / len(rows)
-                self.state["steps"] += 1
-                self.state["clipped"] += next(iter(norms.values())) > clip
-        self.pending = []
-
-    def not_finite(self, step, wrong):
-        clips = dict.fromkeys(self.describe(n) for _, _, numbers in wrong for n in numbers)
-        self.last = f"{wrong[0][0]} is {wrong[0][1]} at step {step}, clips {', '.join(clips)}"
-        self.told += 1
-        if self.told <= 10:
-            print(f"passed over: {self.last}" + "; more of these are not told" * (self.told == 10), file=sys.stderr)
+    def write_line(self, line):
+        self.log.append(line)
+        with open(Path(self.args.out) / "log.jsonl", "a") as file:
+            file.write(json.dumps(line) + "\n")
 
 
-# What --resume may change. The first three are compared by what they hold.
-MAY_CHANGE = {"data", "val_data", "teacher_weights", "steps", "minutes", "stage2", "stage2_steps", "stage2_gain", "stage2_evaluations", "micro_batch",
-              "equation4", "checkpointing", "profile", "price", "workers", "device", "compile", "save_minutes", "eval_every", "log_every", "out",
-              "resume", "overwrite"}
-
-
-def check_resume(saved, args, about, out):
-    """Raises ValueError where a run would not go on as what it began as."""
-    then = saved["args"]
-    for name, value in vars(args).items():
-        if name not in MAY_CHANGE and then.get(name) != value:
-            raise ValueError(f"{out} was run with --{name.replace('_', '-')} {then.get(name)}, not {value}")
-    for key, what in (("held_out", f"validated on {', '.join(saved['about']['held_out'][:-1]) or 'made-up clips'}, and now these files"),
-                      ("files", f"trained on files of {then['data']} that"), ("teacher_weights", "taught by weights that")):
-        if saved["about"][key] != about[key]:
-            raise ValueError(f"{out} was {what} are others: bring back what was there, or start anew with --overwrite")
-    if saved["start2"] is not None and args.stage2 != then["stage2"]:
-        raise ValueError(f"stage 2 of {out} began at step {saved['start2']}: --stage2 {args.stage2} comes too late")
+def make_run(args, device, compiles, teacher, processes):
+    """A Run before its first step."""
+    torch.manual_seed(args.seed)
+    student = TurboVAED(CONFIGS[args.config]).to(device)
+    student.checkpointing = args.checkpointing
+    ema = copy.deepcopy(student).requires_grad_(False).eval()
+    with torch.no_grad():
+        latents = teacher.encode(torch.zeros(1, 3, args.frames, args.size, args.size, device=device), sample=False)
+        shapes = {name: f.shape for name, f in teacher.features(latents, args.align).items()}
+    heads = make_heads({name: student.config.feature_shape(name, latents.shape) for name in shapes}, shapes, args.head)
+    both = StudentWithHeads(student, heads, args.normalize).to(device)
+    lpips = LPIPS().to(device) if args.lpips_weight else None
+    prepare(ema, device, False)
+    prepare(student, device, compiles)
+    prepare(lpips, device, compiles)
+    return Run(args, device, compiles, both, ema,
+               Objective(lpips, args.lpips_weight, args.distill_weight, args.kl_weight, smoothness=args.smoothness),
+               make_optimizers(both, args.lr, args.muon_lr, args.weight_decay), [args.lr] + [args.muon_lr] * (args.muon_lr > 0),
+               torch.amp.GradScaler(device.type, enabled=args.dtype == "float16"), Tally(processes))
 
 
 RUN_FILES = ("checkpoint.pt", "student.safetensors", "best.safetensors", "curves.png", "samples.png")
 
 
-def open_run(out, args):
-    """Whether the run in the folder `out` goes on; makes the folder. Raises where the folder holds or lacks a run that it
+def open_folder(out, args):
+    """Makes the folder `out`. Returns whether the run in it goes on; raises where the folder holds or lacks a run that it
     should not, or cannot be written to."""
     there = [(out / name).exists() for name in RUN_FILES[:2]]
     if any(there) and not (args.resume or args.overwrite or args.profile):
-        raise ValueError(f"{out} holds a run already: --resume goes on with it, --overwrite starts anew, --out names another folder")
+        raise ValueError(f"{out} holds a run already: --resume goes on with it, --overwrite starts anew, "
+                         f"--out names another folder")
     if args.resume and not (out / "args.json").exists():
         raise FileNotFoundError(f"nothing to resume: no run in {out}")
     if not args.profile:
@@ -652,423 +803,400 @@ def open_run(out, args):
     return args.resume and there[0]
 
 
+# What --resume may change. Videos and weights are compared by what they hold.
+MAY_CHANGE = {"data", "val_data", "teacher_weights", "steps", "minutes", "stage2", "stage2_steps", "stage2_gain",
+              "stage2_evaluations", "micro_batch", "equation4", "checkpointing", "profile", "price", "workers", "device",
+              "compile", "save_minutes", "eval_every", "log_every", "out", "resume", "overwrite"}
+
+
+def check_resume(saved, args, about):
+    """Raises ValueError where a run would not go on as what it began as."""
+    then, out = saved["args"], args.out
+    for name, value in vars(args).items():
+        if name not in MAY_CHANGE and then.get(name) != value:
+            raise ValueError(f"{out} was run with --{name.replace('_', '-')} {then.get(name)}, not {value}")
+    held_out = ", ".join(saved["about"]["held_out"][:-1]) or "made-up clips"
+    for key, what in (("held_out", f"validated on {held_out}, and now these files"),
+                      ("files", f"trained on files of {then['data']} that"),
+                      ("teacher_weights", "taught by weights that")):
+        if saved["about"][key] != about[key]:
+            raise ValueError(f"{out} was {what} are others: bring back what was there, or start anew with --overwrite")
+    if saved["stage2_start"] is not None and args.stage2 != then["stage2"]:
+        raise ValueError(f"stage 2 of {out} began at step {saved['stage2_start']}: --stage2 {args.stage2} comes too late")
+
+
 def last_checkpoint(out):
-    return f"; the last good checkpoint is {out}/checkpoint.pt" if (out / "checkpoint.pt").exists() else ""
+    return f"; the last good checkpoint is {out}/checkpoint.pt" if (Path(out) / "checkpoint.pt").exists() else ""
 
 
-def find_device(name):
-    """The torch.device, this process's own where there are several GPUs. Raises ValueError where there is none such."""
-    try:
-        device = torch.device(name, int(os.environ.get("LOCAL_RANK", 0))) if name == "cuda" else torch.device(name)
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device {name} cannot be used here: {str(error).splitlines()[0]}") from None
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    return device
+# ---------------------------------------------------------------------------------------------------------------------
+# The schedule: stages and learning rates.
+
+class Schedule:
+    """Which steps are whose. Stage 1 ends at step `stage2_at` at the latest, the run at step `last`."""
+    WARM = 3                                    # steps that --profile does not time
+
+    def __init__(self, args):
+        left = args.steps - args.stage2_steps   # for stage 1; a run too short has stage 2 only if it converges
+        never = args.steps
+        self.stage2_at = args.stage2 if isinstance(args.stage2, int) else left if args.stage2 == "auto" and left > 0 else never
+        self.last, self.stage2_steps = args.steps, args.stage2_steps if args.stage2 == "auto" else args.steps
+        self.recipe = {1: self.stage2_at, 2: self.last - self.stage2_at}
+        self.converges = args.stage2 == "auto" and not args.profile
+        if args.profile:
+            self.stage2_at = self.stage2_steps = args.profile + self.WARM
+            self.last = self.stage2_at * (2 if self.recipe[2] else 1)
+
+    def bounds(self, stage2_start):
+        """The first step of the stage that a run is in, and the step that ends it."""
+        return (0, self.stage2_at) if stage2_start is None else (stage2_start, self.end(stage2_start))
+
+    def end(self, stage2_start):
+        """The step at which the run ends."""
+        return self.last if stage2_start is None else min(self.last, stage2_start + self.stage2_steps)
+
+    def check_left(self, run, saved):
+        """Whether there are steps left to resume for. Raises ValueError where a run is asked for more and has none."""
+        args, end = run.args, self.end(run.stage2_start)
+        if run.step < end:
+            return True
+        if all(saved["args"][name] == getattr(args, name) for name in ("steps", "stage2", "stage2_steps")):
+            return False
+        more = "--steps" if end == args.steps else f"--stage2-steps than {args.stage2_steps}"
+        raise ValueError(f"{args.out} is at step {run.step} and ends at {end}: no step would be taken; ask for more {more}")
 
 
-@torch.no_grad()
-def finite_in_autocast(teacher, clip, blocks, autocast):
-    """Whether all that training asks of the teacher is finite in half precision, whose largest number is 65,504."""
-    with autocast():
-        mean, logvar = teacher.posterior(clip)
-        tensors = [mean, teacher.decode(mean), *teacher.features(mean, blocks).values()] + [logvar] * (logvar is not None)
-    return all(tensor.isfinite().all().item() for tensor in tensors)
+def rate_factors(args, step, start, end, time_used):
+    """(warm-up, decay) that the learning rates are multiplied by in a stage of steps `start` to `end`. The cosine ends
+    with the steps or with --minutes, whichever come first."""
+    warmup = min((step - start + 1) / args.warmup, 1) if args.warmup else 1.0
+    progress = max((step - start) / (end - start), time_used)
+    return warmup, 0.5 * (1 + math.cos(math.pi * progress)) if args.schedule == "cosine" else 1.0
 
 
-def take_step(optimizers, scaler, skip, rests=None):
-    """One step of all optimisers together, or of none where `skip` is 1; the last one, the discriminator's, stays where
-    `rests` is 1. Both are tensors that stay on the device, as torch.optim's fused optimisers and Muon read them."""
-    for optimizer in optimizers:
-        optimizer.found_inf = skip if rests is None or optimizer is not optimizers[-1] else torch.maximum(skip, rests)
-        optimizer.step()
-    scaler.update()
+Shared = namedtuple("Shared", "time_used begins damping saves signal failed")
 
 
-def lay_out(module):
-    """The weights of 3D and 2D convolutions in the layout that is fast on GPUs."""
-    for p in module.parameters():
-        if p.ndim in (4, 5):
-            p.data = p.data.contiguous(memory_format=torch.channels_last_3d if p.ndim == 5 else torch.channels_last)
-    return module
+def decide(run, schedule, signals, saved_at, first, processes):
+    """What all processes must do alike at the top of a step. The first process has the clock and the validations; signals
+    and failures may reach any."""
+    args, mine = run.args, [0.0] * 4
+    if processes.chief:
+        begins = run.stage2_start is None and run.step < schedule.last and (
+            run.step >= schedule.stage2_at
+            or schedule.converges and (first or run.step % args.eval_every == 0)
+            and converged(run.log, args.stage2_evaluations, args.stage2_gain))
+        mine = [run.seconds / (60 * args.minutes) if args.minutes and not args.profile else 0.0, float(begins),
+                run.damping, float(time.time() - saved_at > 60 * args.save_minutes)]
+    return Shared(*processes.total([*mine, float(signals.received), float(run.tally.failure is not None)], largest=True))
 
 
-def compile_teacher(teacher):
-    """Compiles the encoder and each block of the decoder, since features need the first of them only."""
-    teacher.vae.encoder.compile(dynamic=False)
-    for block in teacher.vae.decoder.children():
-        for part in block if isinstance(block, torch.nn.ModuleList) else [block]:
-            part.compile(dynamic=False)
+# ---------------------------------------------------------------------------------------------------------------------
+# Validation.
 
+class Validation:
+    """The held-out clips and what the teacher makes of them; the first process has them."""
+
+    def __init__(self, clips, name, teacher, device):
+        self.clips, self.name, self.device = [clip[None] for clip in clips], name, device
+        with torch.no_grad():
+            self.latents = [teacher.encode(clip.to(device), sample=False) for clip in self.clips]
+
+    def mean(self, measure, videos):
+        return float(np.mean([measure(video, clip) for video, clip in zip(videos, self.clips)]))
+
+    def decode_with_teacher(self, teacher, autocast):
+        """The teacher's PSNR in dB. Raises ValueError where it is not finite."""
+        with autocast():
+            self.teacher_videos = decode_all(teacher.decode, self.latents)
+        self.teacher_psnr = self.mean(psnr, self.teacher_videos)
+        if not math.isfinite(self.teacher_psnr):
+            raise ValueError(f"the {teacher.name} teacher's PSNR is {self.teacher_psnr} on {self.name}: "
+                             f"its weights are not fit to learn from")
+        return self.teacher_psnr
+
+    @torch.no_grad()
+    def __call__(self, run, autocast):
+        """Writes a line of the log, the pictures, and the student as it is now. Raises RuntimeError, and writes nothing,
+        where the student's PSNR is not finite."""
+        out, lpips = Path(run.args.out), run.objective.lpips
+        with autocast():
+            videos = decode_all(run.ema, self.latents)
+        if not all(video.isfinite().all() for video in videos):          # in half precision, perhaps
+            videos = decode_all(run.ema, self.latents)
+        line = {"step": run.step, "psnr": round(self.mean(psnr, videos), 4)}
+        if not math.isfinite(line["psnr"]):
+            raise RuntimeError(f"the student's PSNR is {line['psnr']} at step {run.step}: nothing was saved{last_checkpoint(out)}")
+        line["sharpness"] = round(self.mean(lambda a, b: (sharpness(a) / sharpness(b)).item(), videos), 4)
+        if lpips:
+            line["val_lpips"] = round(self.mean(lambda a, b: lpips(a.to(self.device), b.to(self.device)).item(), videos), 4)
+        run.write_line(line | {"stage": run.stage, "teacher_psnr": round(self.teacher_psnr, 4), "minutes": round(run.seconds / 60, 3)})
+        run.damping = damping(run.log, run.stage2_start, run.args.max_drop)
+        plot_curves(out / "curves.png", run.log, self.teacher_psnr, run.stage2_start)
+        squeeze = lambda videos: [video[0] for video in videos]
+        plot_samples(out / "samples.png", {"input": squeeze(self.clips), "teacher": squeeze(self.teacher_videos), "student": squeeze(videos)})
+        about = {"teacher": run.args.teacher, "step": str(run.step), "psnr": f"{line['psnr']:.2f}"}
+        run.ema.save_pretrained(out, metadata=about)
+        if best_step(run.log, run.stage2_start, run.args.max_drop) == run.step:
+            run.ema.save_pretrained(out / "best.safetensors", metadata=about)
+        tqdm.write(f"step {run.step}: PSNR {line['psnr']:.2f} dB ({100 * line['psnr'] / self.teacher_psnr:.1f} % of the teacher's), "
+                   f"sharpness {100 * line['sharpness']:.0f} % of the input's, {run.seconds / 60:.1f} min")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# One step.
+
+def optimise(run, micro_terms, layers, processes):
+    """Clips the gradients and steps along them, or passes over the step where one is not finite. Nothing here waits for
+    the device. micro_terms: (clips' numbers, {term: value}) of each micro-batch; layers: the last layer's gradients, or
+    none. Returns the gradient's norm."""
+    args, objective, world = run.args, run.objective, processes.world
+    scale = run.scaler.scale(torch.ones((), device=run.device))
+    if run.stage == 2 and world > 1:
+        for p in objective.discriminator.parameters():
+            dist.all_reduce(p.grad)
+            p.grad /= world
+    for optimizer in run.optimizers:
+        run.scaler.unscale_(optimizer)
+    clip = lambda module: torch.nn.utils.clip_grad_norm_([p for p in module.parameters() if p.requires_grad], args.clip)
+    norms = {"the gradient": clip(run.both)}
+    rests = None
+    if run.stage == 2:
+        norms["the discriminator's gradient"] = clip(objective.discriminator)
+        hinge = torch.stack([terms["discriminator"] for _, terms in micro_terms]).mean()
+        if world > 1:
+            dist.all_reduce(hinge)
+        rests = (hinge / world < args.disc_floor).float()
+    skip = 1 - torch.stack(list(norms.values())).isfinite().all().float()
+    take_step(run.optimizers, run.scaler, skip, rests)
+    run.step += 1
+    run.tally.add(run.step, micro_terms, norms, skip, scale)
+    run.both.zero_grad(set_to_none=True)
+    if run.stage == 2:
+        objective.discriminator.zero_grad(set_to_none=True)
+    with torch.no_grad():                       # an average of few steps forgets sooner, or it would keep the start
+        keep = min(args.ema, (1 + run.step) / (10 + run.step))
+        torch._foreach_lerp_(list(run.ema.parameters()), list(run.both.student.parameters()), 1 - keep)
+    if layers:
+        layers = sum(layers)
+        if world > 1:
+            dist.all_reduce(layers)
+        ratio = adaptive_weight(*(layers / (scale * world)))
+        objective.adaptive_weight = torch.where(ratio.isfinite(), ratio, objective.adaptive_weight)
+    return norms["the gradient"]
+
+
+def write_means(run, norm, weight, samples_per_s, processes):
+    """A line of the log: means of the terms since the line before. Returns the mean loss."""
+    state = run.tally.gather(processes)
+    steps = state["steps"]
+    line = {"step": run.step} | {name: round(value / steps, 7) for name, value in state["sums"].items() if steps}
+    if run.stage == 2:
+        line["weight"] = round(float(weight), 7)                # of L_adv
+    norm = norm.item()
+    line |= {"lr": run.optimizers[0].param_groups[0]["lr"], "grad_norm": round(norm, 4) if math.isfinite(norm) else None,
+             "clipped": state["clipped"] / max(steps, 1), "samples_per_s": round(samples_per_s, 3),
+             "minutes": round(run.seconds / 60, 3)}
+    if state["skipped"]:
+        line["skipped"] = state["skipped"]
+    run.tally.reset()
+    if processes.chief and not run.args.profile:
+        run.write_line(line)
+    return line.get("loss", math.nan)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 
 def main(args):
     # processes -----------------------------------------------------------------------------------------------
-    signals = Signals()
-    device = find_device(args.device)
+    signals, device, out = Signals(), find_device(args.device), Path(args.out)
     processes = Processes(device)
     world, chief = processes.world, processes.chief
-    if args.batch % (args.micro_batch * world):
-        raise ValueError(f"--batch {args.batch} cannot be divided among {world} processes in micro-batches of {args.micro_batch}: "
-                         f"multiples of {args.micro_batch * world} can")
-    accumulate = args.batch // (args.micro_batch * world)
     say = tqdm.write if chief else (lambda line: None)
-    out = Path(args.out)
-    resumes = processes.from_chief(lambda: open_run(out, args))
+    together = args.micro_batch * world
+    if args.batch % together:
+        raise ValueError(f"--batch {args.batch} cannot be divided among {world} processes in micro-batches of {args.micro_batch}: "
+                         f"multiples of {together} can")
+    accumulate = args.batch // together
+    resumes = processes.from_chief(lambda: open_folder(out, args))
     saved = torch.load(out / "checkpoint.pt", map_location="cpu", weights_only=True) if resumes else None
     if resumes and args.dtype == "auto":
         args.dtype = saved["args"]["dtype"]
-
-    # teacher, clips, student, loss ---------------------------------------------------------------------------
     dtype = autocast_dtype(args.dtype, device)
     args.dtype = str(dtype)[6:]
     autocast = teacher_autocast = lambda: torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
-    teacher = load_teacher(args.teacher, args.teacher_weights, device)
+
+    # teacher and clips ---------------------------------------------------------------------------------------
+    teacher, config = load_teacher(args.teacher, args.teacher_weights, device), CONFIGS[args.config]
     teacher.check_clip(args.frames, args.size, args.size)
-    config = CONFIGS[args.config]
     if config.latent_channels != teacher.latent_channels or config.compression != teacher.compression:
         raise ValueError(f"student {args.config} decodes {config.latent_channels} channels at {config.compression}, "
                          f"the {args.teacher} teacher has {teacher.latent_channels} at {teacher.compression}")
-    val_clips = []
+    held_out = []
 
-    def find_clips():                                         # the chief looks, since all must go by one list
+    def find_clips():                                         # one process looks, since all must go by the same list
         train, clips, name, about = datasets(args)
-        val_clips.extend(clip[None] for clip in clips)
+        held_out.extend(clips)
         return train, name, about | {"teacher_weights": teacher.weights_hash()}
 
     train_clips, val_name, about = processes.from_chief(find_clips)
     if resumes:
-        check_resume(saved, args, about, out)
+        check_resume(saved, args, about)
     compiles = args.compile or args.compile is None and device.type == "cuda"
-    if device.type == "cuda":
-        torch.backends.cudnn.benchmark = True                 # sizes do not change
-        if dtype != torch.float32:
-            torch.set_float32_matmul_precision("high")        # Muon's products
-        lay_out(teacher)
+    torch.backends.cudnn.benchmark = True                     # sizes do not change
+    if device.type == "cuda" and dtype != torch.float32:
+        torch.set_float32_matmul_precision("high")            # Muon's products
     if compiles:
-        compile_teacher(teacher)
         torch._dynamo.config.suppress_errors = True           # what cannot be compiled here runs eager, with a warning
         torch._dynamo.config.optimize_ddp = not args.checkpointing      # it cannot split a graph of checkpointed blocks
-
-    torch.manual_seed(args.seed)
-    student = TurboVAED(config).to(device)
-    if device.type == "cuda":
-        student.channels_last()
-    student.checkpointing = args.checkpointing
-    ema = copy.deepcopy(student).requires_grad_(False).eval()
-    with torch.no_grad():
-        latents = teacher.encode(torch.zeros(1, 3, args.frames, args.size, args.size, device=device), sample=False)
-        shapes = {name: f.shape for name, f in teacher.features(latents, args.align).items()}
-    heads = make_heads({name: config.feature_shape(name, latents.shape) for name in shapes}, shapes, args.head)
-    both = StudentWithHeads(student, heads, args.normalize).to(device)
-    objective = Objective(LPIPS().to(device) if args.lpips_weight else None, args.lpips_weight, args.distill_weight, args.kl_weight,
-                          smoothness=args.smoothness)
-    if objective.lpips and device.type == "cuda":
-        lay_out(objective.lpips)
-    if compiles:
-        student.compile()
-        if objective.lpips:
-            objective.lpips.net.compile()
-    trained = [p for p in both.parameters() if p.requires_grad]
-    optimizers = make_optimizers(both, args.lr, args.muon_lr, args.weight_decay)
-    peaks = [args.lr, args.muon_lr][:len(optimizers)]
-    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-
-    def begin_stage2():
-        torch.manual_seed(args.seed + 1)
-        objective.discriminator = PatchDiscriminator(args.disc_width).to(device)
-        objective.adaptive_weight = torch.zeros((), device=device)
-        if device.type == "cuda":
-            lay_out(objective.discriminator)
-        if compiles:
-            objective.discriminator.compile()
-        optimizers.append(torch.optim.AdamW(objective.discriminator.parameters(), args.disc_lr, betas=(0.5, 0.9), weight_decay=args.weight_decay,
-                                            fused=True))
-        peaks[:] = [args.lr * args.stage2_lr, args.muon_lr * args.stage2_lr][:len(peaks)] + [args.disc_lr]
-
-    # what the teacher makes of the validation clips ----------------------------------------------------------
-    if chief:
-        with torch.no_grad():
-            val_latents = [teacher.encode(clip.to(device), sample=False) for clip in val_clips]
-    if dtype != torch.float32 and not processes.from_chief(lambda: finite_in_autocast(teacher, val_clips[0].to(device), args.align, autocast)):
+    prepare(teacher, device, compiles)
+    validation = Validation(held_out, val_name, teacher, device)
+    is_finite = lambda: finite_in_autocast(teacher, validation.clips[0].to(device), args.align, autocast)
+    if dtype != torch.float32 and not processes.from_chief(is_finite):
         teacher_autocast = nullcontext
         say(f"the {args.teacher} teacher is not finite in {args.dtype}: it runs in float32")
+    teacher_psnr = processes.from_chief(lambda: validation.decode_with_teacher(teacher, teacher_autocast))
 
-    def decode_with_teacher():
-        with teacher_autocast():
-            videos = decode_all(teacher.decode, val_latents)
-        mean = float(np.mean([psnr(a, b) for a, b in zip(videos, val_clips)]))
-        if not math.isfinite(mean):
-            raise ValueError(f"the {args.teacher} teacher's PSNR is {mean} on {val_name}: its weights are not fit to learn from")
-        teacher_videos.extend(videos)
-        return mean
-
-    teacher_videos = []
-    teacher_psnr = processes.from_chief(decode_with_teacher)
-
-    # resume --------------------------------------------------------------------------------------------------
-    step, start2, elapsed, log = 0, None, 0.0, []             # start2: the step at which stage 2 began
-    tally = Tally(processes)
+    # the run -------------------------------------------------------------------------------------------------
+    run, schedule = make_run(args, device, compiles, teacher, processes), Schedule(args)
     if resumes:
-        step, start2, elapsed = saved["step"], saved["start2"], saved["elapsed"]
-        both.load_state_dict(saved["model"])
-        ema.load_state_dict(saved["ema"])
-        if start2 is not None:
-            begin_stage2()
-            objective.discriminator.load_state_dict(saved["discriminator"])
-            objective.adaptive_weight.fill_(saved["adaptive_weight"])
-        for optimizer, state in zip(optimizers, saved["optimizers"]):
-            optimizer.load_state_dict(state)
-        scaler.load_state_dict(saved["scaler"])
-        tally.restore(saved["tally"])
-        text = (out / "log.jsonl").read_text() if (out / "log.jsonl").exists() else ""
-        lines = text.split("\n")[:-1]                         # without one that a kill cut short: it is of a later step anyway
-        log = [line for line in map(json.loads, lines) if line["step"] <= step]
-    latest = args.steps - args.stage2_steps                   # auto's; a run too short for that has stage 2 only if it converges
-    stage2_at = args.stage2 if isinstance(args.stage2, int) else latest if args.stage2 == "auto" and latest > 0 else args.steps
-    end_of = lambda start2: min(args.steps, start2 + args.stage2_steps) if start2 is not None and args.stage2 == "auto" else args.steps
-    recipe = {1: stage2_at, 2: args.steps - stage2_at}
-    if args.profile:
-        stage2_at = args.profile + 3
-        end_of = lambda start2: stage2_at * (1 + (recipe[2] > 0))
-    if resumes and step >= end_of(start2):
-        if all(saved["args"][name] == getattr(args, name) for name in ("steps", "stage2", "stage2_steps")):
-            say(f"{out} is finished: it ended at step {step}; to go on, ask for more --steps" + " and --stage2-steps" * (args.stage2 == "auto"))
+        run.load(saved, out / "log.jsonl")
+        if not schedule.check_left(run, saved):
+            say(f"{out} is finished: it ended at step {run.step}; to go on, ask for more --steps"
+                + " and --stage2-steps" * (args.stage2 == "auto"))
             return processes.end()
-        raise ValueError(f"{out} is at step {step} and ends at {end_of(start2)}: no step would be taken; ask for more "
-                         + ("--steps" if end_of(start2) == args.steps else f"--stage2-steps than {args.stage2_steps}"))
     saved = None                                              # or it would stay in memory
     if chief and not args.profile:
-        if not resumes:
-            for name in RUN_FILES:                            # an older run's, which --resume would go on with
-                (out / name).unlink(missing_ok=True)
+        for name in () if resumes else RUN_FILES:             # an older run's, which --resume would go on with
+            (out / name).unlink(missing_ok=True)
         write_file(out / "args.json", json.dumps(vars(args), indent=1).encode())
-        write_file(out / "log.jsonl", "".join(json.dumps(line) + "\n" for line in log).encode())
-
-    model = DistributedDataParallel(both) if world > 1 else both
+        write_file(out / "log.jsonl", "".join(json.dumps(line) + "\n" for line in run.log).encode())
+    model = DistributedDataParallel(run.both) if world > 1 else run.both
     millions = lambda module: sum(p.numel() for p in module.parameters()) / 1e6
-    say(f"teacher {args.teacher}: {teacher_psnr:.2f} dB on {val_name}; student {args.config}: {millions(student):.2f} M parameters"
-        f"{f' and {millions(heads):.2f} M in heads' if shapes else ''}; {device.type} x {world}, {args.dtype}")
+    say(f"teacher {args.teacher}: {teacher_psnr:.2f} dB on {val_name}; student {args.config}: {millions(run.both.student):.2f} M "
+        f"parameters{f' and {millions(run.both.heads):.2f} M in heads' if args.align else ''}; {device.type} x {world}, {args.dtype}")
     say(f"{args.steps} steps of {args.batch} clips ({args.micro_batch} x {world} processes x {accumulate}), "
-        f"{args.frames}x{args.size}x{args.size}, {args.data}" + ("" if objective.lpips else "; no LPIPS term"))
+        f"{args.frames}x{args.size}x{args.size}, {args.data}" + ("" if run.objective.lpips else "; no LPIPS term"))
     if args.cache:
         train_clips = fill_cache(args, teacher, train_clips, about, device, teacher_autocast, processes, say)
         teacher = None                                        # its memory is the student's now
-    tally.describe = train_clips.describe
-
-    def write_line(line):
-        log.append(line)
-        with open(out / "log.jsonl", "a") as file:
-            file.write(json.dumps(line) + "\n")
-
-    def save_checkpoint(state):
-        checkpoint = {"model": both.state_dict(), "ema": ema.state_dict(), "optimizers": [o.state_dict() for o in optimizers],
-                      "scaler": scaler.state_dict(), "step": step, "start2": start2, "elapsed": elapsed, "args": vars(args),
-                      "about": about, "tally": state}
-        if start2 is not None:
-            checkpoint |= {"discriminator": objective.discriminator.state_dict(), "adaptive_weight": objective.adaptive_weight.item()}
-        save_as(out / "checkpoint.pt", torch.save, checkpoint)
-
-    @torch.no_grad()
-    def validate():
-        """A line of the log, pictures, and the student as it is now."""
-        with autocast():
-            videos = decode_all(ema, val_latents)
-        if not all(video.isfinite().all() for video in videos):                     # in half precision, perhaps
-            videos = decode_all(ema, val_latents)
-        line = {"step": step, "psnr": round(float(np.mean([psnr(a, b) for a, b in zip(videos, val_clips)])), 4)}
-        if not math.isfinite(line["psnr"]):
-            raise RuntimeError(f"the student's PSNR is {line['psnr']} at step {step}: nothing was saved" + last_checkpoint(out))
-        line["sharpness"] = round(float(np.mean([(sharpness(a) / sharpness(b)).item() for a, b in zip(videos, val_clips)])), 4)
-        if objective.lpips:
-            line["val_lpips"] = round(float(np.mean([objective.lpips(a.to(device), b.to(device)).item() for a, b in zip(videos, val_clips)])), 4)
-        write_line(line | {"stage": 1 if start2 is None or step <= start2 else 2, "teacher_psnr": round(teacher_psnr, 4), "minutes": round(elapsed / 60, 3)})
-        plot_curves(out / "curves.png", log, teacher_psnr, start2)
-        squeeze = lambda videos: [v[0] for v in videos]
-        plot_samples(out / "samples.png", {"input": squeeze(val_clips), "teacher": squeeze(teacher_videos), "student": squeeze(videos)})
-        about_student = {"teacher": args.teacher, "step": str(step), "psnr": f"{line['psnr']:.2f}"}
-        ema.save_pretrained(out, metadata=about_student)
-        if best_step(log, start2, args.max_drop) == step:
-            ema.save_pretrained(out / "best.safetensors", metadata=about_student)
-        say(f"step {step}: PSNR {line['psnr']:.2f} dB ({100 * line['psnr'] / teacher_psnr:.1f} % of the teacher's), "
-            f"sharpness {100 * line['sharpness']:.0f} % of the input's, {elapsed / 60:.1f} min")
+    run.tally.describe = train_clips.describe
 
     def save(validates=False):
-        """All processes take part: what the tally holds is theirs."""
-        if args.profile:
-            return
-        tally.settle(args.clip)
-        state = tally.gather(processes)
-        processes.from_chief(lambda: (validates and validate(), save_checkpoint(state)))
+        """All processes take part, since the tally is theirs. Returns the time when it is done."""
+        def write():
+            if validates:
+                validation(run, autocast)
+            save_as(out / "checkpoint.pt", torch.save, run.state() | {"about": about})
+
+        if not args.profile:
+            run.tally.settle(args.clip)
+            run.tally.gather(processes)
+            processes.from_chief(write)
+        return time.time()
 
     # the loop ------------------------------------------------------------------------------------------------
-    lpips_frames = args.lpips_frames if objective.lpips and args.lpips_frames < args.frames else 0
+    # Each turn: agree with the other processes what is to be done; begin stage 2 or end, if it is time; set the learning
+    # rates; for each micro-batch, let the teacher make latents and features, and add up the gradients of Equation 5;
+    # step; and now and then write a line of the log, validate and save.
+    lpips_frames = args.lpips_frames if run.objective.lpips and args.lpips_frames < args.frames else 0
     signals.holding = True
     atexit.register(end_workers)
-    loader = iter(DataLoader(Indexed(train_clips, args.seed, args.frames, lpips_frames), batch_sampler=Slots(args, step, processes.rank, world),
-                             num_workers=args.workers, pin_memory=device.type == "cuda", worker_init_fn=begin_worker))
-    bar = tqdm(total=args.steps, initial=step, unit="step", disable=not (chief and sys.stderr.isatty()))
-    first_step, timers, timer, timed = step, {}, lambda part: nullcontext(), 0
+    loader = iter(DataLoader(Indexed(train_clips, args.seed, args.frames, lpips_frames), worker_init_fn=begin_worker,
+                             batch_sampler=Slots(args, run.step, processes.rank, world), num_workers=args.workers,
+                             pin_memory=device.type == "cuda"))
+    bar = tqdm(total=args.steps, initial=run.step, unit="step", disable=not (chief and sys.stderr.isatty()))
+    first_step, logged_seconds, timed_steps, timers, idle = run.step, run.seconds, 0, {}, Timer(device, on=False)
     clock = saved_at = time.time()
-    logged_elapsed, damp = elapsed, 1.0
-    validated = lambda: any(line["step"] == step and "psnr" in line for line in log)
     while True:
-        decision = [0.0] * 6
-        if chief:                                             # it has the clock and the validations
-            begins = False
-            if step % args.eval_every == 0 or step in (first_step, stage2_at):
-                begins = start2 is None and step < end_of(None) and (step >= stage2_at or not args.profile and args.stage2 == "auto"
-                                                                     and converged(log, args.stage2_evaluations, args.stage2_gain))
-                damp = damping(log, start2, args.max_drop)
-            decision[:4] = [elapsed / (60 * args.minutes) if args.minutes and not args.profile else 0.0, float(begins), damp,
-                            float(time.time() - saved_at > 60 * args.save_minutes)]
-        decision[4:] = [float(signals.received), float(tally.failure is not None)]
-        spent, begins, damp, saves, stopped, failed = processes.agree(decision, dist.ReduceOp.MAX if world > 1 else None)
-        if failed:
-            if tally.failure:
-                print(f"error: {tally.failure}{last_checkpoint(out)}", file=sys.stderr, flush=True)
+        shared = decide(run, schedule, signals, saved_at, run.step == first_step, processes)
+        if shared.failed:
+            if run.tally.failure:
+                print(f"error: {run.tally.failure}{last_checkpoint(out)}", file=sys.stderr, flush=True)
             processes.wait()
             sys.exit(1)
-        if stopped:
+        if shared.signal:
             break
-        if saves:
-            save()
-            clock = saved_at = time.time()                    # the clock of --minutes counts training
-        if begins:
-            if not processes.from_chief(validated):           # stage 2 is measured by what stage 1 ended with
-                save(validates=True)
-                clock = saved_at = time.time()
-            start2 = step
-            begin_stage2()
-            say(f"step {step}: stage 2 begins")
-        begun, length = (0, stage2_at) if start2 is None else (start2, end_of(start2) - start2)
-        if step >= begun + length or spent >= 1:
+        if shared.saves:
+            clock = saved_at = save()                         # --minutes counts training only
+        if shared.begins:
+            if not processes.from_chief(run.validated):       # stage 2 is measured by what stage 1 ended with
+                clock = saved_at = save(validates=True)
+            run.stage2_start = run.step
+            run.begin_stage2()
+            say(f"step {run.step}: stage 2 begins")
+        start, end = schedule.bounds(run.stage2_start)
+        if run.step >= end or shared.time_used >= 1:
             break
-        bar.total, bar.desc = begun + length, f"stage {1 if start2 is None else 2}"
-        decay = 0.5 * (1 + math.cos(math.pi * max((step - begun) / length, spent))) if args.schedule == "cosine" else 1.0
-        warmup = min((step - begun + 1) / args.warmup, 1) if args.warmup else 1.0
-        for optimizer, peak in zip(optimizers, peaks):
-            optimizer.param_groups[0]["lr"] = peak * decay * warmup
-        objective.adversarial_weight = args.adversarial_weight * damp * warmup
-        weight = objective.adversarial_weight * objective.adaptive_weight
-        timing = args.profile and step - begun >= 3
-        if timing:
-            timer = timers.setdefault(1 if start2 is None else 2, Timer(device))
-            timer.start()
-        elif args.profile:
-            timer = lambda part: nullcontext()
+        bar.total, bar.desc = end, f"stage {run.stage}"
+        warmup, decay = rate_factors(args, run.step, start, end, shared.time_used)
+        for optimizer, rate in zip(run.optimizers, run.rates):
+            optimizer.param_groups[0]["lr"] = rate * decay * warmup
+        run.objective.adversarial_weight = args.adversarial_weight * shared.damping * warmup
+        weight = run.objective.adversarial_weight * run.objective.adaptive_weight
+        times = args.profile and run.step - start >= schedule.WARM
+        timer = timers.setdefault(run.stage, Timer(device)) if times else idle
 
-        micros, layers = [], []
-        for i in range(accumulate):
-            with timer("data"):
-                batch = next(loader)
-                numbers, video = batch["n"].tolist(), batch["video"].to(device, non_blocking=True)
-                frames = batch["frames"].to(device, non_blocking=True) if lpips_frames else None
-            with timer("teacher"), torch.no_grad():
-                if teacher:
-                    with teacher_autocast():
-                        latents, features, kl = teach(teacher, video, numbers, args.align, args.seed)
-                else:
-                    latents, kl = (batch[name].to(device, non_blocking=True).float() for name in ("latents", "kl"))
-                    features = {name: batch[f"features.{name}"].to(device, non_blocking=True) for name in args.align}
-            noise = clip_noise(args.seed, 7, numbers, video) if start2 is not None else None
-            with model.no_sync() if world > 1 and i + 1 < accumulate else nullcontext():
-                terms, gradients = objective.backward(model, latents, features, video, kl.mean(), frames, noise,
-                                                      lambda loss: scaler.scale(loss / accumulate), autocast, timer)
-            micros.append((numbers, terms))
-            if start2 is not None and (step - start2) % 10 == 0:
-                with timer("discriminator"):
-                    layers.append(torch.stack(last_layer_gradients(student, latents, *gradients, autocast=autocast)))
-
-        with timer("optimiser"):
-            scale = scaler.scale(torch.ones((), device=device))
-            if start2 is not None and world > 1:
-                for p in objective.discriminator.parameters():
-                    dist.all_reduce(p.grad)
-                    p.grad /= world
-            for optimizer in optimizers:
-                scaler.unscale_(optimizer)
-            norms = {"the gradient": torch.nn.utils.clip_grad_norm_(trained, args.clip)}
-            if start2 is not None:
-                norms["the discriminator's gradient"] = torch.nn.utils.clip_grad_norm_(objective.discriminator.parameters(), args.clip)
-            skip = 1 - torch.stack(list(norms.values())).isfinite().all().float()
-            rests = None
-            if start2 is not None:
-                hinge = torch.stack([terms["discriminator"] for _, terms in micros]).mean()
-                if world > 1:
-                    dist.all_reduce(hinge)
-                    hinge /= world
-                rests = (hinge < args.disc_floor).float()
-            take_step(optimizers, scaler, skip, rests)
-            tally.add(step + 1, micros, norms, skip, scale)
-            both.zero_grad(set_to_none=True)
-            if start2 is not None:
-                objective.discriminator.zero_grad(set_to_none=True)
-            step += 1
-            with torch.no_grad():                             # young averages forget sooner, or they would keep the start
-                keep = min(args.ema, (1 + step) / (10 + step))
-                torch._foreach_lerp_(list(ema.parameters()), list(student.parameters()), 1 - keep)
-            if layers:
-                layers = sum(layers)
-                if world > 1:
-                    dist.all_reduce(layers)
-                ratio = adaptive_weight(*(layers / (scale * world)))
-                objective.adaptive_weight = torch.where(ratio.isfinite(), ratio, objective.adaptive_weight)
-        lines_up = step % args.log_every == 0 or step % args.eval_every == 0 or step == begun + length
-        if lines_up or step % 10 == 0:
-            tally.settle(args.clip)
-        if timing:
-            timer.stop()
-        if compiles and step - 1 in (first_step, start2):     # it compiled: no training that --minutes should count
-            clock = time.time()
-        else:
-            elapsed, clock, timed = elapsed + time.time() - clock, time.time(), timed + 1
+        with timer.step():
+            micro_terms, layers = [], []
+            for i in range(accumulate):
+                with timer("data"):
+                    batch = {name: t.to(device, non_blocking=True) if name != "n" else t.tolist() for name, t in next(loader).items()}
+                    numbers, video = batch["n"], batch["video"]
+                with timer("teacher"):
+                    latents, features, kl = lesson(batch, teacher, args, teacher_autocast)
+                noise = clip_noise(args.seed, 7, numbers, video) if run.stage == 2 else None
+                with model.no_sync() if world > 1 and i + 1 < accumulate else nullcontext():
+                    terms, gradients = run.objective.backward(model, latents, features, video, kl.mean(), batch.get("frames"), noise,
+                                                              lambda loss: run.scaler.scale(loss / accumulate), autocast, timer)
+                micro_terms.append((numbers, terms))
+                if run.stage == 2 and (run.step - start) % 10 == 0:
+                    with timer("discriminator"):
+                        layers.append(torch.stack(last_layer_gradients(run.both.student, latents, *gradients, autocast=autocast)))
+            with timer("optimiser"):
+                norm = optimise(run, micro_terms, layers, processes)
+            logs = run.step % args.log_every == 0 or run.step % args.eval_every == 0 or run.step == end
+            if logs or run.step % 10 == 0:
+                run.tally.settle(args.clip)
         bar.update()
-
-        if lines_up:                                          # before it is saved, too
-            state = tally.gather(processes)
-            line = {"step": step} | {name: round(value / state["steps"], 7) for name, value in state["sums"].items() if state["steps"]}
-            if start2 is not None:
-                line["weight"] = round(float(weight), 7)      # of L_adv
-            grad_norm = norms["the gradient"].item()
-            line |= {"lr": optimizers[0].param_groups[0]["lr"], "grad_norm": round(grad_norm, 4) if math.isfinite(grad_norm) else None,
-                     "clipped": state["clipped"] / max(state["steps"], 1), "samples_per_s": round(args.batch * timed / max(elapsed - logged_elapsed, 1e-9), 3),
-                     "minutes": round(elapsed / 60, 3)}
-            if state["skipped"]:
-                line["skipped"] = state["skipped"]
-            tally.reset()
-            timed, logged_elapsed = 0, elapsed
-            bar.set_postfix(loss=f"{line.get('loss', math.nan):.4f}")
-            if chief and not args.profile:
-                write_line(line)
-        if step % args.eval_every == 0 or step == begun + length:
-            save(validates=True)
-            clock = saved_at = time.time()
+        if not compiles or run.step - 1 not in (first_step, run.stage2_start):     # compiling is no training
+            run.seconds, timed_steps = run.seconds + time.time() - clock, timed_steps + 1
+        clock = time.time()
+        if logs:                                              # before it is saved, too
+            rate = args.batch * timed_steps / max(run.seconds - logged_seconds, 1e-9)
+            bar.set_postfix(loss=f"{write_means(run, norm, weight, rate, processes):.4f}")
+            timed_steps, logged_seconds = 0, run.seconds
+        if run.step % args.eval_every == 0 or run.step == end:
+            clock = saved_at = save(validates=True)
     bar.close()
-    if stopped:
+
+    # the end -------------------------------------------------------------------------------------------------
+    if shared.signal:
         save()
-        how = f"--resume goes on from {out}/checkpoint.pt" if (out / "checkpoint.pt").exists() and not args.profile else "nothing was saved"
-        say(f"stopped by {signal.Signals(int(stopped)).name} at step {step}; {how}")
+        there = (out / "checkpoint.pt").exists() and not args.profile
+        say(f"stopped by {signal.Signals(int(shared.signal)).name} at step {run.step}; "
+            + (f"--resume goes on from {out}/checkpoint.pt" if there else "nothing was saved"))
     elif args.profile:
         if chief:
-            report(timers, recipe, args, device, world, Path("profile.png"))
+            report(timers, schedule.recipe, args, device, world, Path("profile.png"))
     else:
-        if not processes.from_chief(validated):               # --minutes are over
+        if not processes.from_chief(run.validated):           # --minutes are over
             save(validates=True)
         if chief:
-            say(f"the student is in {out}/student.safetensors, the best one, of step {best_step(log, start2, args.max_drop)}, in best.safetensors; "
+            best = best_step(run.log, run.stage2_start, args.max_drop)
+            say(f"the student is in {out}/student.safetensors, the best one, of step {best}, in best.safetensors; "
                 f"pictures: {out}/samples.png, {out}/curves.png")
     processes.end()
-    if stopped:
-        sys.exit(128 + int(stopped))
+    if shared.signal:
+        sys.exit(128 + int(shared.signal))
 
 
 def one_line(error):
     """What a user is told of an error; None for one that is not ours, which wants its traceback."""
     message = str(error).strip()
     if "DataLoader worker" in message and ("killed by signal" in message or "exited unexpectedly" in message):
-        return ("a loader process was killed, most likely since memory ran out: fewer --workers, a smaller --micro-batch or smaller videos help; "
-                "--resume goes on from the last checkpoint")
+        return ("a loader process was killed, most likely since memory ran out: fewer --workers, a smaller --micro-batch or "
+                "smaller videos help; --resume goes on from the last checkpoint")
     if "DataLoader worker" in message:                        # the worker's own error is the last line of its traceback
         return message.splitlines()[-1].partition(": ")[2]
     return None if isinstance(error, RuntimeError) and "\n" in message else message

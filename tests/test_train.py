@@ -165,7 +165,7 @@ def test_the_discriminator_lives_in_stage_2_only(staged):
     assert list(log(out, "discriminator")) == list(range(5, 11))
     assert log(out, "weight")[5] == 0 < log(out, "weight")[6]        # measured at the first step of stage 2, used from the next on
     saved = checkpoint(out)
-    assert saved["start2"] == 4 and len(saved["optimizers"]) == 3 and saved["adaptive_weight"] > 0
+    assert saved["stage2_start"] == 4 and len(saved["optimizers"]) == 3 and saved["adaptive_weight"] > 0
     lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     assert TurboVAED.from_pretrained(out / "best.safetensors").metadata["step"] == str(best_step(lines, 4, 0.3))
 
@@ -307,7 +307,7 @@ def test_a_run_killed_at_random_moments_ends_as_if_it_was_not(staged, videos, tm
 
 def same_run(one, two):
     a, b = checkpoint(one), checkpoint(two)
-    for part in ("model", "ema", "optimizers", "discriminator", "adaptive_weight", "step", "start2"):
+    for part in ("model", "ema", "optimizers", "discriminator", "adaptive_weight", "step", "stage2_start"):
         assert same(a[part], b[part]), part
     for key in ("loss", "psnr", "sharpness"):
         assert log(one, key) == log(two, key)
@@ -535,19 +535,19 @@ def test_profile_needs_no_more_steps_than_it_times(tmp_path, here, monkeypatch, 
 def test_every_setting_is_remembered_but_those_that_change_nothing():
     from train import MAY_CHANGE, check_resume
     args, about = parse_args(["--size", "16"]), {"files": "a", "held_out": ["b"], "teacher_weights": "c"}
-    saved = {"args": dict(vars(args)), "about": dict(about), "start2": None}
-    check_resume(saved, args, about, "out")
+    saved = {"args": dict(vars(args)), "about": dict(about), "stage2_start": None}
+    check_resume(saved, args, about)
     for name, value in vars(args).items():
         changed = parse_args(["--size", "16"])
         setattr(changed, name, "other" if value != "other" else None)
         if name in MAY_CHANGE:
-            check_resume(saved, changed, about, "out")
+            check_resume(saved, changed, about)
         else:
             with pytest.raises(ValueError, match=f"--{name.replace('_', '-')}"):
-                check_resume(saved, changed, about, "out")
+                check_resume(saved, changed, about)
     for key in about:
         with pytest.raises(ValueError, match="are others|these files"):
-            check_resume(saved, args, about | {key: ["d"]}, "out")
+            check_resume(saved, args, about | {key: ["d"]})
 
 
 @pytest.fixture(scope="module")
@@ -610,7 +610,7 @@ def test_a_stage_2_whose_step_has_passed_begins_at_once(whole, tmp_path, here, c
     out = shutil.copytree(whole, tmp_path / "out")
     here(out, "--eval-every", 4, "--resume", *flags)
     assert "step 8: stage 2 begins" in capsys.readouterr().out
-    assert checkpoint(out)["start2"] == 8 and list(log(out, "discriminator")) == [9, 10]
+    assert checkpoint(out)["stage2_start"] == 8 and list(log(out, "discriminator")) == [9, 10]
 
 
 def test_overwriting_leaves_nothing_that_a_resume_would_go_on_with(whole, tmp_path, here, monkeypatch):
