@@ -12,14 +12,14 @@
 
 Stage 1 is Equation 5 without its adversarial term; stage 2 adds it when stage 1 has nearly converged (--stage2).
 
-A run leaves in out/<teacher>/ (or --out): student.safetensors (EMA weights), best.safetensors, checkpoint.pt, log.jsonl,
-curves.png, samples.png (input, teacher, student) and args.json. The best student is the one of highest PSNR in stage 1;
-in stage 2, of those whose PSNR is within --max-drop of stage 1's last, the one of lowest LPIPS or, without LPIPS, whose
-sharpness is nearest to the input's.
+A run leaves in out/<teacher>/ (or --out): student.safetensors (EMA weights), best.safetensors, checkpoint.pt,
+log.jsonl, curves.png, samples.png (input, teacher, student) and args.json. The best student is the one of highest PSNR in
+stage 1; in stage 2, of those whose PSNR is within --max-drop of stage 1's last, the one of lowest LPIPS or, without LPIPS,
+whose sharpness is nearest to the input's.
 
 Which clips, crops and samples stand at step s, slot k depends on the seed, s and k only, so neither a resume nor the
-number of processes changes what is trained on. Ctrl-C and SIGTERM save a checkpoint first. A step whose loss or gradient
-is not finite is skipped and named.
+number of processes changes what is trained on. Ctrl-C and SIGTERM save a checkpoint first. A step whose loss or
+gradient is not finite is passed over, and its clips are named.
 """
 import argparse
 import atexit
@@ -46,7 +46,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from data import HELD_OUT_SEED, BadVideo, CachedClips, SyntheticClips, VideoClips, write_file
+from data import CLIPS_PER_SCENE, HELD_OUT_SEED, BadVideo, CachedClips, SyntheticClips, VideoClips, write_file
 from losses import (HEADS, LPIPS, Objective, PatchDiscriminator, StudentWithHeads, adaptive_weight, kl_loss,
                     last_layer_gradients, make_heads, sharpness)
 from model import CONFIGS, TurboVAED, number
@@ -54,9 +54,10 @@ from teachers import TEACHERS, load_teacher
 
 # Section 4.2: AdamW, learning rate 2e-4, betas 0.9 and 0.95, effective batch 32, 17 (dc: 16) frames at 256x256.
 # Weight decay and EMA as in the published code; 70,000 and 40,000 steps as a user's reproduction of ltx reports.
-PAPER = dict(frames=17, size=256, batch=32, micro_batch=2, steps=110_000, lr=2e-4, muon_lr=0.0, schedule="constant", align=["mid", "up0", "up1"],
-             lpips_weight=1.0, distill_weight=1.0, normalize=False, data="data/vidgen", eval_every=1000, workers=4,
-             stage2="auto", stage2_steps=40_000, stage2_lr=1.0, adversarial_weight=0.05, disc_lr=2e-4, disc_width=64)
+PAPER = dict(frames=17, size=256, batch=32, micro_batch=2, steps=110_000, lr=2e-4, muon_lr=0.0, schedule="constant",
+             align=["mid", "up0", "up1"], lpips_weight=1.0, distill_weight=1.0, normalize=False, data="data/vidgen",
+             eval_every=1000, workers=4, stage2="auto", stage2_steps=40_000, stage2_lr=1.0, adversarial_weight=0.05, disc_lr=2e-4,
+             disc_width=64)
 RECIPES = {
     "ltx": PAPER,
     "dc": PAPER | dict(frames=16),
@@ -68,9 +69,10 @@ RECIPES = {
     "ltx2": PAPER | dict(micro_batch=1),
     # Made-up video and no LPIPS, since the embedded recipe must need no download. Muon, since AdamW alone learns
     # brightness first and leaves the student grey for hundreds of steps.
-    "tiny": dict(frames=8, size=64, batch=8, micro_batch=8, steps=2000, lr=2e-3, muon_lr=0.02, schedule="cosine", align=["mid", "up0"],
-                 lpips_weight=0.0, distill_weight=0.02, normalize=True, data="synthetic", eval_every=200, workers=1,
-                 stage2="off", stage2_steps=600, stage2_lr=0.1, adversarial_weight=1.0, disc_lr=1e-3, disc_width=32),
+    "tiny": dict(frames=8, size=64, batch=8, micro_batch=8, steps=2000, lr=2e-3, muon_lr=0.02, schedule="cosine",
+                 align=["mid", "up0"], lpips_weight=0.0, distill_weight=0.02, normalize=True, data="synthetic",
+                 eval_every=200, workers=1, stage2="off", stage2_steps=600, stage2_lr=0.1, adversarial_weight=1.0, disc_lr=1e-3,
+                 disc_width=32),
 }
 
 
@@ -86,69 +88,86 @@ def parse_args(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                 usage="%(prog)s [--teacher NAME] [options]; --help explains each",
                                 epilog="Defaults marked * are the teacher's recipe, at the top of train.py.")
-    p.add_argument("--teacher", choices=TEACHERS, default="tiny", help="whose decoder to distil (default: tiny)")
-    p.add_argument("--teacher-weights", help='a folder or file instead of the released weights, or "random"')
-    p.add_argument("--config", choices=CONFIGS, help="the student's configuration (default: the one named as the teacher)")
-    p.add_argument("--data", help='a folder of videos, of any depth, or "synthetic" for made-up video *')
-    p.add_argument("--val-data", help="validate on this folder (default: held-out files of --data, or held-out made-up clips)")
-    p.add_argument("--val-clips", type=number(int, 1), default=8, help="clips to validate on, at most (default: 8)")
-    p.add_argument("--frames", type=number(int, 1), help="frames of a clip *")
-    p.add_argument("--size", type=number(int, 1), help="height and width of a clip in pixels *")
-    p.add_argument("--stride", type=number(int, 1), default=1, help="keep every so many frames of a video (default: 1)")
-    p.add_argument("--steps", type=number(int, 1), help="optimiser steps, both stages together, at most *")
-    p.add_argument("--stage2", type=stage2_argument, metavar="auto|STEP|off", help="when the adversarial term joins: once validation PSNR has gained "
-                   "less than --stage2-gain over --stage2-evaluations, or --stage2-steps are left; at that step; never *")
-    p.add_argument("--stage2-steps", type=number(int, 1), help="optimiser steps of stage 2 where it begins by itself *")
-    p.add_argument("--stage2-lr", type=number(float, 0), help="the student's learning rates in stage 2, as a part of stage 1's *")
-    p.add_argument("--stage2-gain", type=number(float, 0), default=0.05, help="in dB (default: 0.05)")
-    p.add_argument("--stage2-evaluations", type=number(int, 1), default=5, help="(default: 5)")
-    p.add_argument("--minutes", type=number(float, above=0), help="stop after this long at the latest; the cosine then ends with the time")
-    p.add_argument("--batch", type=number(int, 1), help="effective batch: clips a step over all processes and accumulation *")
-    p.add_argument("--micro-batch", type=number(int, 1), help="clips a process takes at once *")
-    p.add_argument("--lr", type=number(float, above=0), help="AdamW's learning rate *")
-    p.add_argument("--muon-lr", type=number(float, 0), help="Muon's learning rate, for convolutions that mix channels; 0: AdamW for everything *")
-    p.add_argument("--schedule", choices=("constant", "cosine"), help="of the learning rate, after the warm-up *")
-    p.add_argument("--warmup", type=number(int, 0), default=100, help="steps of linear warm-up (default: 100)")
-    p.add_argument("--weight-decay", type=number(float, 0), default=1e-4, help="(default: 1e-4)")
-    p.add_argument("--clip", type=number(float, above=0), default=1.0, help="largest gradient norm (default: 1)")
-    p.add_argument("--ema", type=number(float, 0, below=1), default=0.999, help="decay of the weights' moving average (default: 0.999)")
-    p.add_argument("--align", nargs="*", metavar="BLOCK", help="blocks that Equation 4 aligns; none after --align turns it off *")
-    p.add_argument("--head", choices=HEADS, default="pointwise", help="projection heads, Table 7 (default: pointwise)")
-    p.add_argument("--lpips-weight", type=number(float, 0), help="α1 of Equation 5; 0 turns LPIPS off *")
-    p.add_argument("--lpips-frames", type=number(int, 0), default=2, help="random frames of each clip that LPIPS sees, an unbiased estimate; 0: all (default: 2)")
-    p.add_argument("--distill-weight", type=number(float, 0), help="α2 of Equation 5; 0 turns the distillation loss off *")
-    p.add_argument("--equation4", action="store_true", help="the distillation loss as the paper has it: weight 1, features as they are")
-    p.add_argument("--kl-weight", type=number(float, 0), default=1e-7, help="α3 of Equation 5 (default: 1e-7)")
-    p.add_argument("--adversarial-weight", type=number(float, 0), help="α4 of Equation 5, besides the adaptive weight *")
-    p.add_argument("--max-drop", type=number(float, 0), default=0.3, help="dB of validation PSNR that stage 2 may cost: where it costs more, the "
-                   "adversarial weight is halved at each validation until it does not (default: 0.3)")
-    p.add_argument("--disc-lr", type=number(float, above=0), help="the discriminator's learning rate *")
-    p.add_argument("--disc-width", type=number(int, 4), help="channels of the discriminator's first layer *")
-    p.add_argument("--disc-floor", type=number(float, 0), default=1.0, help="the discriminator rests in steps where its hinge loss is below this, so that "
-                   "it does not outrun the student; 0 for never (default: 1)")
-    p.add_argument("--smoothness", type=number(float, 0), default=10.0, help="weight of the discriminator's approximate R1 penalty (default: 10)")
-    p.add_argument("--normalize", action=argparse.BooleanOptionalAction, default=None,
-                   help="divide the teacher's features by their standard deviation in Equation 4 *")
-    p.add_argument("--cache", metavar="DIR", help="keep the teacher's latents and features of --cache-crops crops of each clip there, "
-                   "computed before the first step, and run no teacher in training")
-    p.add_argument("--cache-crops", type=number(int, 1), default=4, help="crops of each video; made-up video counts as 512 videos (default: 4)")
-    p.add_argument("--cache-dtype", choices=("float16", "bfloat16"), default="float16", help="of latents and features (default: float16)")
-    p.add_argument("--checkpointing", action="store_true", help="recompute the student's blocks in the backward pass: less memory, more time")
-    p.add_argument("--profile", type=number(int, 1), metavar="N", help="time N steps of each stage, say what takes how long and what the recipe would "
-                   "cost, and stop")
-    p.add_argument("--price", type=number(float, 0), default=2.0, help="dollars per GPU and hour, for --profile (default: 2)")
-    p.add_argument("--seed", type=number(int, 0, 2 ** 32 - 2), default=0, help="of weights, clips and samples (default: 0)")
-    p.add_argument("--workers", type=number(int, 0), help="loader processes for each training process *")
-    p.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto",
-                   help="autocast type (default: bfloat16 where the hardware has units for it, else float16 on GPUs, float32 on CPUs)")
-    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(default: cuda where there is a GPU)")
-    p.add_argument("--compile", action=argparse.BooleanOptionalAction, default=None, help="torch.compile the student (default: on GPUs)")
-    p.add_argument("--save-minutes", type=number(float, above=0), default=10.0, help="minutes between checkpoints, at most (default: 10)")
-    p.add_argument("--eval-every", type=number(int, 1), help="steps between validations, pictures and checkpoints *")
-    p.add_argument("--log-every", type=number(int, 1), default=10, help="steps between lines of log.jsonl (default: 10)")
-    p.add_argument("--out", help="the run's folder (default: out/<teacher>)")
-    p.add_argument("--resume", action="store_true", help="go on from the folder's checkpoint.pt")
-    p.add_argument("--overwrite", action="store_true", help="start anew where the folder holds a run already")
+    add = p.add_argument
+    add("--teacher", choices=TEACHERS, default="tiny", help="whose decoder to distil (default: tiny)")
+    add("--teacher-weights", help='a folder or file instead of the released weights, or "random"')
+    add("--config", choices=CONFIGS, help="the student's configuration (default: the one named as the teacher)")
+    add("--data", help='a folder of videos, of any depth, or "synthetic" for made-up video *')
+    add("--val-data", help="validate on this folder (default: held-out files of --data, or held-out made-up clips)")
+    add("--val-clips", type=number(int, 1), default=8, help="clips to validate on, at most (default: 8)")
+    add("--frames", type=number(int, 1), help="frames of a clip *")
+    add("--size", type=number(int, 1), help="height and width of a clip in pixels *")
+    add("--stride", type=number(int, 1), default=1, help="keep every so many frames of a video (default: 1)")
+    add("--steps", type=number(int, 1), help="optimiser steps, both stages together, at most *")
+    add("--stage2", type=stage2_argument, metavar="auto|STEP|off",
+        help="when the adversarial term joins: once validation PSNR has gained less than --stage2-gain over "
+             "--stage2-evaluations, or --stage2-steps are left; at that step; never *")
+    add("--stage2-steps", type=number(int, 1), help="optimiser steps of stage 2 where it begins by itself *")
+    add("--stage2-lr", type=number(float, 0), help="the student's learning rates in stage 2, as a part of stage 1's *")
+    add("--stage2-gain", type=number(float, 0), default=0.05, help="in dB (default: 0.05)")
+    add("--stage2-evaluations", type=number(int, 1), default=5, help="(default: 5)")
+    add("--minutes", type=number(float, above=0),
+        help="stop after this long at the latest; the cosine then ends with the time")
+    add("--batch", type=number(int, 1), help="effective batch: clips a step over all processes and accumulation *")
+    add("--micro-batch", type=number(int, 1), help="clips a process takes at once *")
+    add("--lr", type=number(float, above=0), help="AdamW's learning rate *")
+    add("--muon-lr", type=number(float, 0),
+        help="Muon's learning rate, for convolutions that mix channels; 0: AdamW for everything *")
+    add("--schedule", choices=("constant", "cosine"), help="of the learning rate, after the warm-up *")
+    add("--warmup", type=number(int, 0), default=100, help="steps of linear warm-up (default: 100)")
+    add("--weight-decay", type=number(float, 0), default=1e-4, help="(default: 1e-4)")
+    add("--clip", type=number(float, above=0), default=1.0, help="largest gradient norm (default: 1)")
+    add("--ema", type=number(float, 0, below=1), default=0.999,
+        help="decay of the weights' moving average (default: 0.999)")
+    add("--align", nargs="*", metavar="BLOCK", help="blocks that Equation 4 aligns; none after --align turns it off *")
+    add("--head", choices=HEADS, default="pointwise", help="projection heads, Table 7 (default: pointwise)")
+    add("--lpips-weight", type=number(float, 0), help="α1 of Equation 5; 0 turns LPIPS off *")
+    add("--lpips-frames", type=number(int, 0), default=2,
+        help="random frames of each clip that LPIPS sees, an unbiased estimate; 0: all (default: 2)")
+    add("--distill-weight", type=number(float, 0), help="α2 of Equation 5; 0 turns the distillation loss off *")
+    add("--equation4", action="store_true",
+        help="the distillation loss as the paper has it: weight 1, features as they are")
+    add("--kl-weight", type=number(float, 0), default=1e-7, help="α3 of Equation 5 (default: 1e-7)")
+    add("--adversarial-weight", type=number(float, 0), help="α4 of Equation 5, besides the adaptive weight *")
+    add("--max-drop", type=number(float, 0), default=0.3,
+        help="dB of validation PSNR that stage 2 may cost: where it costs more, the adversarial weight is halved at "
+             "each validation until it does not (default: 0.3)")
+    add("--disc-lr", type=number(float, above=0), help="the discriminator's learning rate *")
+    add("--disc-width", type=number(int, 4), help="channels of the discriminator's first layer *")
+    add("--disc-floor", type=number(float, 0), default=1.0,
+        help="the discriminator rests in steps where its hinge loss is below this, so that it does not outrun the "
+             "student; 0 for never (default: 1)")
+    add("--smoothness", type=number(float, 0), default=10.0,
+        help="weight of the discriminator's approximate R1 penalty (default: 10)")
+    add("--normalize", action=argparse.BooleanOptionalAction, default=None,
+        help="divide the teacher's features by their standard deviation in Equation 4 *")
+    add("--cache", metavar="DIR",
+        help="keep the teacher's latents and features of --cache-crops crops of each clip there, computed before the "
+             "first step, and run no teacher in training")
+    add("--cache-crops", type=number(int, 1), default=4,
+        help="crops of each video; made-up video counts as 512 videos (default: 4)")
+    add("--cache-dtype", choices=("float16", "bfloat16"), default="float16",
+        help="of latents and features (default: float16)")
+    add("--checkpointing", action="store_true",
+        help="recompute the student's blocks in the backward pass: less memory, more time")
+    add("--profile", type=number(int, 1), metavar="N",
+        help="time N steps of each stage, say what takes how long and what the recipe would cost, and stop")
+    add("--price", type=number(float, 0), default=2.0, help="dollars per GPU and hour, for --profile (default: 2)")
+    add("--seed", type=number(int, 0, 2 ** 32 - 2), default=0, help="of weights, clips and samples (default: 0)")
+    add("--workers", type=number(int, 0), help="loader processes for each training process *")
+    add("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto",
+        help="autocast type (default: bfloat16 where the hardware has units for it, else float16 on GPUs, float32 on "
+             "CPUs)")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(default: cuda where there is a GPU)")
+    add("--compile", action=argparse.BooleanOptionalAction, default=None,
+        help="torch.compile the student (default: on GPUs)")
+    add("--save-minutes", type=number(float, above=0), default=10.0,
+        help="minutes between checkpoints, at most (default: 10)")
+    add("--eval-every", type=number(int, 1), help="steps between validations, pictures and checkpoints *")
+    add("--log-every", type=number(int, 1), default=10, help="steps between lines of log.jsonl (default: 10)")
+    add("--out", help="the run's folder (default: out/<teacher>)")
+    add("--resume", action="store_true", help="go on from the folder's checkpoint.pt")
+    add("--overwrite", action="store_true", help="start anew where the folder holds a run already")
     args = p.parse_args(argv)
     for name, value in RECIPES[args.teacher].items():
         if getattr(args, name) is None:
@@ -207,13 +226,14 @@ def datasets(args):
         train = VideoClips(args.data, args.frames, args.size, args.stride, train=True, seed=args.seed)
     if made_up and not args.val_data:
         held_out = SyntheticClips(args.frames, args.size, HELD_OUT_SEED)
-        return train, [held_out[8 * i] for i in range(args.val_clips)], "held-out made-up clips", {"files": "made-up", "held_out": []}
+        clips = [held_out[CLIPS_PER_SCENE * i] for i in range(args.val_clips)]
+        return train, clips, "held-out made-up clips", {"files": "made-up", "held_out": []}
     if args.val_data:
         held_out = VideoClips(args.val_data, args.frames, args.size, args.stride, train=False)
         clips, name = hold_out(held_out, min(args.val_clips, len(held_out))), args.val_data
         train = train if made_up else train.without(held_out)
         if not len(train):
-            raise ValueError(f"no video is left to train on: {args.val_data}, which is for validation, holds all that {args.data} does")
+            raise ValueError(f"no video is left to train on: all of {args.data} is in --val-data {args.val_data}")
     else:
         held_out = copy.copy(train)
         held_out.train = False
@@ -241,7 +261,7 @@ class Slots:
 
 
 class Indexed(torch.utils.data.Dataset):
-    """Clips with their numbers, which seed the posterior's samples, and with the `lpips_frames` of them that LPIPS sees."""
+    """Clips with their numbers, which seed the posterior's samples, and with the frames that LPIPS sees."""
 
     def __init__(self, clips, seed, frames, lpips_frames):
         self.clips, self.seed, self.frames, self.lpips_frames = clips, seed, frames, lpips_frames
@@ -293,7 +313,7 @@ class Muon(torch.optim.Optimizer):
                 rows, columns = x.shape
                 x = x.T if rows > columns else x
                 x = x / (x.norm() + 1e-12)
-                for _ in range(5):                                          # Newton and Schulz's iteration to the polar factor
+                for _ in range(5):                                       # Newton and Schulz's way to the polar factor
                     a = x @ x.T
                     x = 3.4445 * x + (2.0315 * a @ a - 4.7750 * a) @ x
                 x = x.T if rows > columns else x
@@ -326,18 +346,20 @@ def take_step(optimizers, scaler, skip, rests=None):
 # Randomness, and what the teacher makes of clips.
 
 def clip_rng(seed, purpose, n):
-    """A generator of its own for each clip, so that its random numbers do not depend on which others share its batch."""
+    """A generator for each clip, so that its random numbers do not depend on which others share its batch."""
     return np.random.default_rng((seed, purpose, n))
 
 
 def clip_noise(seed, purpose, numbers, like):
     """Unit normal noise of the shape of `like`, whose first dimension are the clips `numbers`."""
-    generators = [torch.Generator(like.device).manual_seed(int(clip_rng(seed, purpose, n).integers(2 ** 62))) for n in numbers]
-    return torch.stack([torch.randn(like.shape[1:], generator=g, device=like.device) for g in generators]).to(like.dtype)
+    seeds = [int(clip_rng(seed, purpose, n).integers(2 ** 62)) for n in numbers]
+    generators = [torch.Generator(like.device).manual_seed(s) for s in seeds]
+    noise = [torch.randn(like.shape[1:], generator=g, device=like.device) for g in generators]
+    return torch.stack(noise).to(like.dtype)
 
 
 def teach(teacher, video, numbers, blocks, seed):
-    """(latents, {block: features}, KL divergence of each clip) of the clips with these numbers: what the student learns from."""
+    """(latents, {block: features}, KL divergence of each clip) of the clips with these numbers."""
     mean, logvar = teacher.posterior(video)
     latents = mean if logvar is None else mean + (0.5 * logvar).exp() * clip_noise(seed, 4, numbers, mean)
     kl = torch.stack([kl_loss(mean[i:i + 1], None if logvar is None else logvar[i:i + 1]) for i in range(len(mean))])
@@ -348,27 +370,29 @@ def teach(teacher, video, numbers, blocks, seed):
 def fill_cache(args, teacher, clips, about, device, autocast, processes, say):
     """A CachedClips of --cache-crops crops of each clip, of which this process makes its share of what is missing."""
     videos = 512 if args.data == "synthetic" else len(clips)
-    settings = {"teacher": args.teacher, "weights": about["teacher_weights"], "files": about["files"], "seed": args.seed, "precision": args.dtype} \
-        | {key: getattr(args, key) for key in ("frames", "size", "stride", "cache_crops")}
-    make_cache = lambda: CachedClips(args.cache, videos * args.cache_crops, settings, getattr(torch, args.cache_dtype), args.align, args.seed)
-    cache = processes.from_chief(make_cache)
+    settings = {"weights": about["teacher_weights"], "files": about["files"], "precision": args.dtype} \
+        | {key: getattr(args, key) for key in ("teacher", "frames", "size", "stride", "cache_crops", "seed")}
+    dtype = getattr(torch, args.cache_dtype)
+    count = videos * args.cache_crops
+    cache = processes.from_chief(lambda: CachedClips(args.cache, count, settings, dtype, args.align, args.seed))
 
     def make(numbers, video):
         with autocast():
             latents, features, kl = teach(teacher, video.to(device), numbers, cache.made["blocks"], args.seed)
-        return [{"latents": latents[i], "kl": kl[i]} | {f"features.{name}": f[i] for name, f in features.items()} for i in range(len(video))]
+        tensors = {"latents": latents, "kl": kl} | {f"features.{name}": f for name, f in features.items()}
+        return [{name: t[i] for name, t in tensors.items()} for i in range(len(video))]
 
     cache.fill(clips, make, args.micro_batch, processes.rank, processes.world, processes.wait, args.workers, say)
     return cache
 
 
 @torch.no_grad()
-def lesson(batch, teacher, args, autocast):
-    """(latents, {block: features}, KL divergence of each clip) of a batch, as the cache has them where there is no teacher."""
+def lesson(batch, numbers, teacher, args, autocast):
+    """(latents, {block: features}, KL divergence of each clip) of a batch; the cache's where there is no teacher."""
     if teacher is None:
         return batch["latents"].float(), {name: batch[f"features.{name}"] for name in args.align}, batch["kl"].float()
     with autocast():
-        return teach(teacher, batch["video"], batch["n"], args.align, args.seed)
+        return teach(teacher, batch["video"], numbers, args.align, args.seed)
 
 
 @torch.no_grad()
@@ -376,8 +400,8 @@ def finite_in_autocast(teacher, clip, blocks, autocast):
     """Whether all that training asks of the teacher is finite in half precision, whose largest number is 65,504."""
     with autocast():
         mean, logvar = teacher.posterior(clip)
-        tensors = [mean, teacher.decode(mean), *teacher.features(mean, blocks).values()] + [logvar] * (logvar is not None)
-    return all(tensor.isfinite().all().item() for tensor in tensors)
+        tensors = [mean, logvar, teacher.decode(mean), *teacher.features(mean, blocks).values()]
+    return all(tensor.isfinite().all().item() for tensor in tensors if tensor is not None)
 
 
 def prepare(module, device, compiles):
@@ -447,18 +471,18 @@ class Processes:
 
 
 class Signals:
-    """SIGINT (Ctrl-C) and SIGTERM: while `holding`, they are kept in `received` until the step is done; else they end the
-    process at once."""
+    """SIGINT (Ctrl-C) and SIGTERM: while `holding`, they are kept in `received` until the step is done. Else they end
+    the process at once."""
 
     def __init__(self):
         self.received, self.holding = 0, False
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self.handle)
+        for which in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(which, self.handle)
 
-    def handle(self, number, frame):
-        self.received = self.received or number
+    def handle(self, which, frame):
+        self.received = self.received or which
         if not self.holding:
-            sys.exit(128 + number)
+            sys.exit(128 + which)
 
 
 def find_device(name):
@@ -500,8 +524,8 @@ def converged(log, evaluations, gain):
 
 
 def damping(log, start, max_drop):
-    """What the adversarial weight is multiplied by: halved at every validation of stage 2 whose PSNR lies more than max_drop
-    below stage 1's last, and let grow back to 1 by a quarter at every other."""
+    """What the adversarial weight is multiplied by: halved at every validation of stage 2 whose PSNR lies more than
+    max_drop below stage 1's last, and let grow back to 1 by a quarter at every other."""
     before = [line["psnr"] for line in log if "psnr" in line and start is not None and line["step"] <= start]
     factor = 1.0
     for line in log:
@@ -514,7 +538,8 @@ def best_step(log, start, max_drop):
     """The step of the best student so far, by the rule in this file's docstring."""
     lines = [line for line in log if "psnr" in line]
     stage1 = [line for line in lines if start is None or line["step"] <= start]
-    stage2 = [line for line in lines if line not in stage1 and (not stage1 or line["psnr"] >= stage1[-1]["psnr"] - max_drop)]
+    floor = stage1[-1]["psnr"] - max_drop if stage1 else -math.inf
+    stage2 = [line for line in lines if line not in stage1 and line["psnr"] >= floor]
     distance = lambda line: line.get("val_lpips", abs(math.log(max(line["sharpness"], 1e-6))))
     return min(stage2, key=distance)["step"] if stage2 else max(stage1 or lines, key=lambda line: line["psnr"])["step"]
 
@@ -531,12 +556,14 @@ class Tally:
         self.in_a_row, self.recent, self.told = 0, deque(maxlen=100), 0
         self.reset()
 
-    def reset(self):
-        self.state = {"steps": 0, "clipped": 0, "skipped": 0, "sums": {}}
+    def reset(self, names=()):
+        self.state = {"steps": 0, "clipped": 0, "skipped": 0, "sums": dict.fromkeys(names, 0.0)}
 
     def restore(self, state):
         """The sums over all processes are the chief's from then on."""
-        self.state = state if self.chief else {"steps": 0, "clipped": 0, "skipped": 0, "sums": dict.fromkeys(state["sums"], 0.0)}
+        self.reset(state["sums"])
+        if self.chief:
+            self.state = state
 
     def gather(self, processes):
         """The state summed over all processes."""
@@ -547,12 +574,13 @@ class Tally:
         return state
 
     def add(self, step, micros, norms, skip, scale):
-        """micros: (numbers, {term: value}) of each micro-batch; norms: {name: gradient's norm}; skip: whether the step is
-        skipped; scale: float16's loss scale, else 1."""
+        """micros: (clips' numbers, {term: value}) of each micro-batch; norms: {name: a gradient's norm}; skip: whether
+        the step is skipped; scale: float16's loss scale, else 1."""
         for name in micros[0][1]:
             self.state["sums"].setdefault(name, 0.0)
         values = [value for _, terms in micros for value in terms.values()] + [*norms.values(), skip, scale]
-        self.pending.append((step, [numbers for numbers, _ in micros], list(micros[0][1]), list(norms), torch.stack([v.float() for v in values])))
+        numbers, values = [numbers for numbers, _ in micros], torch.stack([value.float() for value in values])
+        self.pending.append((step, numbers, list(micros[0][1]), list(norms), values))
 
     def settle(self, clip):
         """clip: the largest norm that is not clipped."""
@@ -561,10 +589,12 @@ class Tally:
             values, flat = flat[:len(values)], flat[len(values):]
             rows = [values[i * len(names):][:len(names)] for i in range(len(numbers))]
             norms, (skip, scale) = dict(zip(norms, values[len(names) * len(rows):])), values[-2:]
-            wrong = [(name, value, n) for row, n in zip(rows, numbers) for name, value in zip(names, row) if not math.isfinite(value)]
+            wrong = [(name, value, n) for row, n in zip(rows, numbers) for name, value in zip(names, row)
+                     if not math.isfinite(value)]
             if skip and not wrong and scale <= 1:   # above 1 float16 just looks for its scale
                 where = "" if self.alone else " of this process or another"
-                wrong = [(name + where, value, sum(numbers, [])) for name, value in norms.items() if not math.isfinite(value)][:1]
+                wrong = [(name + where, value, sum(numbers, [])) for name, value in norms.items()
+                         if not math.isfinite(value)][:1]
             self.state["skipped"] += int(skip) * self.chief             # it is the same step on all processes
             if wrong:
                 self.not_finite(step, wrong)
@@ -591,8 +621,8 @@ class Tally:
 # Time and pictures.
 
 class Timer:
-    """Seconds by part of the step, waiting for the device at each part's ends: `with timer("student"): ...`; and of whole
-    steps: `with timer.step(): ...`. One that is not `on` does nothing."""
+    """Seconds by part of the step, waiting for the device at each part's ends: `with timer("student"): ...`, and of
+    whole steps: `with timer.step(): ...`. One that is not `on` does nothing."""
 
     def __init__(self, device, on=True):
         self.device, self.on, self.parts, self.total, self.steps = device, on, {}, 0.0, 0
@@ -637,11 +667,13 @@ def report(timers, recipe, args, device, world, path):
         axis.bar_label(bars, [f"{100 * seconds / timer.total:.0f} %" for seconds in parts.values()], padding=3)
         axis.set(title=f"stage {stage}", xlabel="milliseconds a step", xmargin=0.1)
         axis.invert_yaxis()
-    peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" \
+        else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     print(f"peak memory {peak / 1e9:.2f} GB in a process")
     steps = " and ".join(f"{recipe[stage]} steps of stage {stage}" for stage in timers)
-    print(f"the whole recipe, {steps}, {args.batch} samples each, at this speed: {hours:.3g} hours, {hours * world:.3g} {device.type} hours"
-          + (f", {hours * world * args.price:.0f} dollars at {args.price:g} each" if device.type == "cuda" else ""))
+    price = f", {hours * world * args.price:.0f} dollars at {args.price:g} each" if device.type == "cuda" else ""
+    print(f"the whole recipe, {steps}, {args.batch} samples each, at this speed: {hours:.3g} hours, "
+          f"{hours * world:.3g} {device.type} hours{price}")
     save_as(path, figure.savefig, dpi=150, format="png")
     print(path)
 
@@ -652,11 +684,13 @@ def plot_samples(path, columns):
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     rows = min(len(next(iter(columns.values()))), 6)
-    figure, axes = plt.subplots(rows, len(columns), figsize=(2.2 * len(columns), 2.2 * rows), squeeze=False, layout="constrained")
+    size = (2.2 * len(columns), 2.2 * rows)
+    figure, axes = plt.subplots(rows, len(columns), figsize=size, squeeze=False, layout="constrained")
     target = next(iter(columns.values()))
     for j, (title, clips) in enumerate(columns.items()):
         for i in range(rows):
-            axes[i, j].imshow((clips[i][:, clips[i].shape[1] // 2] + 1).div(2).permute(1, 2, 0).numpy(), interpolation="nearest")
+            frame = clips[i][:, clips[i].shape[1] // 2]
+            axes[i, j].imshow((frame + 1).div(2).permute(1, 2, 0).numpy(), interpolation="nearest")
             axes[i, j].set_axis_off()
             axes[i, j].set_title(title if j == 0 else f"{title}, {psnr(clips[i], target[i]):.1f} dB", fontsize=8)
     save_as(path, figure.savefig, dpi=150, format="png")
@@ -668,7 +702,10 @@ def plot_curves(path, log, teacher_psnr, start2):
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     figure, axes = plt.subplots(1, 3, figsize=(13, 3.2), layout="constrained")
-    curve = lambda axis, key, **style: axis.plot(*zip(*[(line["step"], line[key]) for line in log if key in line]), **style)
+
+    def curve(axis, key, **style):
+        axis.plot(*zip(*[(line["step"], line[key]) for line in log if key in line]), **style)
+
     for term in ("l1", "lpips", "distill", "discriminator"):
         if any(term in line for line in log):
             curve(axes[0], term, label=term)
@@ -723,7 +760,8 @@ class Run:
         torch.manual_seed(args.seed + 1)
         discriminator = PatchDiscriminator(args.disc_width).to(self.device)
         prepare(discriminator, self.device, self.compiles)
-        self.objective.discriminator, self.objective.adaptive_weight = discriminator, torch.zeros((), device=self.device)
+        self.objective.discriminator = discriminator
+        self.objective.adaptive_weight = torch.zeros((), device=self.device)
         self.optimizers.append(torch.optim.AdamW(discriminator.parameters(), args.disc_lr, betas=(0.5, 0.9),
                                                  weight_decay=args.weight_decay, fused=True))
         self.rates = [args.stage2_lr * rate for rate in self.rates] + [args.disc_lr]
@@ -750,7 +788,7 @@ class Run:
             optimizer.load_state_dict(held)
         self.scaler.load_state_dict(state["scaler"])
         self.tally.restore(state["tally"])
-        lines = log_file.read_text().split("\n")[:-1] if log_file.exists() else []      # the last one may be half a line
+        lines = log_file.read_text().split("\n")[:-1] if log_file.exists() else []      # the last may be half a line
         self.log = [line for line in map(json.loads, lines) if line["step"] <= self.step]
         self.damping = damping(self.log, self.stage2_start, self.args.max_drop)
 
@@ -775,18 +813,19 @@ def make_run(args, device, compiles, teacher, processes):
     prepare(ema, device, False)
     prepare(student, device, compiles)
     prepare(lpips, device, compiles)
-    return Run(args, device, compiles, both, ema,
-               Objective(lpips, args.lpips_weight, args.distill_weight, args.kl_weight, smoothness=args.smoothness),
-               make_optimizers(both, args.lr, args.muon_lr, args.weight_decay), [args.lr] + [args.muon_lr] * (args.muon_lr > 0),
-               torch.amp.GradScaler(device.type, enabled=args.dtype == "float16"), Tally(processes))
+    objective = Objective(lpips, args.lpips_weight, args.distill_weight, args.kl_weight, smoothness=args.smoothness)
+    optimizers = make_optimizers(both, args.lr, args.muon_lr, args.weight_decay)
+    scaler = torch.amp.GradScaler(device.type, enabled=args.dtype == "float16")
+    rates = [args.lr, args.muon_lr][:len(optimizers)]
+    return Run(args, device, compiles, both, ema, objective, optimizers, rates, scaler, Tally(processes))
 
 
 RUN_FILES = ("checkpoint.pt", "student.safetensors", "best.safetensors", "curves.png", "samples.png")
 
 
 def open_folder(out, args):
-    """Makes the folder `out`. Returns whether the run in it goes on; raises where the folder holds or lacks a run that it
-    should not, or cannot be written to."""
+    """Makes the folder `out`. Returns whether the run in it goes on. Raises where the folder holds or lacks a run that
+    it should not, or cannot be written to."""
     there = [(out / name).exists() for name in RUN_FILES[:2]]
     if any(there) and not (args.resume or args.overwrite or args.profile):
         raise ValueError(f"{out} holds a run already: --resume goes on with it, --overwrite starts anew, "
@@ -805,8 +844,8 @@ def open_folder(out, args):
 
 # What --resume may change. Videos and weights are compared by what they hold.
 MAY_CHANGE = {"data", "val_data", "teacher_weights", "steps", "minutes", "stage2", "stage2_steps", "stage2_gain",
-              "stage2_evaluations", "micro_batch", "equation4", "checkpointing", "profile", "price", "workers", "device",
-              "compile", "save_minutes", "eval_every", "log_every", "out", "resume", "overwrite"}
+              "stage2_evaluations", "micro_batch", "equation4", "checkpointing", "profile", "price", "workers",
+              "device", "compile", "save_minutes", "eval_every", "log_every", "out", "resume", "overwrite"}
 
 
 def check_resume(saved, args, about):
@@ -822,7 +861,8 @@ def check_resume(saved, args, about):
         if saved["about"][key] != about[key]:
             raise ValueError(f"{out} was {what} are others: bring back what was there, or start anew with --overwrite")
     if saved["stage2_start"] is not None and args.stage2 != then["stage2"]:
-        raise ValueError(f"stage 2 of {out} began at step {saved['stage2_start']}: --stage2 {args.stage2} comes too late")
+        raise ValueError(f"stage 2 of {out} began at step {saved['stage2_start']}: "
+                         f"--stage2 {args.stage2} comes too late")
 
 
 def last_checkpoint(out):
@@ -839,7 +879,8 @@ class Schedule:
     def __init__(self, args):
         left = args.steps - args.stage2_steps   # for stage 1; a run too short has stage 2 only if it converges
         never = args.steps
-        self.stage2_at = args.stage2 if isinstance(args.stage2, int) else left if args.stage2 == "auto" and left > 0 else never
+        by_itself = left if args.stage2 == "auto" and left > 0 else never
+        self.stage2_at = args.stage2 if isinstance(args.stage2, int) else by_itself
         self.last, self.stage2_steps = args.steps, args.stage2_steps if args.stage2 == "auto" else args.steps
         self.recipe = {1: self.stage2_at, 2: self.last - self.stage2_at}
         self.converges = args.stage2 == "auto" and not args.profile
@@ -863,7 +904,8 @@ class Schedule:
         if all(saved["args"][name] == getattr(args, name) for name in ("steps", "stage2", "stage2_steps")):
             return False
         more = "--steps" if end == args.steps else f"--stage2-steps than {args.stage2_steps}"
-        raise ValueError(f"{args.out} is at step {run.step} and ends at {end}: no step would be taken; ask for more {more}")
+        raise ValueError(f"{args.out} is at step {run.step} and ends at {end}: no step would be taken; "
+                         f"ask for more {more}")
 
 
 def rate_factors(args, step, start, end, time_used):
@@ -878,8 +920,8 @@ Shared = namedtuple("Shared", "time_used begins damping saves signal failed")
 
 
 def decide(run, schedule, signals, saved_at, first, processes):
-    """What all processes must do alike at the top of a step. The first process has the clock and the validations; signals
-    and failures may reach any."""
+    """What all processes must do alike at the top of a step. The first process has the clock and the validations;
+    signals and failures may reach any."""
     args, mine = run.args, [0.0] * 4
     if processes.chief:
         begins = run.stage2_start is None and run.step < schedule.last and (
@@ -888,7 +930,8 @@ def decide(run, schedule, signals, saved_at, first, processes):
             and converged(run.log, args.stage2_evaluations, args.stage2_gain))
         mine = [run.seconds / (60 * args.minutes) if args.minutes and not args.profile else 0.0, float(begins),
                 run.damping, float(time.time() - saved_at > 60 * args.save_minutes)]
-    return Shared(*processes.total([*mine, float(signals.received), float(run.tally.failure is not None)], largest=True))
+    mine += [float(signals.received), float(run.tally.failure is not None)]
+    return Shared(*processes.total(mine, largest=True))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -917,8 +960,8 @@ class Validation:
 
     @torch.no_grad()
     def __call__(self, run, autocast):
-        """Writes a line of the log, the pictures, and the student as it is now. Raises RuntimeError, and writes nothing,
-        where the student's PSNR is not finite."""
+        """Writes a line of the log, the pictures, and the student as it is now. Raises RuntimeError, and writes
+        nothing, where the student's PSNR is not finite."""
         out, lpips = Path(run.args.out), run.objective.lpips
         with autocast():
             videos = decode_all(run.ema, self.latents)
@@ -926,20 +969,24 @@ class Validation:
             videos = decode_all(run.ema, self.latents)
         line = {"step": run.step, "psnr": round(self.mean(psnr, videos), 4)}
         if not math.isfinite(line["psnr"]):
-            raise RuntimeError(f"the student's PSNR is {line['psnr']} at step {run.step}: nothing was saved{last_checkpoint(out)}")
+            raise RuntimeError(f"the student's PSNR is {line['psnr']} at step {run.step}: nothing was saved"
+                               + last_checkpoint(out))
         line["sharpness"] = round(self.mean(lambda a, b: (sharpness(a) / sharpness(b)).item(), videos), 4)
         if lpips:
-            line["val_lpips"] = round(self.mean(lambda a, b: lpips(a.to(self.device), b.to(self.device)).item(), videos), 4)
-        run.write_line(line | {"stage": run.stage, "teacher_psnr": round(self.teacher_psnr, 4), "minutes": round(run.seconds / 60, 3)})
+            distance = lambda a, b: lpips(a.to(self.device), b.to(self.device)).item()
+            line["val_lpips"] = round(self.mean(distance, videos), 4)
+        run.write_line(line | {"stage": run.stage, "teacher_psnr": round(self.teacher_psnr, 4),
+                               "minutes": round(run.seconds / 60, 3)})
         run.damping = damping(run.log, run.stage2_start, run.args.max_drop)
         plot_curves(out / "curves.png", run.log, self.teacher_psnr, run.stage2_start)
-        squeeze = lambda videos: [video[0] for video in videos]
-        plot_samples(out / "samples.png", {"input": squeeze(self.clips), "teacher": squeeze(self.teacher_videos), "student": squeeze(videos)})
+        rows = {"input": self.clips, "teacher": self.teacher_videos, "student": videos}
+        plot_samples(out / "samples.png", {title: [video[0] for video in held] for title, held in rows.items()})
         about = {"teacher": run.args.teacher, "step": str(run.step), "psnr": f"{line['psnr']:.2f}"}
         run.ema.save_pretrained(out, metadata=about)
         if best_step(run.log, run.stage2_start, run.args.max_drop) == run.step:
             run.ema.save_pretrained(out / "best.safetensors", metadata=about)
-        tqdm.write(f"step {run.step}: PSNR {line['psnr']:.2f} dB ({100 * line['psnr'] / self.teacher_psnr:.1f} % of the teacher's), "
+        kept = 100 * line["psnr"] / self.teacher_psnr
+        tqdm.write(f"step {run.step}: PSNR {line['psnr']:.2f} dB ({kept:.1f} % of the teacher's), "
                    f"sharpness {100 * line['sharpness']:.0f} % of the input's, {run.seconds / 60:.1f} min")
 
 
@@ -994,9 +1041,9 @@ def write_means(run, norm, weight, samples_per_s, processes):
     if run.stage == 2:
         line["weight"] = round(float(weight), 7)                # of L_adv
     norm = norm.item()
-    line |= {"lr": run.optimizers[0].param_groups[0]["lr"], "grad_norm": round(norm, 4) if math.isfinite(norm) else None,
-             "clipped": state["clipped"] / max(steps, 1), "samples_per_s": round(samples_per_s, 3),
-             "minutes": round(run.seconds / 60, 3)}
+    line |= {"lr": run.optimizers[0].param_groups[0]["lr"],
+             "grad_norm": round(norm, 4) if math.isfinite(norm) else None, "clipped": state["clipped"] / max(steps, 1),
+             "samples_per_s": round(samples_per_s, 3), "minutes": round(run.seconds / 60, 3)}
     if state["skipped"]:
         line["skipped"] = state["skipped"]
     run.tally.reset()
@@ -1015,8 +1062,8 @@ def main(args):
     say = tqdm.write if chief else (lambda line: None)
     together = args.micro_batch * world
     if args.batch % together:
-        raise ValueError(f"--batch {args.batch} cannot be divided among {world} processes in micro-batches of {args.micro_batch}: "
-                         f"multiples of {together} can")
+        raise ValueError(f"--batch {args.batch} cannot be divided among {world} processes in micro-batches of "
+                         f"{args.micro_batch}: multiples of {together} can")
     accumulate = args.batch // together
     resumes = processes.from_chief(lambda: open_folder(out, args))
     saved = torch.load(out / "checkpoint.pt", map_location="cpu", weights_only=True) if resumes else None
@@ -1073,8 +1120,10 @@ def main(args):
         write_file(out / "log.jsonl", "".join(json.dumps(line) + "\n" for line in run.log).encode())
     model = DistributedDataParallel(run.both) if world > 1 else run.both
     millions = lambda module: sum(p.numel() for p in module.parameters()) / 1e6
-    say(f"teacher {args.teacher}: {teacher_psnr:.2f} dB on {val_name}; student {args.config}: {millions(run.both.student):.2f} M "
-        f"parameters{f' and {millions(run.both.heads):.2f} M in heads' if args.align else ''}; {device.type} x {world}, {args.dtype}")
+    student, heads = millions(run.both.student), millions(run.both.heads)
+    say(f"teacher {args.teacher}: {teacher_psnr:.2f} dB on {val_name}; "
+        f"student {args.config}: {student:.2f} M parameters"
+        f"{f' and {heads:.2f} M in heads' if args.align else ''}; {device.type} x {world}, {args.dtype}")
     say(f"{args.steps} steps of {args.batch} clips ({args.micro_batch} x {world} processes x {accumulate}), "
         f"{args.frames}x{args.size}x{args.size}, {args.data}" + ("" if run.objective.lpips else "; no LPIPS term"))
     if args.cache:
@@ -1096,9 +1145,9 @@ def main(args):
         return time.time()
 
     # the loop ------------------------------------------------------------------------------------------------
-    # Each turn: agree with the other processes what is to be done; begin stage 2 or end, if it is time; set the learning
-    # rates; for each micro-batch, let the teacher make latents and features, and add up the gradients of Equation 5;
-    # step; and now and then write a line of the log, validate and save.
+    # Each turn: agree with the other processes what is to be done. Begin stage 2 or end, if it is time. Set the
+    # learning rates. For each micro-batch, let the teacher make latents and features, and add up the gradients of
+    # Equation 5. Step. Now and then write a line of the log, validate and save.
     lpips_frames = args.lpips_frames if run.objective.lpips and args.lpips_frames < args.frames else 0
     signals.holding = True
     atexit.register(end_workers)
@@ -1141,18 +1190,21 @@ def main(args):
             micro_terms, layers = [], []
             for i in range(accumulate):
                 with timer("data"):
-                    batch = {name: t.to(device, non_blocking=True) if name != "n" else t.tolist() for name, t in next(loader).items()}
-                    numbers, video = batch["n"], batch["video"]
+                    batch = next(loader)
+                    numbers = batch.pop("n").tolist()
+                    batch = {name: t.to(device, non_blocking=True) for name, t in batch.items()}
                 with timer("teacher"):
-                    latents, features, kl = lesson(batch, teacher, args, teacher_autocast)
-                noise = clip_noise(args.seed, 7, numbers, video) if run.stage == 2 else None
+                    latents, features, kl = lesson(batch, numbers, teacher, args, teacher_autocast)
+                noise = clip_noise(args.seed, 7, numbers, batch["video"]) if run.stage == 2 else None
                 with model.no_sync() if world > 1 and i + 1 < accumulate else nullcontext():
-                    terms, gradients = run.objective.backward(model, latents, features, video, kl.mean(), batch.get("frames"), noise,
-                                                              lambda loss: run.scaler.scale(loss / accumulate), autocast, timer)
+                    terms, gradients = run.objective.backward(
+                        model, latents, features, batch["video"], kl.mean(), batch.get("frames"), noise,
+                        scale=lambda loss: run.scaler.scale(loss / accumulate), autocast=autocast, timer=timer)
                 micro_terms.append((numbers, terms))
                 if run.stage == 2 and (run.step - start) % 10 == 0:
                     with timer("discriminator"):
-                        layers.append(torch.stack(last_layer_gradients(run.both.student, latents, *gradients, autocast=autocast)))
+                        layer = last_layer_gradients(run.both.student, latents, *gradients, autocast=autocast)
+                        layers.append(torch.stack(layer))
             with timer("optimiser"):
                 norm = optimise(run, micro_terms, layers, processes)
             logs = run.step % args.log_every == 0 or run.step % args.eval_every == 0 or run.step == end
@@ -1195,8 +1247,8 @@ def one_line(error):
     """What a user is told of an error; None for one that is not ours, which wants its traceback."""
     message = str(error).strip()
     if "DataLoader worker" in message and ("killed by signal" in message or "exited unexpectedly" in message):
-        return ("a loader process was killed, most likely since memory ran out: fewer --workers, a smaller --micro-batch or "
-                "smaller videos help; --resume goes on from the last checkpoint")
+        return ("a loader process was killed, most likely since memory ran out: fewer --workers, a smaller "
+                "--micro-batch or smaller videos help; --resume goes on from the last checkpoint")
     if "DataLoader worker" in message:                        # the worker's own error is the last line of its traceback
         return message.splitlines()[-1].partition(": ")[2]
     return None if isinstance(error, RuntimeError) and "\n" in message else message

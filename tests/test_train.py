@@ -615,7 +615,7 @@ def test_a_stage_2_whose_step_has_passed_begins_at_once(whole, tmp_path, here, c
 
 def test_overwriting_leaves_nothing_that_a_resume_would_go_on_with(whole, tmp_path, here, monkeypatch):
     out = shutil.copytree(whole, tmp_path / "out")
-    monkeypatch.setattr(Objective, "backward", lambda *args: (_ for _ in ()).throw(RuntimeError("killed")))
+    monkeypatch.setattr(Objective, "backward", lambda *args, **more: (_ for _ in ()).throw(RuntimeError("killed")))
     with pytest.raises(RuntimeError, match="killed"):
         here(out, "--steps", 4, "--overwrite")
     assert {path.name for path in out.iterdir()} == {"args.json", "log.jsonl"} and not log(out)
