@@ -13,8 +13,10 @@ import math
 import os
 import re
 import shutil
+import signal
 import sys
 import tempfile
+import time
 import zipfile
 import zlib
 from concurrent.futures import ThreadPoolExecutor
@@ -95,7 +97,7 @@ def read_frames(path, start, frames, stride):
                 with Image.open(os.path.join(path, name)) as image:
                     if image.mode.startswith(("I", "F")):           # Pillow would clip more than 8 bits to white
                         raise BadVideo(f"images of 8 bits are needed, not mode {image.mode}")
-                    yield np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
+                    yield np.array(ImageOps.exif_transpose(image).convert("RGB"))
             except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:     # all that Pillow raises
                 raise BadVideo(f"{name}: {why(error)}") from None
         return
@@ -246,17 +248,19 @@ class VideoClips(Dataset):
         self.gave_way = self.gave_way[list(indices)].share_memory_()
         return self
 
+    def parts(self):
+        """What each file holds, in short (see `part_of`)."""
+        with ThreadPoolExecutor(8) as pool:
+            return [json.dumps(part) for part in pool.map(part_of, (os.path.join(self.root, name) for name in self.files))]
+
     def without(self, others):
-        """Drops the files that the VideoClips `others` has, under whatever name, and returns itself."""
-        real = lambda clips: [os.path.realpath(os.path.join(clips.root, name)) for name in clips.files]
-        taken = set(real(others))
-        return self.subset([i for i, path in enumerate(real(self)) if path not in taken])
+        """Drops the files that the VideoClips `others` has too, links and copies, and returns itself."""
+        taken = set(others.parts())
+        return self.subset([i for i, part in enumerate(self.parts()) if part not in taken])
 
     def fingerprint(self):
         """A SHA-256 of `files`: their names, frames and sizes, and pieces of what they hold."""
-        with ThreadPoolExecutor(8) as pool:
-            parts = list(pool.map(part_of, (os.path.join(self.root, name) for name in self.files)))
-        return hashlib.sha256(json.dumps([self.files, self.counts, parts]).encode()).hexdigest()
+        return hashlib.sha256(json.dumps([self.files, self.counts, self.parts()]).encode()).hexdigest()
 
     def __len__(self):
         return len(self.files)
@@ -559,7 +563,7 @@ class SyntheticClips(Dataset):
 
 def write_file(path, data):
     """Writes bytes to a temporary name, then renames: OSError, and what `path` held before, where the disk cannot take them."""
-    partial = f"{path}.partial"
+    partial = f"{path}.{os.getpid()}.partial"                   # another process may write the same
     try:
         with open(partial, "wb") as file:
             file.write(data)
@@ -571,9 +575,14 @@ def write_file(path, data):
             os.remove(partial)
 
 
-def checksum(tensors):
-    """CRC-32 of the values of {name: tensor}."""
-    crc = 0
+def begin_worker(number):
+    """For DataLoaders: their processes leave signals to the one that they serve, which may need them to finish."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+def checksum(tensors, crc):
+    """CRC-32 of the values of {name: tensor}, begun with the number `crc`."""
     for _, tensor in sorted(tensors.items()):
         crc = zlib.crc32(tensor.contiguous().flatten().view(torch.uint8).numpy(), crc)
     return f"{crc:08x}"
@@ -595,8 +604,12 @@ class CachedClips(Dataset):
         self.folder, self.count, self.dtype, self.blocks, self.seed = os.path.abspath(folder), count, dtype, tuple(blocks), seed
         manifest, settings = os.path.join(folder, "manifest.json"), settings | {"entries": count, "dtype": str(dtype)[6:]}
         if os.path.exists(manifest):
-            with open(manifest) as file:
-                made = json.load(file)
+            try:
+                with open(manifest) as file:
+                    made = json.load(file)
+                made["blocks"]
+            except (ValueError, TypeError, KeyError):
+                raise ValueError(f"{manifest} is damaged: delete the cache, or name another folder") from None
             for key, value in settings.items():
                 if made.get(key) != value:
                     raise ValueError(f"the cache {folder} was made with {key} {made.get(key)}, this run has {value}: "
@@ -604,6 +617,8 @@ class CachedClips(Dataset):
             if not set(blocks) <= set(made["blocks"]):
                 raise ValueError(f"the cache {folder} holds features of {' '.join(made['blocks']) or 'no block'}, this run aligns "
                                  f"{' '.join(blocks)}: delete it, or name another folder")
+        elif os.path.exists(folder) and not os.path.isdir(folder):
+            raise ValueError(f"{folder} is a file: name an empty or a new folder for the cache")
         elif os.path.isdir(folder) and os.listdir(folder):
             raise ValueError(f"{folder} holds files but no cache's manifest.json: name an empty or a new folder for the cache")
         else:
@@ -624,6 +639,13 @@ class CachedClips(Dataset):
                 sizes |= {int(entry.name[:8]): entry.stat().st_size for entry in os.scandir(folder) if entry.name.endswith(".safetensors")}
         return [m for m in range(self.count) if sizes.get(m) != size]
 
+    def tidy(self, age=3600):
+        """Removes what killed runs have left half written, `age` seconds ago or earlier: other runs may be writing."""
+        for folder, _, names in os.walk(self.folder):
+            for path in (os.path.join(folder, name) for name in names if name.endswith(".partial")):
+                if time.time() - os.path.getmtime(path) > age:
+                    os.remove(path)
+
     def check_room(self, entries, size):
         """Raises OSError unless the disk has room for so many more entries of `size` bytes."""
         free = shutil.disk_usage(self.folder).free
@@ -638,7 +660,7 @@ class CachedClips(Dataset):
                 raise ValueError(f"{name} of clip {m} does not fit into {self.dtype}: try --cache-dtype bfloat16")
         entry["video"] = video.cpu().add(1).mul(127.5).round().to(torch.uint8).contiguous()
         os.makedirs(os.path.dirname(self.path(m)), exist_ok=True)
-        write_file(self.path(m), save(entry, metadata={"crc32": checksum(entry)}))
+        write_file(self.path(m), save(entry, metadata={"crc32": checksum(entry, m)}))
 
     def fill(self, clips, make, batch, rank=0, world=1, barrier=lambda: None, workers=0, say=print):
         """Makes what is missing of clips[m] for all m < count, this process the rank-th share of `world`.
@@ -653,6 +675,7 @@ class CachedClips(Dataset):
                 self.put(m, v, tensors)
 
         if rank == 0:
+            self.tidy()
             put(groups[0], torch.stack([clips[m] for m in groups[0]]))
         barrier()
         size = os.path.getsize(self.path(0))                    # all entries': it tells which are whole, and the room they need
@@ -661,7 +684,7 @@ class CachedClips(Dataset):
         self.check_room(len(missing), size)
         barrier()
         share = sorted({m // batch for m in missing})[rank::world]
-        loader = DataLoader(clips, batch_sampler=[groups[g] for g in share], num_workers=workers)
+        loader = DataLoader(clips, batch_sampler=[groups[g] for g in share], num_workers=workers, worker_init_fn=begin_worker)
         for g, video in zip(share, tqdm(loader, desc="cache", unit="batch", disable=rank > 0 or not sys.stderr.isatty())):
             put(groups[g], video)
         barrier()
@@ -676,7 +699,8 @@ class CachedClips(Dataset):
         return self.path(self.number(n))
 
     def __getitem__(self, n):
-        path = self.describe(n)
+        m = self.number(n)
+        path = self.path(m)
         try:
             with open(path, "rb") as file:
                 held = file.read()
@@ -685,7 +709,7 @@ class CachedClips(Dataset):
         try:
             entry = load(held)
             header = json.loads(held[8:8 + int.from_bytes(held[:8], "little")])
-            whole = header["__metadata__"]["crc32"] == checksum(entry)
+            whole = header["__metadata__"]["crc32"] == checksum(entry, m)
         except (SafetensorError, ValueError, KeyError):
             whole = False
         if not whole:

@@ -137,6 +137,7 @@ class StudentWithHeads(nn.Module):
 
 class PatchDiscriminator(nn.Module):
     """3D PatchGAN (Isola et al. 2017): (B, 3, T, H, W) -> a logit for each patch, (B, 1, t, h, w); positive means real.
+    `width` is a multiple of 4.
 
     Strided 3x3x3 convolutions of width, 2, 4 and 8 times it, halving space four times and time twice. Normalised over
     groups of channels within a clip, not over the batch: a clip's logits must not depend on which others share its
@@ -148,7 +149,8 @@ class PatchDiscriminator(nn.Module):
         layers, c_in = [], 3
         for i in range(4):
             c_out = width * 2 ** i
-            layers += self.conv(c_in, c_out, (2 if i < 2 else 1, 2, 2)) + [nn.GroupNorm(8, c_out)] * (i > 0) + [nn.LeakyReLU(0.2)]
+            norm = [nn.GroupNorm(8, c_out)] if i else []
+            layers += self.conv(c_in, c_out, (2 if i < 2 else 1, 2, 2)) + norm + [nn.LeakyReLU(0.2)]
             c_in = c_out
         self.layers = nn.Sequential(*layers, *self.conv(c_in, 1, 1))
 

@@ -29,6 +29,7 @@ import json
 import math
 import multiprocessing
 import os
+import pickle
 import signal
 import sys
 import time
@@ -46,7 +47,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from data import CLIPS_PER_SCENE, HELD_OUT_SEED, BadVideo, CachedClips, SyntheticClips, VideoClips, write_file
+from data import CLIPS_PER_SCENE, HELD_OUT_SEED, BadVideo, CachedClips, SyntheticClips, VideoClips, begin_worker, write_file
 from losses import (HEADS, LPIPS, Objective, PatchDiscriminator, StudentWithHeads, adaptive_weight, kl_loss,
                     last_layer_gradients, make_heads, sharpness)
 from model import CONFIGS, TurboVAED, number
@@ -180,6 +181,10 @@ def parse_args(argv=None):
         args.align = []
     if isinstance(args.stage2, int) and args.stage2 >= args.steps:
         p.error(f"--stage2 {args.stage2} lies behind the run's --steps {args.steps}")
+    args.align = [] if args.align == ["none"] else args.align
+    for name in ("data", "val_data", "cache"):
+        if getattr(args, name) == "":
+            p.error(f"--{name.replace('_', '-')} is empty")
     if args.disc_width % 4:
         p.error(f"--disc-width must be a multiple of 4, not {args.disc_width}")
     if args.resume and (args.overwrite or args.profile):
@@ -224,24 +229,24 @@ def datasets(args):
         train = SyntheticClips(args.frames, args.size, args.seed + (args.seed >= HELD_OUT_SEED), length=2 ** 62)
     else:
         train = VideoClips(args.data, args.frames, args.size, args.stride, train=True, seed=args.seed)
-    if made_up and not args.val_data:
+    if args.val_data == "synthetic" or made_up and not args.val_data:
         held_out = SyntheticClips(args.frames, args.size, HELD_OUT_SEED)
         clips = [held_out[CLIPS_PER_SCENE * i] for i in range(args.val_clips)]
-        return train, clips, "held-out made-up clips", {"files": "made-up", "held_out": []}
+        return train, clips, "held-out made-up clips", {"files": "made-up" if made_up else train.fingerprint(), "held_out": []}
     if args.val_data:
         held_out = VideoClips(args.val_data, args.frames, args.size, args.stride, train=False)
         clips, name = hold_out(held_out, min(args.val_clips, len(held_out))), args.val_data
         train = train if made_up else train.without(held_out)
+        held_out.subset(list(clips))
         if not len(train):
             raise ValueError(f"no video is left to train on: all of {args.data} is in --val-data {args.val_data}")
     else:
-        held_out = copy.copy(train)
+        held_out, rest = copy.copy(train), copy.copy(train)
         held_out.train = False
-        n = min(args.val_clips, max(len(train) // 20, 1))
-        clips = hold_out(held_out, n)
-        name = f"{len(clips)} held-out videos" if len(train) > 1 else "the one video there is, trained on too"
-        train = copy.copy(train).subset([i for i in range(len(train)) if i not in clips or len(train) == 1])
-    held_out.subset(list(clips))
+        clips = hold_out(held_out, min(args.val_clips, max(len(train) // 20, 1)))
+        held_out.subset(list(clips))
+        rest.without(held_out)
+        train, name = (rest, f"{len(clips)} held-out videos") if len(rest) else (train, "the one video there is, trained on too")
     return train, list(clips.values()), name, {"files": "made-up" if made_up else train.fingerprint(),
                                                "held_out": held_out.files + [held_out.fingerprint()]}
 
@@ -274,14 +279,8 @@ class Indexed(torch.utils.data.Dataset):
         return item
 
 
-def begin_worker(number):
-    """Loader processes leave signals to the process that they serve: it still needs them for the step it is in."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-
-
 def end_workers():
-    """Python ends its children by SIGTERM, which these ignore, and would wait for them forever."""
+    """Python ends its children by SIGTERM, which loader processes ignore, and would wait for them forever."""
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)             # PyTorch's handler would call it a failure
     for child in multiprocessing.active_children():
         child.kill()
@@ -489,9 +488,9 @@ def find_device(name):
     """The torch.device, this process's own where there are several GPUs. Raises ValueError where there is none such."""
     try:
         device = torch.device(name, int(os.environ.get("LOCAL_RANK", 0))) if name == "cuda" else torch.device(name)
-        torch.zeros(1, device=device)
+        torch.zeros(1, device=device).item()                  # the meta device has no numbers
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device {name} cannot be used here: {str(error).splitlines()[0]}") from None
+        raise ValueError(f"--device {name} cannot be used here: {str(error).splitlines()[0].split('. ')[0]}") from None
     if device.type == "cuda":
         torch.cuda.set_device(device)
     return device
@@ -769,6 +768,7 @@ class Run:
     def state(self):
         state = {"model": self.both.state_dict(), "ema": self.ema.state_dict(), "scaler": self.scaler.state_dict(),
                  "optimizers": [optimizer.state_dict() for optimizer in self.optimizers], "tally": self.tally.state,
+                 "validations": [line for line in self.log if "psnr" in line],
                  "step": self.step, "stage2_start": self.stage2_start, "seconds": self.seconds, "args": vars(self.args)}
         if self.stage == 2:
             state |= {"discriminator": self.objective.discriminator.state_dict(),
@@ -788,14 +788,26 @@ class Run:
             optimizer.load_state_dict(held)
         self.scaler.load_state_dict(state["scaler"])
         self.tally.restore(state["tally"])
-        lines = log_file.read_text().split("\n")[:-1] if log_file.exists() else []      # the last may be half a line
-        self.log = [line for line in map(json.loads, lines) if line["step"] <= self.step]
+        means = [line for line in read_log(log_file) if line["step"] <= self.step and "psnr" not in line]
+        self.log = sorted(means + state["validations"], key=lambda line: (line["step"], "psnr" in line))
         self.damping = damping(self.log, self.stage2_start, self.args.max_drop)
 
     def write_line(self, line):
         self.log.append(line)
         with open(Path(self.args.out) / "log.jsonl", "a") as file:
             file.write(json.dumps(line) + "\n")
+
+
+def read_log(path):
+    """The whole lines of a log.jsonl: a kill may have cut the last one short."""
+    lines = []
+    for text in path.read_bytes().splitlines() if path.is_file() else []:
+        try:
+            line = json.loads(text)
+        except ValueError:
+            continue
+        lines += [line] if isinstance(line, dict) and isinstance(line.get("step"), int) else []
+    return lines
 
 
 def make_run(args, device, compiles, teacher, processes):
@@ -824,21 +836,16 @@ RUN_FILES = ("checkpoint.pt", "student.safetensors", "best.safetensors", "curves
 
 
 def open_folder(out, args):
-    """Makes the folder `out`. Returns whether the run in it goes on. Raises where the folder holds or lacks a run that
-    it should not, or cannot be written to."""
+    """Whether the run in the folder `out` goes on. Raises where it holds or lacks a run that it should not."""
     there = [(out / name).exists() for name in RUN_FILES[:2]]
     if any(there) and not (args.resume or args.overwrite or args.profile):
         raise ValueError(f"{out} holds a run already: --resume goes on with it, --overwrite starts anew, "
                          f"--out names another folder")
     if args.resume and not (out / "args.json").exists():
         raise FileNotFoundError(f"nothing to resume: no run in {out}")
-    if not args.profile:
-        try:
-            out.mkdir(parents=True, exist_ok=True)
-            write_file(out / "writable", b"")
-            (out / "writable").unlink()
-        except OSError as error:
-            raise OSError(f"--out {out} cannot be written to ({error.strerror or error})") from None
+    if args.resume and there[1] and not there[0] and sum("psnr" in line for line in read_log(out / "log.jsonl")) != 1:
+        # With one validation it was killed before its first checkpoint, and nothing is lost.
+        raise ValueError(f"{out} has a student but no checkpoint.pt to go on from: --overwrite starts anew")
     return args.resume and there[0]
 
 
@@ -847,12 +854,16 @@ MAY_CHANGE = {"data", "val_data", "teacher_weights", "steps", "minutes", "stage2
               "stage2_evaluations", "micro_batch", "equation4", "checkpointing", "profile", "price", "workers",
               "device", "compile", "save_minutes", "eval_every", "log_every", "out", "resume", "overwrite"}
 
+# and these before stage 2 has begun
+STAGE_2 = {"stage2_lr", "adversarial_weight", "max_drop", "disc_lr", "disc_width", "disc_floor", "smoothness"}
+
 
 def check_resume(saved, args, about):
     """Raises ValueError where a run would not go on as what it began as."""
     then, out = saved["args"], args.out
+    may_change = MAY_CHANGE | (STAGE_2 if saved["stage2_start"] is None else set())
     for name, value in vars(args).items():
-        if name not in MAY_CHANGE and then.get(name) != value:
+        if name not in may_change and then.get(name) != value:
             raise ValueError(f"{out} was run with --{name.replace('_', '-')} {then.get(name)}, not {value}")
     held_out = ", ".join(saved["about"]["held_out"][:-1]) or "made-up clips"
     for key, what in (("held_out", f"validated on {held_out}, and now these files"),
@@ -863,6 +874,38 @@ def check_resume(saved, args, about):
     if saved["stage2_start"] is not None and args.stage2 != then["stage2"]:
         raise ValueError(f"stage 2 of {out} began at step {saved['stage2_start']}: "
                          f"--stage2 {args.stage2} comes too late")
+
+
+def read_checkpoint(path):
+    """What Run.state() was. Raises ValueError where the file is damaged or of something else."""
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+        saved["args"], saved["about"], saved["validations"]
+        return saved
+    except (RuntimeError, OSError, EOFError, KeyError, TypeError, ValueError, pickle.UnpicklingError) as error:
+        raise ValueError(f"{path} cannot be resumed from: it is damaged, or not a checkpoint of this version "
+                         f"({type(error).__name__}); --overwrite starts anew") from None
+
+
+@contextmanager
+def alone_in(out):
+    """Makes the folder `out` and holds it for this process. Raises ValueError while another one does, OSError where it
+    cannot be written to."""
+    import fcntl
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        write_file(out / "writable", b"")
+        (out / "writable").unlink()
+        folder = os.open(out, os.O_RDONLY)
+    except OSError as error:
+        raise OSError(f"--out {out} cannot be written to ({error.strerror or error})") from None
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError:
+        raise ValueError(f"another run is at work in {out}: --out names another folder") from None
+    finally:
+        os.close(folder)
 
 
 def last_checkpoint(out):
@@ -1055,6 +1098,13 @@ def write_means(run, norm, weight, samples_per_s, processes):
 # ---------------------------------------------------------------------------------------------------------------------
 
 def main(args):
+    """A whole run. Raises ValueError, OSError or RuntimeError of one line where it cannot go on."""
+    here = int(os.environ.get("RANK", 0)) == 0 and not args.profile
+    with alone_in(Path(args.out)) if here else nullcontext():
+        distil(args)
+
+
+def distil(args):
     # processes -----------------------------------------------------------------------------------------------
     signals, device, out = Signals(), find_device(args.device), Path(args.out)
     processes = Processes(device)
@@ -1066,7 +1116,9 @@ def main(args):
                          f"{args.micro_batch}: multiples of {together} can")
     accumulate = args.batch // together
     resumes = processes.from_chief(lambda: open_folder(out, args))
-    saved = torch.load(out / "checkpoint.pt", map_location="cpu", weights_only=True) if resumes else None
+    if args.resume and not resumes:
+        say(f"{out} has no checkpoint yet: it begins at step 0")
+    saved = read_checkpoint(out / "checkpoint.pt") if resumes else None
     if resumes and args.dtype == "auto":
         args.dtype = saved["args"]["dtype"]
     dtype = autocast_dtype(args.dtype, device)
@@ -1113,9 +1165,15 @@ def main(args):
                 + " and --stage2-steps" * (args.stage2 == "auto"))
             return processes.end()
     saved = None                                              # or it would stay in memory
+    if args.cache:
+        train_clips = fill_cache(args, teacher, train_clips, about, device, teacher_autocast, processes, say)
+        teacher = None                                        # its memory is the student's now
+    run.tally.describe = train_clips.describe
     if chief and not args.profile:
-        for name in () if resumes else RUN_FILES:             # an older run's, which --resume would go on with
-            (out / name).unlink(missing_ok=True)
+        for path in [] if resumes else [out / name for name in RUN_FILES]:          # --resume would go on with an older run's
+            path.unlink(missing_ok=True)
+        for path in out.glob("*.partial"):
+            path.unlink(missing_ok=True)
         write_file(out / "args.json", json.dumps(vars(args), indent=1).encode())
         write_file(out / "log.jsonl", "".join(json.dumps(line) + "\n" for line in run.log).encode())
     model = DistributedDataParallel(run.both) if world > 1 else run.both
@@ -1126,10 +1184,6 @@ def main(args):
         f"{f' and {heads:.2f} M in heads' if args.align else ''}; {device.type} x {world}, {args.dtype}")
     say(f"{args.steps} steps of {args.batch} clips ({args.micro_batch} x {world} processes x {accumulate}), "
         f"{args.frames}x{args.size}x{args.size}, {args.data}" + ("" if run.objective.lpips else "; no LPIPS term"))
-    if args.cache:
-        train_clips = fill_cache(args, teacher, train_clips, about, device, teacher_autocast, processes, say)
-        teacher = None                                        # its memory is the student's now
-    run.tally.describe = train_clips.describe
 
     def save(validates=False):
         """All processes take part, since the tally is theirs. Returns the time when it is done."""
@@ -1248,7 +1302,9 @@ def one_line(error):
     message = str(error).strip()
     if "DataLoader worker" in message and ("killed by signal" in message or "exited unexpectedly" in message):
         return ("a loader process was killed, most likely since memory ran out: fewer --workers, a smaller "
-                "--micro-batch or smaller videos help; --resume goes on from the last checkpoint")
+                "--micro-batch or smaller videos help; --resume goes on from the last checkpoint, if there is one")
+    if "/gloo/" in message:
+        return "another process of this run has ended"
     if "DataLoader worker" in message:                        # the worker's own error is the last line of its traceback
         return message.splitlines()[-1].partition(": ")[2]
     return None if isinstance(error, RuntimeError) and "\n" in message else message

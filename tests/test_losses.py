@@ -398,3 +398,8 @@ def test_sharpness_is_the_energy_above_a_quarter_of_a_cycle_per_pixel():
     torch.testing.assert_close(values, torch.tensor([0, 0, 0.5, 0.5]), atol=1e-5, rtol=1e-4)
     video = noise(1, 3, 2, 32, 32)
     assert sharpness(torch.nn.functional.avg_pool3d(video, (1, 3, 3), 1, (0, 1, 1))) < 0.2 * sharpness(video)
+
+
+@pytest.mark.parametrize("width", [4, 12])
+def test_a_discriminator_of_any_width_that_the_command_line_takes(width):
+    assert PatchDiscriminator(width)(torch.zeros(1, 3, 4, 16, 16)).shape == (1, 1, 1, 1, 1)

@@ -223,6 +223,29 @@ def test_a_cache_serves_runs_that_align_less_and_refuses_those_that_align_more(t
     (tmp_path / "other" / "file").touch()
     with pytest.raises(ValueError, match="no cache's manifest"):
         CachedClips(tmp_path / "other", 2, {})
+    with pytest.raises(ValueError, match="file is a file: name an empty or a new folder"):
+        CachedClips(tmp_path / "other" / "file", 2, {})
+    for held in ("[]", "{", "{}", ""):
+        (tmp_path / "other" / "manifest.json").write_text(held)
+        with pytest.raises(ValueError, match="manifest.json is damaged"):
+            CachedClips(tmp_path / "other", 2, {})
+
+
+def test_an_entry_in_the_place_of_another_is_damaged(tmp_path):
+    from data import CachedClips
+    cache = CachedClips(tmp_path, 2, {})
+    for m in range(2):
+        cache.put(m, torch.full((3, 1, 2, 2), m / 2), {"latents": torch.zeros(1)})
+    shutil.copy(cache.path(0), cache.path(1))
+    (tmp_path / "00000" / "old.1.partial").touch()
+    os.utime(tmp_path / "00000" / "old.1.partial", (0, 0))
+    (tmp_path / "00000" / "new.1.partial").touch()
+    cache.tidy()
+    assert sorted(path.name for path in (tmp_path / "00000").iterdir()) == ["00000000.safetensors", "00000001.safetensors", "new.1.partial"]
+    place = next(n for n in range(2) if cache.number(n) == 1)
+    with pytest.raises(ValueError, match="was damaged"):
+        cache[place]
+    assert cache.missing(os.path.getsize(cache.path(0))) == [1]
 
 
 def test_a_cache_file_that_goes_bad_in_a_run_stops_it_in_one_line_and_is_made_anew(staged, videos, tmp_path):
@@ -288,7 +311,7 @@ def test_a_run_killed_at_random_moments_ends_as_if_it_was_not(staged, videos, tm
         while process.poll() is None:
             printed += process.stdout.read() or b""
             if kind == "cache" and (cache / "00000" / f"{entry:08d}.safetensors").exists() \
-                    or kind == "checkpoint" and (out / "checkpoint.pt.partial").exists() \
+                    or kind == "checkpoint" and any(out.glob("checkpoint.pt.*.partial")) \
                     or kind == "validation" and len(lines()) > known and json.loads(lines()[-1])["step"] % 2 == 0 \
                     or kind == "switch" and b"stage 2 begins" in printed \
                     or kind == "any" and time.time() > deadline:
@@ -402,7 +425,7 @@ def test_a_disk_that_fills_up_stops_the_run_in_one_line_and_keeps_the_checkpoint
     limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2,) * 2)
     result = run(*command(out, "--steps", 12, "--eval-every", 4, "--resume"), check=False, preexec_fn=limit)
     fails_in_one_line(result, "checkpoint.pt cannot be written (File too large)", "still is")
-    assert (out / "checkpoint.pt").read_bytes() == before and not (out / "checkpoint.pt.partial").exists()
+    assert (out / "checkpoint.pt").read_bytes() == before and not list(out.glob("*.partial"))
 
 
 def test_a_cache_too_large_for_the_disk_is_not_begun(tmp_path, monkeypatch):
@@ -533,16 +556,21 @@ def test_profile_needs_no_more_steps_than_it_times(tmp_path, here, monkeypatch, 
 # A run is the run it says it is.
 
 def test_every_setting_is_remembered_but_those_that_change_nothing():
-    from train import MAY_CHANGE, check_resume
+    from train import MAY_CHANGE, STAGE_2, check_resume
     args, about = parse_args(["--size", "16"]), {"files": "a", "held_out": ["b"], "teacher_weights": "c"}
-    saved = {"args": dict(vars(args)), "about": dict(about), "stage2_start": None}
+    saved = {"args": dict(vars(args)), "about": dict(about), "stage2_start": 1}
     check_resume(saved, args, about)
     for name, value in vars(args).items():
         changed = parse_args(["--size", "16"])
         setattr(changed, name, "other" if value != "other" else None)
-        if name in MAY_CHANGE:
+        if name in MAY_CHANGE - {"stage2"}:
             check_resume(saved, changed, about)
+        elif name in STAGE_2 | {"stage2"}:
+            check_resume(saved | {"stage2_start": None}, changed, about)
         else:
+            with pytest.raises(ValueError, match=f"--{name.replace('_', '-')}"):
+                check_resume(saved | {"stage2_start": None}, changed, about)
+        if name in STAGE_2 | {"stage2"}:
             with pytest.raises(ValueError, match=f"--{name.replace('_', '-')}"):
                 check_resume(saved, changed, about)
     for key in about:
@@ -621,6 +649,73 @@ def test_overwriting_leaves_nothing_that_a_resume_would_go_on_with(whole, tmp_pa
     assert {path.name for path in out.iterdir()} == {"args.json", "log.jsonl"} and not log(out)
 
 
+def test_overwriting_keeps_the_old_run_until_the_new_one_begins(whole, staged, videos, tmp_path, here):
+    """A cache that is refused costs nothing."""
+    out = shutil.copytree(whole, tmp_path / "out")
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    with pytest.raises(ValueError, match="the cache .* was made with"):
+        here(*staged_flags(out, staged / "cache", videos, "--overwrite", "--seed", 1))
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+
+
+def test_a_resume_does_not_destroy_a_student_whose_checkpoint_is_gone(whole, tmp_path, here, capsys):
+    out = shutil.copytree(whole, tmp_path / "out")
+    (out / "checkpoint.pt").unlink()
+    before = (out / "student.safetensors").read_bytes()
+    with pytest.raises(ValueError, match="has a student but no checkpoint.pt"):
+        here(out, "--steps", 2, "--resume")
+    assert (out / "student.safetensors").read_bytes() == before
+    for name in ("student.safetensors", "best.safetensors", "log.jsonl"):
+        (out / name).unlink()
+    here(out, "--steps", 1, "--eval-every", 1, "--resume")
+    assert "has no checkpoint yet: it begins at step 0" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("damage", [None, b'{"a": 1}\n[2]\nnot json\n\xff\xfe\n{"step": "3"}\n'])
+def test_validations_outlive_the_log(whole, tmp_path, here, damage):
+    """The rules go by them."""
+    out = shutil.copytree(whole, tmp_path / "out")
+    before = log(out, "psnr")
+    (out / "log.jsonl").unlink()
+    if damage:
+        (out / "log.jsonl").write_bytes(damage)
+    here(out, "--steps", 9, "--eval-every", 4, "--resume")
+    assert {step: log(out, "psnr")[step] for step in before} == before and list(log(out)) == [9]
+
+
+@pytest.mark.parametrize("held", [b"", b"not a checkpoint", "a cut", {"step": 1}, [1]], ids=["empty", "other", "cut", "dict", "list"])
+def test_a_checkpoint_that_is_damaged_is_told(whole, tmp_path, here, held):
+    out = shutil.copytree(whole, tmp_path / "out")
+    if isinstance(held, (dict, list)):
+        torch.save(held, out / "checkpoint.pt")
+    else:
+        (out / "checkpoint.pt").write_bytes((out / "checkpoint.pt").read_bytes()[:5000] if held == "a cut" else held)
+    with pytest.raises(ValueError, match="checkpoint.pt cannot be resumed from: it is damaged, or not") as error:
+        here(out, "--steps", 9, "--resume")
+    assert "\n" not in str(error.value)
+
+
+def test_a_folder_is_of_one_run_at_a_time(tmp_path, here):
+    with train.alone_in(tmp_path), pytest.raises(ValueError, match="another run is at work in"):
+        here(tmp_path, "--steps", 1)
+    here(tmp_path, "--steps", 1, "--eval-every", 1)
+
+
+def test_copies_of_what_is_held_out_are_not_trained_on(videos, tmp_path):
+    for name, source in (("a", "0"), ("b", "1"), ("c", "0"), ("d", "2")):
+        (tmp_path / "all").mkdir(exist_ok=True)
+        shutil.copy(videos / f"{source}.mp4", tmp_path / "all" / f"{name}.mp4")
+    (tmp_path / "all" / "hard.mp4").hardlink_to(tmp_path / "all" / "a.mp4")
+    clips, _, _, about = train.datasets(parse_args(["--data", str(tmp_path / "all"), "--size", "16"]))
+    assert about["held_out"][:-1] == ["a.mp4"] and clips.files == ["b.mp4", "d.mp4"]
+    shutil.copy(videos / "1.mp4", tmp_path / "val.mp4")
+    args = parse_args(["--data", str(tmp_path / "all"), "--val-data", str(tmp_path / "val.mp4"), "--size", "16"])
+    assert train.datasets(args)[0].files == ["a.mp4", "c.mp4", "d.mp4", "hard.mp4"]
+    args.val_data = "synthetic"
+    clips, _, name, _ = train.datasets(args)
+    assert len(clips) == 5 and name == "held-out made-up clips"
+
+
 def test_no_seed_trains_on_the_held_out_clips(tmp_path, capsys):
     streams = [train.datasets(parse_args(["--size", "8", "--frames", "4", "--val-clips", "1", "--seed", str(seed)]))
                for seed in (data.HELD_OUT_SEED - 1, data.HELD_OUT_SEED, data.HELD_OUT_SEED + 1, 2 ** 32 - 2)]
@@ -641,10 +736,11 @@ def test_stage_1_is_measured_where_stage_2_begins(tmp_path, here, start):
 def test_files_of_val_data_are_not_trained_on(videos, tmp_path):
     shutil.copytree(videos, tmp_path / "all" / "train")
     shutil.copytree(videos, tmp_path / "val")
+    (tmp_path / "val" / "2.mp4").unlink()
     (tmp_path / "all" / "link").symlink_to(tmp_path / "val")
     args = parse_args(["--data", str(tmp_path / "all"), "--val-data", str(tmp_path / "val"), "--size", "16", "--val-clips", "1"])
     clips, val_clips, *_ = train.datasets(args)
-    assert clips.files == [f"train/{i}.mp4" for i in range(3)] and len(val_clips) == 1
+    assert clips.files == ["train/2.mp4"] and len(val_clips) == 1
     args.val_data = args.data
     with pytest.raises(ValueError, match="no video is left to train on"):
         train.datasets(args)
@@ -777,14 +873,14 @@ def test_a_loader_process_that_is_killed_is_told_apart(tmp_path, here, monkeypat
     "--log-every 0", "--eval-every 0", "--batch 0", "--micro-batch 0", "--val-clips 0", "--cache-crops 0", "--warmup -1", "--ema 2", "--ema 1",
     "--clip 0", "--seed -1", "--seed 4294967296", "--steps 0", "--frames 0", "--size 0", "--stride 0", "--workers -1", "--lr 0", "--lr nan", "--lr inf",
     "--muon-lr -1", "--weight-decay -1", "--lpips-frames -1", "--lpips-weight -1", "--distill-weight -1", "--kl-weight -1", "--adversarial-weight -1",
-    "--max-drop -1", "--disc-lr 0", "--disc-width 6", "--disc-width 0", "--disc-floor -1", "--smoothness -1", "--stage2-steps 0", "--stage2-lr -1",
+    "--max-drop -1", "--disc-lr 0", "--disc-width 6", "--disc-width 0", "--val-data=", "--data=", "--disc-floor -1", "--smoothness -1", "--stage2-steps 0", "--stage2-lr -1",
     "--stage2-gain -1", "--stage2-evaluations 0", "--minutes 0", "--save-minutes 0", "--profile 0", "--price -1", "--stage2 -1", "--batch 1.5",
     "--batch two", "--resume --overwrite", "--resume --profile 2"])
 def test_numbers_and_pairs_that_mean_nothing_are_refused_before_anything_is_loaded(flags, capsys):
     with pytest.raises(SystemExit) as end:
         parse_args(flags.split())
     lines = capsys.readouterr().err.splitlines()
-    assert end.value.code == 2 and len(lines) == 2 and flags.split()[0] in lines[1]
+    assert end.value.code == 2 and len(lines) == 2 and flags.split()[0].strip("=") in lines[1]
 
 
 def test_a_folder_that_cannot_be_written_to_is_found_first(tmp_path, here, monkeypatch):
@@ -792,8 +888,9 @@ def test_a_folder_that_cannot_be_written_to_is_found_first(tmp_path, here, monke
     monkeypatch.setattr(train, "load_teacher", lambda *args: pytest.fail("loaded"))
     with pytest.raises(OSError, match="--out .*file/run cannot be written to"):
         here(tmp_path / "file" / "run", "--steps", 1)
-    with pytest.raises(ValueError, match="--device cuda:9 cannot be used here"):
-        here(tmp_path / "out", "--steps", 1, "--device", "cuda:9")
+    for device in ("cuda:9", "meta", "nonsense"):
+        with pytest.raises(ValueError, match=f"--device {device} cannot be used here"):
+            here(tmp_path / "out", "--steps", 1, "--device", device)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
