@@ -297,8 +297,9 @@ def export(model, size=(512, 512), latent_frames=None, path="student.mlpackage",
     decodes a little more and crops. latent_frames: None takes what makes 17 frames, 16 where first frames are kept. Input
     "latents" (1, C, t, h, w) as the teacher's encoder gives them; output "video" (1, 3, T, height, width), about [-1, 1], not
     clamped. bits: 8, 6 or 4 palettises the weights by k-means. gather=False repeats and reorders frames by splits and concats.
-    plain=True exports the student's own forward. note goes into the description. Written beside its place and renamed.
-    Raises ValueError for sizes below 1, other bits, other names, or without coremltools.
+    plain=True exports the student's own forward. note goes into the description. Written beside its place and renamed; a
+    report beside the old package goes with it. Raises ValueError for sizes below 1, other bits, other names, or without
+    coremltools.
     """
     path, config = Path(path), model.config
     if min(*size, 1 if latent_frames is None else latent_frames) < 1:
@@ -323,15 +324,41 @@ def export(model, size=(512, 512), latent_frames=None, path="student.mlpackage",
         frames=str(config.frames(shape[2])), weights_sha256=weights_hash(model), bits=str(bits or 16), note=note,
         graph="plain" if plain else "phone")
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{os.getpid()}.{path.name}")
+    partial = path.with_name(f".{os.getpid()}.partial.{path.name}")
     try:
         package.save(str(partial))
         (partial / "executorch_debug_handle_mapping.json").unlink(missing_ok=True)      # the converter's own, no part of it
-        shutil.rmtree(path, ignore_errors=True)
-        os.rename(partial, path)
+        install(partial, path)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return path
+
+
+def install(made, path):
+    """Rename the package `made` to `path`. The one that was there goes only then, and its report before it: no report stays
+    beside a package that it does not speak of."""
+    old = path.with_name(f".{os.getpid()}.old.{path.name}")
+    try:
+        path.with_suffix(".json").unlink(missing_ok=True)
+        if path.exists():
+            os.rename(path, old)            # a folder that holds files cannot be renamed over
+        os.rename(made, path)
+    finally:
+        if old.exists() and not path.exists():
+            os.rename(old, path)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def write_report(path, r):
+    """The report r as JSON beside the package at `path`."""
+    file = path.with_suffix(".json")
+    partial = file.with_name(f".{os.getpid()}.{file.name}")
+    try:
+        partial.write_text(json.dumps(r, indent=1) + "\n")
+        os.replace(partial, file)
+    finally:
+        partial.unlink(missing_ok=True)
+    print(f"{file}\n")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -714,7 +741,7 @@ def table(r):
 
 
 def prove(path, model, r, whole=False):
-    """Compare the package with the student, print how they differ, write the report beside it; ValueError if too much."""
+    """Compare the package with the student and print how they differ; the report with the proof, or ValueError if too much."""
     started = time.perf_counter()
     results = (prove_by_height(path, model) if r["flops"] > WHOLE_FLOPS and not whole else None) or compare(path, model)
     words = {"palettised": "its weights against the student's", "float32": "its operations in float32",
@@ -727,8 +754,7 @@ def prove(path, model, r, whole=False):
         print(f"largest sum of squares under a norm {largest:.3g}, fp16 holds 65504")
     print(f"in {time.perf_counter() - started:.0f} s", flush=True)
     check(results)
-    path.with_suffix(".json").write_text(json.dumps({**r, "proof": results}, indent=1) + "\n")
-    print(f"{path.with_suffix('.json')}\n")
+    return {**r, "proof": results}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -788,17 +814,22 @@ def main():
     name, model, run = find_student(args)
     if args.verify:
         path = Path(args.verify)
-        return prove(path, model, report(Program(path)), args.whole)
+        return write_report(path, prove(path, model, report(Program(path)), args.whole))
     for size in args.size:
         t = latent_shape(model.config, size, args.latent_frames)[2]
         options = "".join([f"_{args.bits}bit" * bool(args.bits), "_plain" * args.plain, "_split" * (not args.gather)])
         path = Path(args.out or run) / f"{name}_{model.config.frames(t)}x{size[0]}x{size[1]}{options}.mlpackage"
-        started = time.perf_counter()
-        export(model, size, args.latent_frames, path, args.bits, args.gather, args.plain,
-               note="Random weights: for speed only." if args.random else "")
-        r = report(Program(path))
-        print(f"{path}: exported in {time.perf_counter() - started:.0f} s\n{table(r)}", flush=True)
-        prove(path, model, r, args.whole)
+        started, made = time.perf_counter(), path.with_name(f".{os.getpid()}.{path.name}")
+        try:        # what is there stays until the new package is proven
+            export(model, size, args.latent_frames, made, args.bits, args.gather, args.plain,
+                   note="Random weights: for speed only." if args.random else "")
+            r = report(Program(made))
+            print(f"{path}: exported in {time.perf_counter() - started:.0f} s\n{table(r)}", flush=True)
+            r = prove(made, model, r, args.whole)
+            install(made, path)
+            write_report(path, r)
+        finally:
+            shutil.rmtree(made, ignore_errors=True)
 
 
 if __name__ == "__main__":

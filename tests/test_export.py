@@ -318,6 +318,20 @@ def test_the_newest_student_is_exported_and_proven(tiny, tmp_path, command, caps
     assert "rounded to fp16: worst error" in capsys.readouterr().out
 
 
+def test_a_package_that_fails_its_proof_is_not_put_in_the_place_of_a_good_one(tiny, tmp_path, command, monkeypatch):
+    tiny.save_pretrained(tmp_path / "out/run")
+    flags = ["--size", "16x16", "--latent-frames", "1"]
+    command(*flags)
+    files = lambda: {file: file.read_bytes() for file in (tmp_path / "out").rglob("*") if file.is_file()}
+    good = files()
+    monkeypatch.setattr(export, "FP16_BOUND", 0)
+    with pytest.raises(ValueError, match="the package is not the student"):
+        command(*flags)
+    assert files() == good
+    export.export(tiny, (16, 16), 1, tmp_path / "out/run/tiny_4x16x16.mlpackage")      # by hand, so nothing is proven of it
+    assert not (tmp_path / "out/run/tiny_4x16x16.json").exists() and not list((tmp_path / "out/run").glob(".*"))
+
+
 def test_random_weights_say_so(tmp_path, command):
     command("--config", "tiny", "--random", "--size", "16x16", "--latent-frames", "1", "--out", ".")
     assert "speed only" in export.Program(tmp_path / "tiny_random_4x16x16.mlpackage").metadata["note"]
