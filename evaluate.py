@@ -43,7 +43,7 @@ from tqdm import tqdm
 
 from data import (BROKEN, CLIPS_PER_SCENE, DATA_SETS, EXACT, BadVideo, SyntheticClips, VideoClips, download, find_clips,
                   open_video, video_stream, why)
-from model import CONFIGS, OWN_FILE, TurboVAED, find_checkpoint
+from model import CONFIGS, OWN_FILE, TurboVAED, check_fit, find_checkpoint
 from teachers import TEACHERS, load_teacher
 
 SHIPPED = Path(__file__).resolve().parent / "assets" / "tiny_student.safetensors"
@@ -250,14 +250,16 @@ def load_decoders(args, device):
     files = find_students(args.student, args.teacher)
     students = {name: TurboVAED.from_pretrained(file) for name, file in files.items()}
     dtype, first = getattr(torch, args.dtype), next(iter(students.values()))
-    named = next((name for name, config in CONFIGS.items() if config == first.config), "tiny")
-    teacher = load_teacher(args.teacher or first.metadata.get("teacher", named), args.teacher_weights, device, dtype)
-    for name, student in students.items():
-        config = student.config
-        fits = (teacher.latent_channels, tuple(teacher.compression), teacher.images)
-        if (config.latent_channels, config.compression, config.drop_first) != fits:
-            raise ValueError(f"{name} decodes {config.latent_channels} channels at {config.compression}, not the latents "
-                             f"of the {teacher.name} teacher, {teacher.latent_channels} channels at {fits[1]}")
+    name = args.teacher or first.metadata.get("teacher") or next((name for name, config in CONFIGS.items() if config == first.config), "tiny")
+    fit = lambda latents, compression, images: [
+        check_fit(student, f"the {name} teacher", (name,), latents, tuple(compression), images, label) for label, student in students.items()]
+    if not args.teacher_weights:        # the preset of a teacher's name has its shapes: nothing is downloaded for a student that does not fit
+        fit(CONFIGS[name].latent_channels, CONFIGS[name].compression, CONFIGS[name].drop_first)
+    teacher = load_teacher(name, args.teacher_weights, device, dtype)
+    for assumed in fit(teacher.latent_channels, teacher.compression, teacher.images):
+        if assumed and process()[0] == 0:
+            print(assumed)
+    for student in students.values():
         student.to(device, dtype).eval()
         if device.type == "cuda":
             student.channels_last()

@@ -12,12 +12,14 @@ Turbo-VAED paper.
 """
 
 import argparse
+import copy
 import json
 import math
 import os
 import pickle
 import re
-from dataclasses import asdict, dataclass
+import warnings
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -353,7 +355,8 @@ class TurboVAED(nn.Module):
         """Write weights and configuration to one .safetensors file and return its path.
 
         path is that file, or a folder, which gets `student.safetensors`. metadata (str -> str) is kept in the file and
-        comes back as `model.metadata`. Written beside its place and renamed, so a crash leaves no half file.
+        comes back as `model.metadata`, with what the model's own says besides. Written beside its place and renamed, so a
+        crash leaves no half file.
         """
         from safetensors import SafetensorError
         from safetensors.torch import save_file
@@ -365,7 +368,7 @@ class TurboVAED(nn.Module):
         state = {key: tensor.detach().cpu().contiguous() for key, tensor in self.state_dict().items()}
         partial_file = path.with_name(f"{path.name}.partial")
         try:
-            save_file(state, partial_file, metadata={**(metadata or {}), "config": json.dumps(asdict(self.config))})
+            save_file(state, partial_file, metadata={**self.metadata, **(metadata or {}), "config": json.dumps(asdict(self.config))})
             os.replace(partial_file, path)
         except SafetensorError as error:
             raise OSError(f"{path} cannot be written ({summary(error)}); what was there before still is") from None
@@ -379,13 +382,16 @@ class TurboVAED(nn.Module):
 
         path: a file that save_pretrained wrote or a folder with one; a plain state dict, `.pth` or `.safetensors`; or a
         hub id such as "hustvl/Turbo-VAED", which needs `config`. config: a TurboVAEDConfig or a name in CONFIGS; None
-        takes the file's own, or the first of CONFIGS whose keys and shapes are the file's ("hunyuan" for "cog").
-        Raises FileNotFoundError, or ValueError with one line that says what does not fit.
+        takes the file's own, or the first of CONFIGS whose keys and shapes are the file's ("hunyuan" for "cog"). A name, or
+        a published file's, also says whose latents it decodes where the file does not: `model.metadata["teacher"]`. Raises FileNotFoundError, or ValueError with one line that says what does not fit.
         """
         if isinstance(config, str) and config not in CONFIGS:
             raise ValueError(f"no configuration {config!r}; there are {', '.join(CONFIGS)}")
         file = find_checkpoint(path, config)
         state, metadata = read_checkpoint(file)
+        teacher = config if isinstance(config, str) else next((name for name in PUBLISHED if PUBLISHED[name] == file.name), None)
+        if teacher:
+            metadata.setdefault("teacher", teacher)
         config = CONFIGS[config] if isinstance(config, str) else config
         if "config" in metadata:
             try:
@@ -412,14 +418,44 @@ class TurboVAED(nn.Module):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Whose latents a student decodes.
+
+# diffusers' classes of the teachers' VAEs
+VAES = {"AutoencoderKLLTXVideo": ("ltx",), "AutoencoderKLHunyuanVideo": ("hunyuan",), "AutoencoderKLCogVideoX": ("cog",),
+        "AutoencoderKLWan": ("wan21", "wan22"), "AutoencoderKLLTX2Video": ("ltx2",)}
+
+
+def check_fit(student, what, teachers, channels, compression, images, who="the student"):
+    """Raise ValueError unless `student` decodes the latents of `what`: of one of `teachers` (names; empty if not known), with so
+    many channels, that (d_t, d_h, d_w), and first frames dropped if `images`. Channels and compression None are not compared.
+    Returns what was assumed, or None: latents of one shape mean different things, and not every file says whose it decodes.
+    """
+    config, teacher, wrong = student.config, student.metadata.get("teacher"), []
+    if channels not in (None, config.latent_channels):
+        wrong.append(f"decodes {config.latent_channels} latent channels, not {channels}")
+    if compression not in (None, config.compression):
+        wrong.append(f"has compression {config.compression}, not {compression}")
+    elif config.drop_first != images and config.compression[0] > 1:
+        wrong.append(f"{'drops' if config.drop_first else 'keeps'} first frames: 2 latent frames would be {config.frames(2)} frames, "
+                     f"not {replace(config, drop_first=images).frames(2)}")
+    if teacher and teachers and teacher not in teachers:
+        wrong.append(f"was made for latents of {teacher}, not {' or '.join(teachers)}")
+    if wrong:
+        raise ValueError(f"{who} does not fit {what}: it {', it '.join(wrong)}")
+    return None if teacher else f"{who} does not say whose latents it was made for: assumed are those of {what}"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # In a pipeline.
 
 def use_student(pipe_or_vae, student):
     """Put `student` in the place of the decoder of a diffusers pipeline or VAE, so that `pipe(...)` decodes through it.
 
-    Only `vae.decode` changes: it hands the latents that it is given to the student, whole (no tiling or slicing), in the
-    latents' own precision and on their device. student None puts the VAE's own decoder back. Returns pipe_or_vae.
-    Raises ValueError if the student decodes other latents than this VAE's, TypeError if there is no VAE.
+    Only `vae.decode` changes: it hands the latents that it is given to a copy of the student, whole (no tiling or slicing), in
+    the latents' own precision and on their device. Where accelerate offloads the pipeline's models, the copy takes part: the
+    model before it leaves the GPU, and so does the copy afterwards. student None puts the VAE's own decoder back. Returns
+    pipe_or_vae. Raises ValueError if the student decodes other latents than this VAE's, TypeError if there is no VAE; warns
+    where the student's file does not say whose latents it decodes, and where the pipeline will mix noise into them.
     """
     vae = getattr(pipe_or_vae, "vae", pipe_or_vae)
     if not hasattr(vae, "decode"):
@@ -427,14 +463,28 @@ def use_student(pipe_or_vae, student):
     vars(vae).pop("decode", None)
     if student is None:
         return pipe_or_vae
-    channels = next((vae.config[key] for key in ("latent_channels", "z_dim") if key in vae.config), None)
-    if channels != student.config.latent_channels:
-        raise ValueError(f"the student decodes {student.config.latent_channels} latent channels, "
-                         f"this {type(vae).__name__} has {channels}")
+    kinds = next((VAES[kind.__name__] for kind in type(vae).__mro__ if kind.__name__ in VAES), ())
+    get = lambda *names: next((vae.config.get(n) or getattr(vae, n, None) for n in names if n in vae.config or hasattr(vae, n)), None)
+    time = get("scale_factor_temporal", "temporal_compression_ratio")
+    space = get("scale_factor_spatial", "spatial_compression_ratio") or \
+        2 ** (len(vae.config.get("block_out_channels") or ()) - 1)          # CogVideoX's does not say
+    assumed = check_fit(student, f"this {type(vae).__name__}", kinds, get("latent_channels", "z_dim"),
+                        (time, space, space) if time and space >= 1 else None, images=True)
+    if assumed:
+        warnings.warn(assumed, stacklevel=2)
+    if vae.config.get("timestep_conditioning"):
+        warnings.warn("this VAE's pipelines mix noise into the latents before decoding where decode_timestep or decode_noise_scale "
+                      "is not 0, and the student does not take it out: call them with decode_noise_scale=0.0", stacklevel=2)
+    student = copy.deepcopy(student).eval()         # the caller's own keeps its precision and its place
 
     @torch.no_grad()
     def decode(z, *conditioning, return_dict=True, **more):      # a timestep, a generator: the student needs neither
-        video = student.to(z.device, z.dtype).eval()(z)
+        hook = getattr(vae, "_hf_hook", None)       # accelerate's, where models are offloaded; diffusers' decode calls it too
+        if hook:
+            hook.pre_forward(student)
+        video = student.to(z.device, z.dtype)(z)
+        if hook:
+            student.to("cpu")
         if not return_dict:
             return (video,)
         from diffusers.models.autoencoders.vae import DecoderOutput

@@ -560,10 +560,19 @@ def test_wrong_arguments_say_what_would_be_right(student, run, args, message):
     assert "\n" not in str(error.value)
 
 
-def test_a_student_of_other_latents_is_refused(student, run):
+def test_a_student_of_other_latents_is_refused_before_its_teacher_is_fetched(student, run, monkeypatch):
     other = TurboVAED(CONFIGS["hunyuan"]).save_pretrained(student.parent.parent / "hunyuan")
-    with pytest.raises(ValueError, match="out/hunyuan decodes .* not the latents of the tiny teacher"):
+    monkeypatch.setattr(evaluate, "load_teacher", None)
+    with pytest.raises(ValueError, match="out/hunyuan does not fit the tiny teacher: it drops first frames: 2 latent frames would be 5 frames, not 8"):
         run("--student", student, other)
+    with pytest.raises(ValueError, match="out/demo .* made for latents of tiny, not cog"):
+        run("--student", student, "--teacher", "cog")
+
+
+def test_a_student_that_does_not_say_whose_it_is_is_assumed_to_fit(student, run, tmp_path, capsys):
+    TurboVAED(CONFIGS["tiny"]).save_pretrained(tmp_path / "silent.safetensors")
+    run("--student", student, "silent.safetensors", "--clips", 1, "--size", 64)
+    assert "silent.safetensors does not say whose latents it was made for: assumed are those of the tiny teacher" in capsys.readouterr().out
 
 
 @pytest.mark.skipif(not evaluate.SHIPPED.is_file(), reason="no student is shipped yet")

@@ -5,6 +5,7 @@ import os
 import pickle
 import subprocess
 import sys
+import warnings
 import zlib
 from dataclasses import replace
 from functools import lru_cache, partial
@@ -614,15 +615,104 @@ def test_a_pipeline_decodes_through_the_student_and_back(name):
 
 def test_a_student_of_other_latents_is_refused_in_one_line():
     pytest.importorskip("diffusers")
-    from diffusers import AutoencoderKLWan
+    from diffusers import AutoencoderKLLTXVideo, AutoencoderKLWan
     vae = AutoencoderKLWan(base_dim=8, num_res_blocks=1)
-    with pytest.raises(ValueError) as error:
-        use_student(vae, on_meta(CONFIGS["ltx"]))
-    one_line(error, "128", "AutoencoderKLWan", "16")
-    assert "decode" not in vars(vae)
+    with torch.device("meta"):
+        ltx = AutoencoderKLLTXVideo()
+    hunyuan = on_meta(CONFIGS["hunyuan"])
+    hunyuan.metadata["teacher"] = "hunyuan"
+    for target, student, parts in (
+            (vae, on_meta(CONFIGS["ltx"]), ("128", "AutoencoderKLWan", "16", "(8, 32, 32)", "(4, 8, 8)")),
+            (vae, hunyuan, ("hunyuan", "wan21 or wan22")),                             # of the very same shape
+            (vae, on_meta(CONFIGS["tiny"]), ("keeps first frames", "8 frames, not 5")),
+            (ltx, on_meta(CONFIGS["dc"]), ("AutoencoderKLLTXVideo", "(4, 32, 32), not (8, 32, 32)"))):
+        with pytest.raises(ValueError) as error:
+            use_student(target, student)
+        one_line(error, *parts)
+        assert "decode" not in vars(target)
     with pytest.raises(TypeError) as error:
         use_student(object(), on_meta(CONFIGS["ltx"]))
     one_line(error, "object")
+
+
+def test_what_was_assumed_of_a_student_is_said(tmp_path):
+    pytest.importorskip("diffusers")
+    from diffusers import AutoencoderKLWan
+    vae, student = AutoencoderKLWan(base_dim=8, num_res_blocks=1), seeded(replace(CONFIGS["wan21"], widths=(8, 8, 8, 8, 8), resnets=(0,) * 5))
+    with pytest.warns(UserWarning, match="does not say whose latents"):
+        use_student(vae, student)
+    student.metadata["teacher"] = "wan21"
+    student = TurboVAED.from_pretrained(student.save_pretrained(tmp_path))             # what a file says is kept
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        use_student(vae, student)
+    torch.save(student.state_dict(), tmp_path / "plain.pth")
+    with pytest.raises(ValueError):                                                    # of a size that no preset has
+        TurboVAED.from_pretrained(tmp_path / "plain.pth", "wan21")
+    for name in ("hunyuan", "cog"):
+        assert TurboVAED.from_pretrained(published(name, tmp_path)).metadata["teacher"] == name
+
+
+def small_vae(**options):
+    """(an LTX VAE of random weights with 8 latent channels, a student of its latents)."""
+    pytest.importorskip("diffusers")
+    from diffusers import AutoencoderKLLTXVideo
+    vae = AutoencoderKLLTXVideo(latent_channels=8, block_out_channels=(8,) * 4, decoder_block_out_channels=(8,) * 4,
+                                layers_per_block=(1,) * 5, decoder_layers_per_block=(1,) * 5, **options)
+    student = seeded(replace(MICRO, latent_channels=8, up=(None, (2, 2), (2, 2), (2, 2)), patch=4, widths=(32, 32, 32, 32, 16)))
+    student.metadata["teacher"] = "ltx"
+    return vae, student
+
+
+@torch.no_grad()
+def test_the_callers_own_student_keeps_its_precision():
+    vae, student = small_vae()
+    z = torch.randn(1, 8, 1, 2, 2)
+    before = student(z)
+    use_student(vae, student).decode(z.bfloat16())
+    assert student.conv_in.conv.weight.dtype == torch.float32 and torch.equal(student(z), before)
+
+
+@pytest.mark.parametrize("how", ["model", "sequential"])
+@torch.no_grad()
+def test_accelerates_offloading_moves_the_student_as_it_moves_the_vae(how, monkeypatch):
+    """Without a GPU: the model that ran before lies on the meta device, so only where it is asked to go can be seen."""
+    accelerate = pytest.importorskip("accelerate")
+    vae, student = small_vae()
+    ran_before, moved, z = torch.nn.Linear(1, 1, device="meta"), [], torch.randn(1, 8, 1, 2, 2)
+    expected = student(z)
+    monkeypatch.setattr(ran_before, "to", lambda device: moved.append(("before", str(device))))
+    if how == "model":
+        _, hook = accelerate.cpu_offload_with_hook(torch.nn.Linear(1, 1), "cpu")
+        hook.model = ran_before
+        accelerate.cpu_offload_with_hook(vae, "cpu", prev_module_hook=hook)
+    else:
+        accelerate.cpu_offload(vae, "cpu")
+    use_student(vae, student)
+    to = TurboVAED.to
+    monkeypatch.setattr(TurboVAED, "to", lambda self, *where: moved.append(("student", str(where[0]))) or to(self, *where))
+    assert torch.equal(vae.decode(z).sample, expected)
+    assert moved[0] == ("before", "cpu") if how == "model" else True
+    assert moved[-2:] == [("student", "cpu")] * 2       # to the latents, and off
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@torch.no_grad()
+def test_offloading_leaves_nothing_on_the_gpu():
+    accelerate = pytest.importorskip("accelerate")
+    vae, student = small_vae()
+    ran_before, hook = accelerate.cpu_offload_with_hook(torch.nn.Linear(1, 1), "cuda")
+    ran_before(torch.ones(1, 1))
+    held = torch.cuda.memory_allocated()
+    accelerate.cpu_offload_with_hook(vae, "cuda", prev_module_hook=hook)
+    video = use_student(vae, student).decode(torch.randn(1, 8, 1, 2, 2, device="cuda")).sample
+    assert video.is_cuda and ran_before.weight.device.type == "cpu" and torch.cuda.memory_allocated() <= held + video.nbytes
+
+
+def test_a_pipeline_that_adds_noise_before_decoding_is_told():
+    vae, student = small_vae(timestep_conditioning=True)
+    with pytest.warns(UserWarning, match="decode_noise_scale=0.0"):
+        use_student(vae, student)
 
 
 def test_checkpointing_changes_memory_and_not_gradients():
