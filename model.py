@@ -18,7 +18,9 @@ import math
 import os
 import pickle
 import re
+import sys
 import warnings
+from collections import Counter
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -48,6 +50,18 @@ class TurboVAEDConfig:
         freeze = lambda v: tuple(map(freeze, v)) if isinstance(v, (list, tuple)) else v   # JSON knows lists only
         for name in ("widths", "resnets", "up", "separable"):
             object.__setattr__(self, name, freeze(getattr(self, name)))
+        number = lambda v, least=1, most=2 ** 16: type(v) is int and least <= v <= most        # True is no number
+        several = lambda v, fits: type(v) is tuple and all(map(fits, v))
+        text = lambda v: type(v) is str
+        for name, fits, what in (
+                ("latent_channels", number, "a number"), ("widths", lambda v: several(v, number), "numbers"),
+                ("resnets", lambda v: several(v, lambda n: number(n, 0, 256)), "numbers from 0 to 256"),
+                ("up", lambda v: several(v, lambda f: f is None or several(f, lambda r: number(r, 0, 16))), "pairs of numbers, or None"),
+                ("patch", number, "a number"), ("drop_first", lambda v: type(v) is bool, "True or False"),
+                ("separable", lambda v: several(v, text), "names"), ("kernel", lambda v: number(v, 1, 31), "a number from 1 to 31"),
+                ("upsampling", text, "a name")):
+            if not fits(getattr(self, name)):
+                raise ValueError(f"{name} must be {what}, got {str(getattr(self, name))[:80]}")
         for name, length in (("widths", 5), ("resnets", 5), ("up", 4)):
             if len(getattr(self, name)) != length:
                 raise ValueError(f"{name} needs {length} entries, got {getattr(self, name)}")
@@ -116,6 +130,7 @@ CONFIGS = {
 PUBLISHED = {"ltx": "Turbo-VAED-LTX.pth", "dc": "Turbo-VAED-DC.pth",
              "hunyuan": "Turbo-VAED-Hunyuan.pth", "cog": "Turbo-VAED-Cog.pth"}
 OWN_FILE = "student.safetensors"
+IN_DECODER = re.compile(r"((?:[^.]+\.)*?)(?:conv_in|mid_block|up_blocks|upsampler2d_[12]|conv_out)\.")      # a key, after a prefix
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -380,8 +395,9 @@ class TurboVAED(nn.Module):
     def from_pretrained(cls, path, config=None):
         """Read a student in float32 on the CPU: ours, or a published Turbo-VAED checkpoint.
 
-        path: a file that save_pretrained wrote or a folder with one; a plain state dict, `.pth` or `.safetensors`; or a
-        hub id such as "hustvl/Turbo-VAED", which needs `config`. config: a TurboVAEDConfig or a name in CONFIGS; None
+        path: a file that save_pretrained wrote or a folder with one; a plain state dict, `.pth` or `.safetensors`, also as
+        training scripts wrap it and with an encoder or heads beside the decoder, which stderr says are left out; or a hub id
+        such as "hustvl/Turbo-VAED", which needs `config`. config: a TurboVAEDConfig or a name in CONFIGS; None
         takes the file's own, or the first of CONFIGS whose keys and shapes are the file's ("hunyuan" for "cog"). A name, or
         a published file's, also says whose latents it decodes where the file does not: `model.metadata["teacher"]`. Raises FileNotFoundError, or ValueError with one line that says what does not fit.
         """
@@ -396,7 +412,7 @@ class TurboVAED(nn.Module):
         if "config" in metadata:
             try:
                 written = TurboVAEDConfig(**json.loads(metadata.pop("config")))
-            except (TypeError, ValueError) as error:
+            except (TypeError, ValueError, RecursionError) as error:
                 raise ValueError(f"{file}: its configuration cannot be read: {summary(error)}") from None
             if config and config != written:
                 raise ValueError(f"{file}: was written as {config_name(written)}, not as {config_name(config)}")
@@ -412,7 +428,11 @@ class TurboVAED(nn.Module):
             more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
             hint = "" if wrong[nearest] else f'; this is a checkpoint of "{nearest}": pass config="{nearest}"'
             raise ValueError(f"{file}: does not fit {config_name(config)}: {'; '.join(problems[:3])}{more}{hint}")
-        model.load_state_dict({key: tensor.float() for key, tensor in state.items()}, assign=True)
+        state = {key: tensor.float() for key, tensor in state.items()}
+        broken = next((key for key, tensor in state.items() if not tensor.isfinite().all()), None)
+        if broken:
+            raise ValueError(f"{file}: {broken} holds values that are not finite")
+        model.load_state_dict(state, assign=True)
         model.metadata = metadata
         return model
 
@@ -550,15 +570,38 @@ def read_checkpoint(file):
         raise ValueError(f"{file}: truncated, or holds more than names and tensors; it was not unpickled") from None
     except Exception as error:          # damage in the wrong place may raise nearly anything
         raise ValueError(f"{file}: truncated, or no checkpoint: {summary(error)}") from None
-    for key in ("ema", "state_dict", "model"):      # as training scripts wrap them
-        if isinstance(state, dict) and isinstance(state.get(key), dict):
-            state = state[key]
-    if not isinstance(state, dict) or not state or not all(isinstance(v, torch.Tensor) for v in state.values()):
+    state = flat(state)
+    if not state:
         raise ValueError(f"{file}: holds no state dict (names and tensors)")
-    for prefix in ("module.", "_orig_mod.", "decoder."):
-        if all(key.startswith(prefix) for key in state):
-            state = {key[len(prefix):]: tensor for key, tensor in state.items()}
+    state, left_out = take_decoder(state)
+    if left_out:
+        print(f"{file}: left out what is not the decoder: {', '.join(left_out)}", file=sys.stderr)
+    wrong = next((key for key, t in state.items() if not t.is_floating_point() or t.is_meta or t.layout != torch.strided), None)
+    if wrong:
+        raise ValueError(f"{file}: {wrong} holds no floating-point numbers, or not as a plain tensor")
     return state, metadata
+
+
+def flat(tree, path=()):
+    """{names joined by dots: tensor} of all tensors in nested dicts."""
+    if isinstance(tree, torch.Tensor):
+        return {".".join(path): tree}
+    return {k: v for key, value in tree.items() for k, v in flat(value, (*path, str(key))).items()} if isinstance(tree, dict) else {}
+
+
+def take_decoder(state):
+    """(the decoder's tensors of a flat state dict under their own names, what was left out): out of a whole VAE, of a training
+    script's wrapper, from beside projection heads; of several the EMA weights. All of it where there is no decoder."""
+    words = lambda prefix: set(re.split(r"[._]", prefix))
+    matches = [m for m in map(IN_DECODER.match, state) if m and not words(m[1]) & {"encoder", "teacher", "discriminator"}]
+    found = Counter(m[1] for m in matches)
+    if not found:
+        return state, []
+    prefix = max(found, key=lambda p: ("ema" in words(p), bool(words(p) & {"decoder", "student"}), found[p]))
+    mine = {m.string: m.string[len(prefix):] for m in matches if m[1] == prefix}
+    depth = lambda key: max(1, prefix.count(".") + key.startswith(prefix))
+    left_out = sorted({".".join(key.split(".")[:depth(key)]) for key in state.keys() - mine.keys()})
+    return {name: state[key] for key, name in mine.items()}, left_out
 
 
 def differences(want, have):

@@ -1,6 +1,7 @@
 """The student: the published decoders' numbers, the paper's ablations, checkpoints in and out, what compilers need."""
 
 import json
+import math
 import os
 import pickle
 import subprocess
@@ -258,6 +259,7 @@ def test_interpolation_keeps_the_upsampled_first_frame_single():
     ({"patch": 4, "widths": (8, 8, 8, 8, 24)}, ("patch 4", "width 24")), ({"patch": 3}, ("patch",)),
     ({"separable": ("up4",)}, ("up4",)), ({"kernel": 4}, ("odd", "4")), ({"upsampling": "nearest"}, ("nearest",)),
     ({"widths": (8, 8, 8)}, ("widths", "5")), ({"up": (None, (1, 1), None, None)}, ("at least",)),
+    *[({name: value}, (name,)) for name in TurboVAEDConfig.__dataclass_fields__ for value in ([None], "", {}, -1, 1.5, None, 10 ** 30, [[1] * 5])],
 ])
 def test_a_configuration_that_cannot_be_is_refused_in_one_line(change, says):
     with pytest.raises(ValueError) as error:
@@ -408,6 +410,40 @@ def test_plain_state_dicts_are_read(tmp_path, suffix, wrap):
     loaded = TurboVAED.from_pretrained(tmp_path / f"x{suffix}")
     assert loaded.config == CONFIGS["tiny"]
     assert all(torch.equal(a, b) for a, b in zip(loaded.state_dict().values(), model.state_dict().values()))
+
+
+def beside(names, prefix=""):
+    return {f"{prefix}{name}": torch.ones(2) for name in names}
+
+
+@pytest.mark.parametrize("wrap, left_out", [
+    (lambda s: {f"decoder.{k}": v for k, v in s.items()} | beside(["encoder.conv_in.conv.weight", "encoder.mid_block.x", "latents_mean"]),
+     "encoder, latents_mean"),
+    (lambda s: {"ema_state_dict": {f"module.decoder.{k}": v for k, v in s.items()}, "state_dict": {f"module.decoder.{k}": v + 1 for k, v in s.items()},
+                "optimizer": {"state": {0: {"step": torch.ones(1)}}}, "epoch": 3}, "optimizer.state.0, state_dict.module.decoder"),
+    (lambda s: s | beside(["heads.mid.0.weight", "proj.bias"]), "heads, proj"),
+    (lambda s: {f"student.{k}": v for k, v in s.items()} | beside(["heads.mid.0.weight"]), "heads"),
+    (lambda s: {"params_ema": s, "params": {k: v + 1 for k, v in s.items()}}, "params"),
+], ids=["vae", "wrapper", "heads", "student", "ema"])
+def test_the_decoder_is_taken_out_of_what_others_write(tmp_path, wrap, left_out, capsys):
+    model = seeded(CONFIGS["tiny"])
+    torch.save(wrap(model.state_dict()), tmp_path / "x.pth")
+    loaded = TurboVAED.from_pretrained(tmp_path / "x.pth")
+    assert all(torch.equal(a, b) for a, b in zip(loaded.state_dict().values(), model.state_dict().values()))
+    assert capsys.readouterr().err == f"{tmp_path / 'x.pth'}: left out what is not the decoder: {left_out}\n"
+
+
+@pytest.mark.parametrize("spoil, says", [
+    (lambda t: t.mul_(math.nan), "not finite"), (lambda t: t.index_fill(0, torch.tensor([1]), math.inf), "not finite"),
+    (lambda t: t.double().mul(1e300), "not finite"), (lambda t: t.long(), "floating-point"), (lambda t: t.to_sparse(), "plain tensor")])
+def test_weights_that_are_no_finite_numbers_are_refused_by_name(tmp_path, spoil, says):
+    state = seeded(CONFIGS["tiny"]).state_dict()
+    key = "up_blocks.1.conv_in.norm3.weight"
+    state[key] = spoil(state[key].clone())
+    torch.save(state, tmp_path / "x.pth")
+    with pytest.raises(ValueError) as error:
+        TurboVAED.from_pretrained(tmp_path / "x.pth")
+    one_line(error, "x.pth", key, says)
 
 
 @pytest.mark.parametrize("damage, says", [
