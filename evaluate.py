@@ -343,13 +343,14 @@ class OrReason(Dataset):
 
 
 def measure(items, numbers, args, videos_of, reference, functions, detector, device, name_of, shape=None):
-    """This process's share of `numbers`: {n: {model: {metric: value}}, {model: {n: features}}, {name: why skipped}.
+    """This process's share of `numbers`: {n: {model: {metric: value}}, {model: {n: features}}, {name: why skipped}, and
+    {model: {n: True}} where its video holds values that are not finite.
 
     videos_of(items (B, ...)) -> {model: (B, 3, T, H, W)}; each is compared with that of `reference`, None for no comparison.
     One batch is held at a time. All items have one shape, `shape` or the first one's; others are skipped by name.
     """
     rank, world = process()
-    records, features, skipped = {}, {}, {}
+    records, features, skipped, broken = {}, {}, {}, {}
     loader = DataLoader(Subset(OrReason(items), list(numbers)[rank::world]), args.batch, collate_fn=list, num_workers=args.workers)
     with tqdm(total=len(numbers), unit="clip", disable=rank > 0 or not sys.stderr.isatty(), leave=False) as bar:
         for batch in loader:
@@ -369,14 +370,17 @@ def measure(items, numbers, args, videos_of, reference, functions, detector, dev
                     compared = reference and model != reference
                     values = {name: f(video, videos[reference]).tolist() for name, f in functions.items()} if compared else {}
                     found = detector(video).cpu() if detector else None
+                    finite = video.isfinite().flatten(1).all(1).tolist()
                     for i, (n, _) in enumerate(good):
                         records.setdefault(n, {})
+                        if not finite[i]:
+                            broken.setdefault(model, {})[n] = True
                         if compared:
                             records[n][model] = {name: value[i] for name, value in values.items()}
                         if detector:
                             features.setdefault(model, {})[n] = found[i]
             bar.update(world * len(batch))
-    return gather(records), gather(features), gather(skipped)
+    return gather(records), gather(features), gather(skipped), gather(broken)
 
 
 def gather(mine):
@@ -390,6 +394,22 @@ def gather(mine):
         for key, value in part.items():
             whole[key] = {**whole.get(key, {}), **value} if isinstance(value, dict) else value
     return whole
+
+
+def drop_broken(records, features, broken, skipped, name_of):
+    """Clips of which some models' video holds values that are not finite go from all models, into `skipped`; but a model that gave
+    such values for every clip is broken itself, has no figures and costs no clip. Returns those models."""
+    hopeless = [model for model, clips in broken.items() if len(clips) == len(records)]
+    for model in hopeless:
+        features.pop(model, None)
+    for model, clips in broken.items():
+        for n in sorted(clips if model not in hopeless else ()):
+            reason = f"{model} gave values that are not finite"
+            print(f"skipping {name_of(n)}: {reason}", file=sys.stderr)
+            skipped[name_of(n)] = reason
+            for held in (records, *features.values()):
+                held.pop(n, None)
+    return hopeless
 
 
 def distances(features, reference):
@@ -544,7 +564,10 @@ def reconstruct(teacher, student, source, target, frames, device, dtype):
         video = torch.from_numpy(np.stack(images)).permute(3, 0, 1, 2)[None].to(device, dtype).div(127.5).sub(1)
         t, h, w = video.shape[2:]
         video = F.pad(video, (0, -w % d_w, 0, -h % d_h, 0, frames - t), mode="replicate")
-        return frames_of(student(teacher.encode(video, sample=False))[..., :t, :h, :w])
+        decoded = student(teacher.encode(video, sample=False))[..., :t, :h, :w]
+        if not decoded.isfinite().all():
+            raise ValueError(f"after {len(errors)} frames the student gave values that are not finite")
+        return frames_of(decoded)
 
     def write(file):
         with open_video(source) as container, av.open(str(file), "w") as out:
@@ -769,19 +792,22 @@ def evaluate(args):
         reference, first, without = {"input": "input", "teacher": label}[args.against], None, {}
         videos_of = lambda video: {"input": video, **decode(encode(video))}
     functions, detector, without = load_metrics(args, frames, device, without)
-    records, features, failed = measure(items, numbers, args, videos_of, reference, functions, detector, device, name_of,
+    records, features, failed, broken = measure(items, numbers, args, videos_of, reference, functions, detector, device, name_of,
                                         first if first is None else first.shape)
     skipped = {**skipped, **failed}
+    broken = drop_broken(records, features, broken, skipped, name_of) if rank == 0 else []
     real = None
     if args.latents and detector:
         clips, real, name_of_real, skipped_real = real_clips
-        seen, found, failed = measure(clips, real, args, lambda video: {"input": video}, None, {}, detector, device, name_of_real)
+        seen, found, failed, _ = measure(clips, real, args, lambda video: {"input": video}, None, {}, detector, device, name_of_real)
         features, skipped, real = {**features, **found}, {**skipped, **skipped_real, **failed}, [name_of_real(n) for n in sorted(seen)]
     if rank:
         return
     for clips, where in ((records, args.latents or args.data), (real, args.data)):
         if clips is not None and not clips:
             raise ValueError(f"none of the clips in {where} can be evaluated")
+    if reference in broken:
+        raise ValueError(f"{reference} gave values that are not finite for every clip: there is nothing to compare with")
 
     done, fvd, few = sorted(records), {}, None
     if detector:
@@ -795,10 +821,11 @@ def evaluate(args):
     count = lambda module: sum(p.numel() for p in module.parameters())
     rows = []
     for name in decoders:
-        values = {m: mean(name, m) if m in functions and name != reference else fvd.get(name) if m == "fvd" else None for m in args.metrics}
+        values = {m: mean(name, m) if m in functions and name != reference and name not in broken else fvd.get(name) if m == "fvd" else None
+                  for m in args.metrics}
         rows.append({"model": name, "parameters": count(students.get(name, teacher.vae.decoder)), **values, "fps": fps[name],
                      "psnr_kept": None, "speed_up": fps[name] / fps[label]})
-        if "psnr" in functions and reference == "input":
+        if "psnr" in functions and reference == "input" and not {name, label} & set(broken):
             rows[-1]["psnr_kept"] = 100 * rows[-1]["psnr"] / rows[0]["psnr"]
     hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     what = (f"{args.latents or args.data}: {len(done)} clips of {frames}x{height}x{width} (frames x height x width)"
@@ -806,6 +833,7 @@ def evaluate(args):
             f"{hardware}, {torch.get_num_threads()} CPU threads, {args.dtype}, {together} at a time for speed; {len(skipped)} clips skipped")
     columns = {m: ("FVD", 2) if m == "fvd" and args.latents else METRICS[m] for m in args.metrics}
     notes = [f"{columns[m][0]}: {reason}" for m, reason in (without | ({"fvd": few} if few else {})).items()]
+    notes += [f"{name}: every clip's video holds values that are not finite" for name in broken]
     print("\n".join([table(rows, columns), what, *notes]))
 
     run = next(iter(files.values())).resolve().parent
@@ -818,7 +846,7 @@ def evaluate(args):
     results = {
         "rows": rows, "data": args.data, "latents": args.latents, "seed": args.seed if args.data == "synthetic" else None, "clips": len(done),
         "against": reference, "frames": frames, "height": height, "width": width, "device": hardware, "threads": torch.get_num_threads(),
-        "timed_together": together, "dtype": args.dtype, "skipped": skipped, "without": without, "about_fvd": few, "command": ["python", *sys.argv],
+        "timed_together": together, "dtype": args.dtype, "skipped": skipped, "broken": broken, "without": without, "about_fvd": few, "command": ["python", *sys.argv],
         "versions": {"python": platform.python_version(), **{p: version(p) for p in ("torch", "torchvision", "torchmetrics", "lpips", "av")}},
         "weights": {label: teacher.weights_hash(), **{name: digest(file.read_bytes()) for name, file in {**files, **measured_by}.items()}},
         "clips_hash": digest(json.dumps([names, real]).encode()),

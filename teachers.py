@@ -511,7 +511,7 @@ WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
 
 
 def load_weights(module, path):
-    """Fills `module` from a safetensors file of exactly its keys and shapes; else ValueError, in one line."""
+    """Fills `module` from a safetensors file of exactly its keys and shapes, of finite values; else ValueError, in one line."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
     if not Path(path).is_file():
@@ -526,6 +526,9 @@ def load_weights(module, path):
         if keys:
             raise ValueError(f"{path} does not fit this teacher: it {problem} {sorted(keys)[0]}"
                              + (f" and {len(keys) - 1} more" if len(keys) > 1 else ""))
+    for key, tensor in state.items():
+        if ours[key].is_floating_point() and not (tensor.is_floating_point() and tensor.float().isfinite().all()):
+            raise ValueError(f"{path}: {key} holds values that are not finite numbers")
     module.load_state_dict(state)
 
 

@@ -390,14 +390,43 @@ def test_rfvd_is_the_distance_of_the_detectors_features(student, run, videos, i3
     assert "rFVD: 6 clips are too few to mean much: I3D has 6 features" in capsys.readouterr().out
 
 
-def test_one_student_that_broke_does_not_cost_the_others(student, run, videos, i3d, tmp_path):
-    broken = TurboVAED(CONFIGS["tiny"])
-    broken.conv_out.conv.bias.data.fill_(math.nan)
-    results = run("--student", student, broken.save_pretrained(tmp_path / "broken.safetensors"), "--data", "videos", "--size", 64,
-                  "--metrics", "psnr", "fvd", "--i3d", i3d)
+@pytest.fixture
+def overflowing(tmp_path):
+    """A student of finite weights that gives infinite values."""
+    model = TurboVAED(CONFIGS["tiny"])
+    model.conv_out.conv.weight.data.fill_(3e38)
+    return model.save_pretrained(tmp_path / "broken.safetensors", {"teacher": "tiny"})
+
+
+def test_one_student_that_broke_does_not_cost_the_others(student, overflowing, run, videos, i3d, capsys):
+    results = run("--student", student, overflowing, "--data", "videos", "--size", 64, "--metrics", "psnr", "fvd", "--i3d", i3d)
     teacher, good, bad = results["rows"]
-    assert teacher["fvd"] > 0 and good["fvd"] > 0 and bad["fvd"] is None and bad["psnr"] is None
-    assert results["about_fvd"].startswith("broken.safetensors gave clips whose features are not finite")
+    assert teacher["fvd"] > 0 and good["fvd"] > 0 and bad["fvd"] is None and bad["psnr"] is None and bad["psnr_kept"] is None
+    assert results["broken"] == ["broken.safetensors"]
+    assert "broken.safetensors: every clip's video holds values that are not finite" in capsys.readouterr().out and results["clips"] == 6
+
+
+def test_one_bad_clip_is_named_and_costs_no_other(student, run, videos, i3d, monkeypatch, capsys):
+    flags = ["--data", "videos", "--size", 64, "--metrics", "psnr", "fvd", "--i3d", i3d]
+    good, forward, calls = run(*flags), TurboVAED.forward, []
+
+    def third_breaks(self, latents, *args, **kwargs):
+        calls.append(1)
+        return forward(self, latents, *args, **kwargs) * (math.nan if len(calls) == 3 else 1)
+    monkeypatch.setattr(TurboVAED, "forward", third_breaks)
+    capsys.readouterr()
+    results = run(*flags)
+    rest = [clip for clip in good["per_clip"] if clip["clip"] != "plain.mp4"]
+    assert results["per_clip"] == rest and results["skipped"].keys() - good["skipped"].keys() == {"plain.mp4"}
+    assert results["rows"][1]["psnr"] == pytest.approx(sum(clip["out/demo"]["psnr"] for clip in rest) / 5) and results["rows"][1]["fvd"] > 0
+    assert "skipping plain.mp4: out/demo gave values that are not finite" in capsys.readouterr().err
+
+
+def test_a_reconstruction_of_no_numbers_fails_and_leaves_nothing(overflowing, run, tmp_path, monkeypatch):
+    write_video(tmp_path / "in.mp4", texture(9))
+    with pytest.raises(ValueError, match="in.mp4 to out.mp4: .* not finite"):
+        run("--student", overflowing, "--reconstruct", "in.mp4", "out.mp4")
+    assert not list(tmp_path.glob("*out.*"))
 
 
 def test_without_weights_the_column_says_so(student, run, videos, tmp_path, capsys):
