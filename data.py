@@ -49,8 +49,35 @@ def why(error):
 
 
 def open_video(path, **options):
-    """A context manager; metadata in unknown encodings is no reason to refuse a video."""
-    return av.open(str(path), metadata_errors="ignore", options=options)
+    """A context manager; metadata in unknown encodings is no reason to refuse a video, a colon in its name does not make an address."""
+    return av.open(f"file:{path}", metadata_errors="ignore", options=options)
+
+
+def colours(frame):
+    """(matrix, primaries, transfer) of a frame by FFmpeg's numbers: what it says, else what players assume: BT.709 from 720 rows
+    on, and of RGB; BT.601 below."""
+    assumed = 1 if frame.height >= 720 or frame.format.is_rgb else 6
+    matrix = frame.colorspace if frame.colorspace in (1, 4, 5, 6, 7, 9) else assumed          # those that swscale has
+    belong = {1: (1, 1), 9: (9, 14)}.get(matrix, (6, 6))
+    return matrix, *(said if said not in (0, 2, 3) else other for said, other in zip((frame.color_primaries, frame.color_trc), belong))
+
+
+def picture(frame, **how):
+    """A decoded frame as (H, W, 3) uint8 RGB, upright; how: of PyAV's reformat, such as a width and height before it is turned.
+
+    The colours' matrix is undone, primaries and transfer stay what they are: swscale's conversion of those moves saturated colours
+    by tens of levels.
+    """
+    matrix = {} if frame.format.is_rgb else {"src_colorspace": {6: 5}.get(colours(frame)[0], colours(frame)[0])}     # swscale's BT.601 is 5
+    image = frame.to_ndarray(format="rgb24", interpolation=EXACT, **matrix, **how)
+    return np.ascontiguousarray(np.rot90(image, round(frame.rotation / 90)))       # phones store the angle
+
+
+@lru_cache(maxsize=None)
+def warn_of_colours(path, transfer):
+    """Once for each file."""
+    kind = {16: "PQ", 18: "HLG"}.get(transfer, "BT.2020")
+    print(f"{path} is {kind} video: its values are taken as they are, not converted to BT.709's", file=sys.stderr)
 
 
 def video_stream(container):
@@ -126,8 +153,10 @@ def read_frames(path, start, frames, stride):
                 if damaged:
                     raise BadVideo("damaged")
                 if not wait:
-                    image = frame.to_ndarray(format="rgb24", interpolation=EXACT, threads=1)
-                    yield np.rot90(image, round(frame.rotation / 90))          # phones store the angle
+                    _, primaries, transfer = colours(frame)
+                    if primaries == 9 or transfer in (16, 18):
+                        warn_of_colours(path, transfer)
+                    yield picture(frame, threads=1)
                     left -= 1
                     if not left:
                         return

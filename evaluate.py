@@ -25,6 +25,7 @@ import sys
 import time
 import warnings
 from collections import deque
+from contextlib import suppress
 from datetime import timedelta
 from importlib.metadata import version
 from itertools import chain
@@ -41,8 +42,8 @@ from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm import tqdm
 
-from data import (BROKEN, CLIPS_PER_SCENE, DATA_SETS, EXACT, BadVideo, SyntheticClips, VideoClips, download, find_clips,
-                  open_video, video_stream, why)
+from data import (BROKEN, CLIPS_PER_SCENE, DATA_SETS, EXACT, BadVideo, SyntheticClips, VideoClips, colours, download, find_clips,
+                  open_video, picture, video_stream, why)
 from model import CONFIGS, OWN_FILE, TurboVAED, check_fit, find_checkpoint
 from teachers import TEACHERS, load_teacher
 
@@ -488,25 +489,31 @@ def sheet(rows, t):
     return np.asarray(image)
 
 
-def add_h264(container, rate, height, width, crf=15):
-    """An H.264 stream that says which colours its numbers mean; full chroma where the size is odd."""
+BT709 = 1, 1, 1
+
+
+def add_h264(container, rate, height, width, crf=15, look=BT709):
+    """An H.264 stream that says which colours its numbers mean, see data.py's `colours`; full chroma where the size is odd."""
+    if max(height, width) > 16384:
+        raise ValueError(f"H.264 takes frames of up to 16384 pixels a side, not {height}x{width}")
     stream = container.add_stream("libx264", rate=rate, options={"crf": str(crf), "preset": "veryfast"})
     stream.height, stream.width, stream.pix_fmt = height, width, "yuv444p" if height % 2 or width % 2 else "yuv420p"
     codec = stream.codec_context
-    codec.colorspace, codec.color_primaries, codec.color_trc, codec.color_range = 1, 1, 1, 1    # BT.709, limited range
+    codec.colorspace, codec.color_primaries, codec.color_trc, codec.color_range = *look, 1      # limited range
     return stream
 
 
 def to_frame(image, stream):
     """(H, W, 3) uint8 RGB as a frame of that stream."""
+    matrix = stream.codec_context.colorspace
     return av.VideoFrame.from_ndarray(image, format="rgb24").reformat(
-        format=stream.pix_fmt, dst_colorspace="ITU709", dst_color_range="MPEG", interpolation=EXACT)
+        format=stream.pix_fmt, dst_colorspace={6: 5}.get(matrix, matrix), dst_color_range="MPEG", interpolation=EXACT)
 
 
 def write_film(path, images, rate=12, seconds=4):
     """A film of (H, W, 3) uint8 images, slowly and over and over."""
     def write(file):
-        with av.open(str(file), "w") as container:
+        with av.open(f"file:{file}", "w") as container:
             stream = add_h264(container, rate, *images[0].shape[:2], crf=22)
             for _ in range(max(1, round(rate * seconds / len(images)))):
                 for image in images:
@@ -522,27 +529,46 @@ def write_film(path, images, rate=12, seconds=4):
 COPIED = {".mp4": ("aac", "mp3", "mp3float", "ac3", "eac3", "alac", "opus", "flac"), ".mov": ("aac", "mp3", "mp3float", "ac3", "alac")}
 
 
-def upright_frames(container, stream, tracks, other):
-    """Yields (image (H, W, 3) uint8 RGB, upright, its time stamp) of a video stream; other(packet) takes the tracks' packets."""
-    for packet in container.demux(stream, *tracks):
-        if packet.stream is not stream:
+AAC_RATES = (8000, 11025, 12000, 16000, 22050, 24000, 32000, 44100, 48000)      # of the 13 that it has
+
+
+def upright_frames(container, stream, tracks, other, seen):
+    """Yields (image (H, W, 3) uint8 RGB, upright, its time stamp, its `colours`) of a video stream; other(packet) takes the tracks'
+    packets. Frames of another size than the first are brought to it. Packets that cannot be decoded are left out, and where the file
+    cannot be read on, it ends; seen["end"] is the time in seconds up to which there were packets."""
+    def packets():
+        try:
+            yield from container.demux()
+        except av.FFmpegError:
+            yield None          # the decoder still holds some frames
+
+    size, codec = {}, stream.codec_context
+    for packet in packets():
+        if packet and packet.pts is not None:
+            seen["end"] = max(seen["end"], float((packet.pts + (packet.duration or 0)) * packet.time_base))
+        if packet and packet.stream in tracks:
             other(packet)
+        if packet and packet.stream is not stream:
             continue
-        for frame in packet.decode():
-            image = frame.to_ndarray(format="rgb24", interpolation=EXACT)
-            yield np.ascontiguousarray(np.rot90(image, round(frame.rotation / 90))), frame.pts
+        try:
+            frames = codec.decode(packet)
+        except av.InvalidDataError:
+            continue
+        for frame in frames:
+            size = size or {"width": frame.width, "height": frame.height}
+            yield picture(frame, **size), frame.pts, colours(frame)
 
 
 def in_windows(source, through, length, overlap):
-    """Yields (image, original, time stamp) for each (original, time stamp) of `source`: windows of `length` originals go
-    through `through`, each shares `overlap` with the one before and is faded into it; the last one may be shorter."""
+    """Yields (image, original, ...) for each (original, ...) of `source`: windows of `length` originals go through `through`, each
+    shares `overlap` with the one before and is faded into it; the last one may be shorter."""
     held, tail, fresh = [], None, False             # fresh: some of those held have not been in a window
     for frame in chain(source, (None,)):            # None: the end
         if frame:
             held, fresh = [*held, frame], True
         if frame and len(held) < length or not held:
             continue
-        decoded = through([original for original, _ in held]) if fresh else tail
+        decoded = through([original for original, *_ in held]) if fresh else tail
         if fresh and tail is not None:
             weight = (torch.arange(1, len(tail) + 1, device=tail.device) / (len(tail) + 1)).view(-1, 1, 1, 1)
             decoded[:len(tail)] = tail + weight * (decoded[:len(tail)] - tail)
@@ -556,9 +582,10 @@ def reconstruct(teacher, student, source, target, frames, device, dtype):
 
     Size, frames, their time stamps and the audio are kept. Windows of `frames` frames overlap and are faded into each other, so
     memory depends on `frames` and the size only; edges are repeated up to what the teacher takes, then cut. Returns (frames,
-    PSNR in dB, mean over frames). ValueError for a source that cannot be read, or a target that cannot be written.
+    PSNR in dB, mean over frames, how many frames the source lacks of those that it promises). ValueError for a source that cannot
+    be read, or a target that cannot be written.
     """
-    (_, d_h, d_w), errors, waiting = teacher.compression, [], deque()
+    (_, d_h, d_w), errors, waiting, seen, promised = teacher.compression, [], deque(), {"end": 0.0}, 0
 
     def through(images):
         video = torch.from_numpy(np.stack(images)).permute(3, 0, 1, 2)[None].to(device, dtype).div(127.5).sub(1)
@@ -570,15 +597,16 @@ def reconstruct(teacher, student, source, target, frames, device, dtype):
         return frames_of(decoded)
 
     def write(file):
-        with open_video(source) as container, av.open(str(file), "w") as out:
+        nonlocal promised
+        with open_video(source) as container, av.open(f"file:{file}", "w") as out:
             stream, rate = video_stream(container)
             stream.thread_type = "AUTO"
             tracks = [audio for audio in container.streams.audio if audio.codec_context]        # None: no decoder knows it
             step = max(1, round(1 / (rate * stream.time_base)))
             written, sounds, last = None, {}, -step
 
-            def open_streams(height, width):
-                written = add_h264(out, rate, height, width)
+            def open_streams(height, width, look):
+                written = add_h264(out, rate, height, width, look=look)
                 written.time_base = written.codec_context.time_base = stream.time_base
                 shape = stream.sample_aspect_ratio
                 if shape:
@@ -588,7 +616,8 @@ def reconstruct(teacher, student, source, target, frames, device, dtype):
                         sounds[audio.index] = out.add_stream_from_template(audio), True
                     else:
                         layout = {} if audio.layout.name.endswith("channels") else {"layout": audio.layout.name}     # "6 channels" is no name
-                        sounds[audio.index] = out.add_stream("aac", rate=min(audio.rate, 48000), **layout), False
+                        sound_rate = next((r for r in AAC_RATES if r >= audio.rate), AAC_RATES[-1])
+                        sounds[audio.index] = out.add_stream("aac", rate=sound_rate, **layout), False
                 return written
 
             def mux_audio():
@@ -596,17 +625,19 @@ def reconstruct(teacher, student, source, target, frames, device, dtype):
                     packet = waiting.popleft()
                     sound, copied = sounds[packet.stream.index]
                     if not copied:
-                        for frame in packet.decode():
-                            out.mux(sound.encode(frame))
+                        with suppress(av.InvalidDataError):         # a damaged packet of sound
+                            for frame in packet.decode():
+                                out.mux(sound.encode(frame))
                     elif packet.dts is not None:
                         packet.stream = sound
                         out.mux(packet)
 
-            film = in_windows(upright_frames(container, stream, tracks, waiting.append), through, frames, min(4, frames // 4))
-            for image, original, stamp in tqdm(film, total=stream.frames or None, unit="frame", disable=not sys.stderr.isatty(), leave=False):
+            film = upright_frames(container, stream, tracks, waiting.append, seen)
+            film = in_windows(film, through, frames, min(4, frames // 4))
+            for image, original, stamp, look in tqdm(film, total=stream.frames or None, unit="frame", disable=not sys.stderr.isatty(), leave=False):
                 error = np.square(image.astype(np.float32) - original).mean() / 255 ** 2
                 errors.append(-10 * math.log10(max(error, 1e-10)))
-                written = written or open_streams(*image.shape[:2])
+                written = written or open_streams(*image.shape[:2], look)
                 frame = to_frame(image, written)
                 if stamp is None or stamp <= last or container.format.name == "avi":      # which holds no stamps, only a rate
                     stamp = last + step
@@ -621,11 +652,14 @@ def reconstruct(teacher, student, source, target, frames, device, dtype):
             for sound, copied in sounds.values():
                 if not copied:
                     out.mux(sound.encode())
+            # What a header counts; else by the time at which the file ends, with room for the last packets.
+            early = ((container.duration or 0) + (container.start_time or 0)) / av.time_base - seen["end"]
+            promised = stream.frames or (len(errors) + round(early * rate) if early > 0.25 else 0)
     try:
         replace(Path(target), write)
     except BROKEN as error:
         raise ValueError(f"{source} to {target}: {why(error)}") from None
-    return len(errors), statistics.fmean(errors)
+    return len(errors), statistics.fmean(errors), max(0, promised - len(errors))
 
 
 def generate(args, device):
@@ -752,9 +786,11 @@ def one_video(args, teacher, students, device):
     target.parent.mkdir(parents=True, exist_ok=True)
     frames, _, _ = clip_shape(args, teacher)
     start = time.perf_counter()
-    count, quality = reconstruct(teacher, student, source, target, frames, device, getattr(torch, args.dtype))
+    count, quality, lost = reconstruct(teacher, student, source, target, frames, device, getattr(torch, args.dtype))
     print(f"{target}: {count} frames through the {teacher.name} teacher's encoder and {name}, PSNR {quality:.2f} dB, "
           f"{count / (time.perf_counter() - start):.2f} frames per second, video decoding and encoding included")
+    if lost:
+        print(f"{source} promises {count + lost} frames: {lost} could not be read and are missing from {target}", file=sys.stderr)
 
 
 @torch.inference_mode()

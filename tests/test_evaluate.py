@@ -301,24 +301,24 @@ def texture(n, height=64, width=96, seed=0):
     return [np.roll(base, 3 * k, 1).astype(np.uint8) for k in range(n)]
 
 
-def write_video(path, images, rate=25, stamps=None, pixels="yuv420p", turn=0, sound=None):
+def write_video(path, images, rate=25, stamps=None, pixels="yuv420p", turn=0, sound=None, sound_rate=16000):
     """H.264 with one frame at each time stamp (in 1/rate seconds); sound: a codec, for a tone as long as the video."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with av.open(str(path), "w") as container:
+    with av.open(f"file:{path}", "w") as container:
         stream = container.add_stream("libx264", rate=rate, options={"crf": "10"})
         stream.height, stream.width, stream.pix_fmt = *images[0].shape[:2], pixels
         if turn:
             stream.set_display_rotation(turn)
-        tone = container.add_stream(sound, rate=16000) if sound else None
+        tone = container.add_stream(sound, rate=sound_rate) if sound else None
         for n, image in enumerate(images):
             frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(image), format="rgb24")
             frame.pts, frame.time_base = stamps[n] if stamps else n, Fraction(1, rate)
             container.mux(stream.encode(frame))
         container.mux(stream.encode())
         if tone:
-            wave = (8000 * np.sin(np.arange(16000 * len(images) // rate) / 8)).astype(np.int16)[None]
+            wave = (8000 * np.sin(np.arange(sound_rate * len(images) // rate) / 8)).astype(np.int16)[None]
             samples = av.AudioFrame.from_ndarray(wave, format="s16", layout="mono")
-            samples.sample_rate, samples.pts = 16000, 0
+            samples.sample_rate, samples.pts = sound_rate, 0
             container.mux(tone.encode(samples))
             container.mux(tone.encode())
     return path
@@ -478,11 +478,121 @@ def test_windows_are_joined_in_order_and_colours_survive(tmp_path, frames):
             return video
     flat = [np.full((50, 66, 3), (200 - 4 * n, 40 + 3 * n, 60), np.uint8) for n in range(21)]
     source = write_video(tmp_path / "in.mp4", flat)
-    count, quality = evaluate.reconstruct(Nothing(), lambda latents: latents, source, tmp_path / "out.mkv", frames, torch.device("cpu"), torch.float32)
-    assert count == 21 and quality > 50
+    count, quality, lost = evaluate.reconstruct(Nothing(), lambda latents: latents, source, tmp_path / "out.mkv", frames, torch.device("cpu"), torch.float32)
+    assert count == 21 and quality > 50 and lost == 0
     read = lambda path: np.stack(list(evaluate.VideoClips(path, 21, (50, 66), train=False)[0].mul(127.5).add(127.5).numpy()), -1)
     before, after = read(source), read(tmp_path / "out.mkv")
     assert np.abs(before.mean((1, 2)) - after.mean((1, 2))).max() < 2
+
+
+class Same:
+    """A teacher and student in one that change nothing."""
+    compression = (4, 8, 8)
+    encode = staticmethod(lambda video, sample: video)
+
+    def __call__(self, latents):
+        return latents
+
+
+def same(source, target, frames=8):
+    return evaluate.reconstruct(Same(), Same(), source, target, frames, torch.device("cpu"), torch.float32)
+
+
+def film(path):
+    """[(frame, its colour in the middle)] of a video, by the tags that it has."""
+    with av.open(str(path)) as video:
+        return [(frame, frame.to_ndarray(format="rgb24", interpolation=evaluate.EXACT)[frame.height // 2, frame.width // 2]) for frame in video.decode(video=0)]
+
+
+def write_raw(path, values, height, width, look, pixels="yuv420p"):
+    """Three lossless frames of one (Y, U, V), tagged (matrix, primaries, transfer)."""
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("ffv1", rate=25)
+        stream.height, stream.width, stream.pix_fmt = height, width, pixels
+        codec = stream.codec_context
+        codec.colorspace, codec.color_primaries, codec.color_trc, codec.color_range = *look, 1
+        planes = [np.full(height * width // n, v, np.uint16 if "10" in pixels else np.uint8) for v, n in zip(values, (1, 4, 4))]
+        for n in range(3):
+            frame = av.VideoFrame.from_ndarray(np.concatenate(planes).reshape(-1, width), format=pixels)
+            frame.pts = n
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    return path
+
+
+@pytest.mark.parametrize("values, height, look, tags", [
+    ((80, 112, 198), 720, (2, 2, 2), (1, 1, 1)),           # [200, 40, 40] in BT.709, which players assume of HD without tags
+    ((91, 104, 198), 480, (2, 2, 2), (6, 6, 6)),           # and in BT.601, of less
+    ((91, 104, 198), 720, (5, 5, 6), (5, 5, 6)),           # tags decide where there are any
+    ((80, 112, 198), 480, (1, 1, 1), (1, 1, 1))])
+def test_colours_are_what_players_show(tmp_path, values, height, look, tags):
+    source = write_raw(tmp_path / "in.mkv", values, height, 64, look)
+    clip = VideoClips(source, 3, 64, train=False)[0]
+    assert (clip.mean((1, 2, 3)).add(1).mul(127.5) - torch.tensor([200, 40, 40])).abs().max() < 2
+    same(source, tmp_path / "out.mkv", frames=2)
+    for frame, colour in film(tmp_path / "out.mkv"):
+        assert (frame.colorspace, frame.color_primaries, frame.color_trc) == tags and np.abs(colour.astype(int) - [200, 40, 40]).max() <= 3
+
+
+@pytest.mark.parametrize("transfer, kind", [(18, "HLG"), (16, "PQ"), (14, "BT.2020")])
+def test_hdr_keeps_its_tags_and_training_is_told(tmp_path, transfer, kind, capfd):
+    look = 9, 9, transfer
+    source = write_raw(tmp_path / "in.mkv", (500, 400, 650), 64, 64, look, "yuv420p10le")
+    clips = VideoClips(source, 3, 64, train=False)
+    clips[0], clips[0]
+    assert capfd.readouterr().err == f"{source} is {kind} video: its values are taken as they are, not converted to BT.709's\n"
+    same(source, tmp_path / "out.mkv", frames=2)
+    for (before, a), (after, b) in zip(film(source), film(tmp_path / "out.mkv")):
+        assert (after.colorspace, after.color_primaries, after.color_trc) == look and np.abs(a.astype(int) - b).max() <= 3
+
+
+@pytest.mark.parametrize("suffix", [".mp4", ".mkv"])
+def test_frames_that_a_truncated_file_lacks_are_counted(student, run, tmp_path, monkeypatch, capsys, suffix):
+    source = write_video(tmp_path / f"whole{suffix}", texture(48))
+    if suffix == ".mp4":        # what says how many frames there are has to stand before them
+        with av.open(str(source)) as whole, av.open(str(tmp_path / "first.mp4"), "w", options={"movflags": "faststart"}) as out:
+            stream = out.add_stream_from_template(whole.streams.video[0])
+            for packet in whole.demux(video=0):
+                if packet.dts is not None:
+                    packet.stream = stream
+                    out.mux(packet)
+        source = tmp_path / "first.mp4"
+    content = source.read_bytes()
+    cut = tmp_path / f"cut{suffix}"
+    cut.write_bytes(content[:len(content) * 6 // 10])
+    assert same(source, tmp_path / "out.mp4")[0::2] == (48, 0)
+    count, _, lost = same(cut, tmp_path / "out.mp4")
+    assert count < 40 and count + lost == 48
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", "--device", "cpu", "--reconstruct", cut.name, "out.mp4"])
+    monkeypatch.chdir(tmp_path)
+    evaluate.main()
+    assert capsys.readouterr().err == f"cut{suffix} promises 48 frames: {lost} could not be read and are missing from out.mp4\n"
+
+
+def test_damage_in_the_middle_costs_its_frames_only(tmp_path):
+    source = write_video(tmp_path / "in.mp4", texture(48))
+    content = bytearray(source.read_bytes())
+    content[len(content) * 4 // 10:len(content) * 5 // 10] = b"\xff" * (len(content) * 5 // 10 - len(content) * 4 // 10)
+    source.write_bytes(content)
+    count, _, lost = same(source, tmp_path / "out.mp4")
+    assert 24 < count <= 48 and count + lost == 48
+
+
+def test_a_size_that_changes_on_the_way_is_brought_to_the_first(tmp_path):
+    """As broadcasts and streams have it: two encodings, one after the other."""
+    parts = [write_video(tmp_path / f"{n}.ts", texture(8, *size)) for n, size in enumerate([(64, 96), (96, 128)])]
+    (tmp_path / "in.ts").write_bytes(b"".join(part.read_bytes() for part in parts))
+    same(tmp_path / "in.ts", tmp_path / "out.mp4")
+    assert {(frame.height, frame.width) for frame, _ in film(tmp_path / "out.mp4")} == {(64, 96)} and len(film(tmp_path / "out.mp4")) == 16
+
+
+def test_a_rate_of_sound_that_aac_has_not_and_a_colon_in_the_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_video(Path("at 12:30.mkv"), texture(9), sound="pcm_s16le", sound_rate=37800)
+    same("at 12:30.mkv", "out: 12.mp4")
+    with av.open("file:out: 12.mp4") as video:
+        assert video.streams.audio[0].rate == 44100 and sum(frame.samples for frame in video.decode(audio=0)) >= 9 / 25 * 44100
+    assert len(VideoClips(Path("at 12:30.mkv"), 9, 32, train=False)[0][0]) == 9
 
 
 def test_a_broken_source_is_one_line_and_leaves_nothing(student, videos, tmp_path):
