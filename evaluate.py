@@ -795,6 +795,7 @@ def one_video(args, teacher, students, device):
 
 @torch.inference_mode()
 def evaluate(args):
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False         # float32 is float32
     if args.threads:
         torch.set_num_threads(args.threads)
     rank, _ = process()

@@ -269,13 +269,16 @@ class Teacher(nn.Module):
         self.latent_channels, self.compression = latent_channels, compression
         self.frame_step = compression[0]            # a clip's frames are k of these, or k and one
         self.smallest = 1                           # height and width of the latents at least
+        self.hash_before_cast = None
 
     @property
     def dtype(self):
         return next(self.parameters()).dtype
 
     def weights_hash(self):
-        """The first 16 digits of the SHA-256 of names and values, to tell whose latents a file holds."""
+        """The first 16 digits of the SHA-256 of names and values in float32, to tell whose latents a file holds."""
+        if self.hash_before_cast:
+            return self.hash_before_cast
         digest = hashlib.sha256()
         for name, tensor in sorted(self.vae.state_dict().items()):
             digest.update(name.encode() + tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
@@ -547,6 +550,8 @@ def load_teacher(name, weights=None, device="cpu", dtype=torch.float32):
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(0)      # the CPU's only: GPUs' generators are not restored
         teacher = build(name, find_weights(name, weights))
+    if dtype != torch.float32:
+        teacher.hash_before_cast = teacher.weights_hash()
     return teacher.to(device, dtype).eval().requires_grad_(False)
 
 

@@ -179,7 +179,26 @@ def test_the_training_step_against_a_plain_one(tmp_path):
         assert row["samples_per_s"] == pytest.approx(1000 / row["milliseconds"])
 
 
+def test_the_student_asked_for_is_timed_and_labelled_by_what_is_decoded(tmp_path, monkeypatch, capsys):
+    model = TurboVAED(CONFIGS["wan21"])
+    torch.save(model.state_dict(), tmp_path / "plain.pth")
+    loaded = []
+    load = TurboVAED.from_pretrained.__func__
+    monkeypatch.setattr(TurboVAED, "from_pretrained", classmethod(lambda cls, *how: loaded.append(how) or load(cls, *how)))
+    monkeypatch.setattr(sys, "argv", ["bench.py", "--student", str(tmp_path / "plain.pth"), "--config", "wan21", "--no-teacher", "--no-compile",
+                                      "--size", "20x9", "--frames", "8", "--rounds", "1", "--device", "cpu", "--out", str(tmp_path)])
+    module.main()
+    row, = json.loads((tmp_path / "bench.json").read_text())["rows"]
+    assert loaded == [(str(tmp_path / "plain.pth"), "wan21")]
+    assert (row["frames"], row["height"], row["width"]) == (5, 24, 16) and "5x24x16" in capsys.readouterr().out
+    for flags, words in ((["--frames", "3"], "--frames 3: tiny decodes 4 or more"), (["--frames", "0"], "at least 1")):
+        result = bench(tmp_path, *flags)
+        assert result.returncode and words in result.stderr.splitlines()[-1]
+
+
 @pytest.mark.parametrize("flags, words", [
+    (["--student", "x", "--config", "tiny", "ltx"], "one --config"), (["--student", "x", "--blocks"], "without --blocks"),
+    (["--student", "x", "--train"], "without --train"), (["--device", "cuda:99"], "cuda:99"),
     (["--size", "512"], "HEIGHTxWIDTH"), (["--rounds", "0"], "at least 1"), (["--device", "mps"], "cuda"), (["--iphone"], "--team")])
 def test_wrong_flags_are_one_line(monkeypatch, capsys, flags, words):
     monkeypatch.setattr(sys, "argv", ["bench.py", *flags])

@@ -280,8 +280,10 @@ def test_a_run_on_made_up_video(student, run, tmp_path, capsys):
 
 
 def test_quality_does_not_depend_on_the_run(student, run):
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = True
     first, again = (run("--clips", 1, "--size", 64) for _ in range(2))       # finds the student under out/
     assert first["per_clip"] == again["per_clip"] and first["rows"][1]["model"] == "out/demo"
+    assert not torch.backends.cudnn.allow_tf32 and not torch.backends.cuda.matmul.allow_tf32
 
 
 def test_against_the_teacher(student, run):
