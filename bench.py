@@ -19,7 +19,9 @@ import asyncio
 import ctypes
 import itertools
 import json
+import os
 import platform
+import signal
 import statistics
 import sys
 import tempfile
@@ -34,7 +36,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from model import BLOCKS, CONFIGS, OWN_FILE, UPSAMPLING, TurboVAED, check_fit, summary
+from model import BLOCKS, CONFIGS, OWN_FILE, UPSAMPLING, TurboVAED, check_fit, check_writable, out_of_memory, summary
 
 SHIPPED = Path(__file__).resolve().parent / "assets" / "tiny_student.safetensors"
 WARM_UP = 3     # rounds that do not count, in which caches fill, clocks rise and kernels are chosen
@@ -336,7 +338,7 @@ def bench_packages(args):
     if sys.platform != "darwin":
         raise ValueError("Core ML runs on Apple hardware: --mlpackage needs macOS, --iphone also Xcode and a connected iPhone, "
                          "and both need a package that `python export.py` made")
-    paths = [Path(path) for path in args.mlpackage or sorted(Path("out").rglob("*.mlpackage"))]
+    paths = [Path(path) for path in args.mlpackage or sorted(path for path in Path("out").rglob("*.mlpackage") if not path.name.startswith("."))]
     missing = [str(path) for path in paths if not path.is_dir()]
     if missing or not paths:
         raise FileNotFoundError(f"{', '.join(missing) or 'out/'}: no such package, or none in it; `python export.py` makes one")
@@ -490,6 +492,16 @@ def report(rows, args):
             print(f"{row['model']} on {row['way']}, estimated shares: {units}; slowest {slowest}")
 
 
+def write(path, save):
+    """save(temporary file), then rename it to path."""
+    partial = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
+    try:
+        save(partial)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
 def picture(path, rows, blocks):
     """Bars of frames per second; or of each part's milliseconds, with the upsamplers hatched."""
     try:
@@ -518,7 +530,7 @@ def picture(path, rows, blocks):
         axes.set(xlabel="frames per second", xmargin=0.1)
     axes.set(yticks=places, yticklabels=[f"{r['model']} {r['way']}, {r['frames']}x{r['height']}x{r['width']}" for r in rows])
     axes.invert_yaxis()
-    figure.savefig(path, dpi=150)
+    write(path, lambda file: figure.savefig(file, dpi=150))
     plt.close(figure)
     print(path)
 
@@ -578,7 +590,7 @@ def find_student(path, config=None):
     """(name of its teacher, or "student", model) of the student asked for, else of the newest trained here, else of the shipped one.
     config: a list of one name, for a file that does not say."""
     if path is None:
-        trained = sorted(Path("out").glob(f"*/{OWN_FILE}"), key=lambda file: file.stat().st_mtime)
+        trained = sorted(Path("out").glob(f"[!.]*/{OWN_FILE}"), key=lambda file: file.stat().st_mtime)
         path = trained[-1] if trained else SHIPPED
         print(f"the student {path}" if trained else f"no student in out/: the shipped one, {path.name}")
     student = TurboVAED.from_pretrained(path, config[0] if config else None)
@@ -591,6 +603,7 @@ def find_student(path, config=None):
 
 def main():
     args = parse()
+    check_writable(args.out)
     device, dtype, packages = torch.device(args.device), getattr(torch, args.dtype), args.iphone or args.mlpackage is not None
     torch.backends.cudnn.allow_tf32 = False             # float32 is float32, for convolutions as for the matrix product
     torch.backends.cudnn.benchmark = not args.train     # sizes are fixed: cuDNN may choose by trial; train.py does not let it
@@ -612,15 +625,22 @@ def main():
         print(f"{name}, {args.dtype}, torch {torch.__version__}")
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
-    (out / "bench.json").write_text(json.dumps(results | {"rows": rows}, indent=1) + "\n")
+    write(out / "bench.json", lambda file: file.write_text(json.dumps(results | {"rows": rows}, indent=1) + "\n"))
     print(out / "bench.json")
     picture(out / "bench.png", rows, args.blocks)
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)           # as Ctrl-C: what is half written is removed
     try:
         main()
+    except KeyboardInterrupt:
+        sys.exit("error: stopped")
     except ImportError as error:
         sys.exit(f"error: {error}; pip install -r requirements.txt, or --config NAME --no-teacher, which needs PyTorch alone")
-    except (ValueError, OSError, torch.OutOfMemoryError) as error:
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
+            raise
+        sys.exit("error: out of memory: smaller --size, --frames or --batch, or --dtype bfloat16, need less")
+    except (ValueError, OSError) as error:
         sys.exit(f"error: {summary(error)}")

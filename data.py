@@ -175,7 +175,7 @@ def find_videos(root):
     for folder, below, found in os.walk(root, followlinks=True):
         relative = lambda path: os.path.relpath(path, root).replace(os.sep, "/")
         below[:] = [name for name in below if name[0] not in ".@"]       # what systems and editors keep beside the files
-        videos = [name for name in found if name.lower().endswith(SUFFIXES)]
+        videos = [name for name in found if name.lower().endswith(SUFFIXES) and not name.startswith(".")]
         yield from (relative(os.path.join(folder, name)) for name in videos)
         if not videos and not below and frame_files(folder):
             yield relative(folder)

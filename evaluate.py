@@ -20,11 +20,12 @@ import json
 import math
 import os
 import platform
+import signal
 import statistics
 import sys
 import time
 import warnings
-from collections import deque
+from collections import Counter, deque
 from contextlib import suppress
 from datetime import timedelta
 from importlib.metadata import version
@@ -44,7 +45,7 @@ from tqdm import tqdm
 
 from data import (BROKEN, CLIPS_PER_SCENE, DATA_SETS, EXACT, BadVideo, SyntheticClips, VideoClips, colours, download, find_clips,
                   open_video, picture, video_stream, why)
-from model import CONFIGS, OWN_FILE, TurboVAED, check_fit, find_checkpoint
+from model import CONFIGS, OWN_FILE, TurboVAED, check_fit, check_writable, find_checkpoint, out_of_memory
 from teachers import TEACHERS, load_teacher
 
 SHIPPED = Path(__file__).resolve().parent / "assets" / "tiny_student.safetensors"
@@ -202,7 +203,11 @@ def load_metrics(args, frames, device, without):
                 without[name] = str(error)
             else:
                 functions, detector = (functions | {name: loaded}, detector) if name == "lpips" else (functions, loaded)
-    return functions, detector, without
+    if dist.is_initialized():           # what one process cannot load none of them computes
+        told = [None] * dist.get_world_size()
+        dist.all_gather_object(told, without)
+        without = {name: reason for each in reversed(told) for name, reason in each.items()}
+    return {name: f for name, f in functions.items() if name not in without}, None if "fvd" in without else detector, without
 
 
 def decode_speeds(decoders, latents):
@@ -210,7 +215,7 @@ def decode_speeds(decoders, latents):
 
     The decoders take turns, so that whatever else the machine does slows all of them; medians over the rounds.
     """
-    sync = (lambda: torch.cuda.synchronize(latents.device)) if latents.is_cuda else lambda: None
+    sync = {"cuda": lambda: torch.cuda.synchronize(latents.device), "mps": lambda: torch.mps.synchronize()}.get(latents.device.type, lambda: None)
     seconds, frames = {name: [] for name in decoders}, {}
     for i in range(WARM_UP + ROUNDS):
         for name, decode in decoders.items():
@@ -230,8 +235,10 @@ def decode_speeds(decoders, latents):
 def find_students(paths, teacher):
     """{name: file} of the students asked for, `teacher`'s of a hub id; without any the newest trained here, else the shipped one."""
     if paths:
-        return {short(path) if Path(path).exists() else path: find_checkpoint(path, teacher) for path in paths}
-    trained = sorted(Path("out").glob(f"*/{OWN_FILE}"), key=lambda file: file.stat().st_mtime)
+        names = [short(path) if Path(path).exists() else path for path in paths]
+        taken = lambda name: name == "input" or name.endswith("(teacher)")          # they stand for something else in the tables
+        return {f"./{name}" if taken(name) else name: find_checkpoint(path, teacher) for name, path in zip(names, paths)}
+    trained = sorted(Path("out").glob(f"[!.]*/{OWN_FILE}"), key=lambda file: file.stat().st_mtime)
     file = trained[-1] if trained else SHIPPED
     if not file.is_file():
         raise FileNotFoundError(f"no student: out/ holds none and neither does {short(SHIPPED)}; "
@@ -246,9 +253,8 @@ def short(path):
     return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
 
 
-def load_decoders(args, device):
-    """(teacher, {name: student}, {name: file})."""
-    files = find_students(args.student, args.teacher)
+def load_decoders(args, files, device):
+    """(teacher, {name: student}) of find_students' {name: file}."""
     students = {name: TurboVAED.from_pretrained(file) for name, file in files.items()}
     dtype, first = getattr(torch, args.dtype), next(iter(students.values()))
     name = args.teacher or first.metadata.get("teacher") or next((name for name, config in CONFIGS.items() if config == first.config), "tiny")
@@ -264,7 +270,7 @@ def load_decoders(args, device):
         student.to(device, dtype).eval()
         if device.type == "cuda":
             student.channels_last()
-    return teacher, students, files
+    return teacher, students
 
 
 def clip_shape(args, teacher):
@@ -303,9 +309,16 @@ class SavedLatents(Dataset):
     """Latents from files that --generate, or anybody, wrote: one .safetensors each that holds `latents`, (1, C, t, h, w)."""
 
     def __init__(self, folder):
-        self.files = sorted(Path(folder).glob("*.safetensors"))
+        self.files = sorted(file for file in Path(folder).glob("*.safetensors") if not file.name.startswith("."))
         if not self.files:
             raise FileNotFoundError(f"no latents in {folder}: --generate prompts.txt --pipeline HUB_ID makes some")
+
+    def usual_shape(self, numbers, channels):
+        """The shape, (C, t, h, w), of most of these files among those of so many channels; ValueError if there is none."""
+        shapes = Counter(item.shape for _, item, _ in map(OrReason(self).__getitem__, numbers) if item is not None and len(item) == channels)
+        if not shapes:
+            raise ValueError(f"none of the files in {self.files[0].parent} holds latents of {channels} channels")
+        return shapes.most_common(1)[0][0]
 
     def __len__(self):
         return len(self.files)
@@ -317,6 +330,8 @@ class SavedLatents(Dataset):
             raise BadVideo(f"no safetensors file with latents ({type(error).__name__})") from None
         if latents.shape[:-4] not in ((), (1,)) or latents.ndim < 4:
             raise BadVideo(f"latents of shape {tuple(latents.shape)}, not (1, C, t, h, w)")
+        if 0 in latents.shape or not latents.is_floating_point():
+            raise BadVideo(f"latents of shape {tuple(latents.shape)} and {latents.dtype}, not numbers of one frame or more")
         if not latents.isfinite().all():
             raise BadVideo("latents that are not finite")
         return latents.flatten(0, -4).float()
@@ -469,9 +484,16 @@ def pixels(frame):
     return frame.mul(255).round().to(torch.uint8).permute(1, 2, 0).cpu().numpy()
 
 
+def tile(clip):
+    """(T, 3, H, W) in [0, 1] -> (T, H, W, 3) uint8 on the CPU, as large as pictures show it: sides above 1920 are divided by a whole
+    number, frame by frame, since a large clip is many gigabytes."""
+    by = -(-max(clip.shape[-2:]) // 1920)
+    return np.stack([pixels(F.avg_pool2d(frame, by) if by > 1 else frame) for frame in clip])
+
+
 def sheet(rows, t):
-    """(H, W, 3) uint8: frame t of one row of clips for each (label, [(title, (T, 3, H, W) in [0, 1])])."""
-    h, w = rows[0][1][0][1].shape[-2:]
+    """(H, W, 3) uint8: frame t of one row of clips for each (label, [(title, (T, H, W, 3) uint8)])."""
+    h, w = rows[0][1][0][1].shape[1:3]
     scale = -(-384 // max(h, w))                         # small frames are magnified by a whole number: nothing is blurred
     h, w, gap, top, font = h * scale, w * scale, 8, 48, ImageFont.load_default(15)
     width, height = gap + len(rows[0][1]) * (w + gap), gap + len(rows) * (h + top)
@@ -485,7 +507,7 @@ def sheet(rows, t):
             while draw.textlength(title, font) > w:      # a path's end says more than its beginning
                 title = title[1:]
             draw.text((x, y + 26), title, "black", font)
-            image.paste(Image.fromarray(pixels(clip[t])).resize((w, h), Image.Resampling.NEAREST), (x, y + top))
+            image.paste(Image.fromarray(clip[t]).resize((w, h), Image.Resampling.NEAREST), (x, y + top))
     return np.asarray(image)
 
 
@@ -511,7 +533,12 @@ def to_frame(image, stream):
 
 
 def write_film(path, images, rate=12, seconds=4):
-    """A film of (H, W, 3) uint8 images, slowly and over and over."""
+    """A film of (H, W, 3) uint8 images, slowly and over and over; sides that H.264 has not are divided by a whole number."""
+    height, width = images[0].shape[:2]
+    by = -(-max(height, width) // 16384)
+    if by > 1:
+        images = [np.asarray(Image.fromarray(image).resize((width // by // 2 * 2, height // by // 2 * 2), Image.Resampling.BOX)) for image in images]
+
     def write(file):
         with av.open(f"file:{file}", "w") as container:
             stream = add_h264(container, rate, *images[0].shape[:2], crf=22)
@@ -671,6 +698,8 @@ def generate(args, device):
     from diffusers import DiffusionPipeline
     from diffusers.models.autoencoders.vae import DecoderOutput
     prompts = [line.strip() for line in Path(args.generate).read_text().splitlines() if line.strip()]
+    if not prompts:
+        raise ValueError(f"{args.generate} holds no prompt: it takes one a line")
     folder = Path(args.latents)
     folder.mkdir(parents=True, exist_ok=True)
     shape = {"num_frames": args.frames, **dict(zip(("height", "width"), args.size or ()))}
@@ -747,7 +776,7 @@ def parse():
     add("--batch", type=int, default=1, help="clips at a time (default 1)")
     add("--workers", type=int, default=0, help="processes that read clips ahead (default 0)")
     add("--seed", type=int, default=HELD_OUT, help=f"of made-up video and of generation (default {HELD_OUT})")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1 ... (default: cuda where there is one)")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1 ..., mps (default: cuda where there is one)")
     add("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="of teacher, students and pipeline (default float32)")
     add("--threads", type=int, help="CPU threads (default: PyTorch's choice)")
     add("--out", metavar="DIR", help="folder for what is written (default: that of the first student's run, else out/evaluate)")
@@ -761,12 +790,10 @@ def parse():
             raise ValueError(f"--{name} must be at least 1, not {getattr(args, name)}")
     if min(args.seed, args.workers) < 0:
         raise ValueError(f"--seed and --workers must be at least 0, not {args.seed} and {args.workers}")
-    try:
-        torch.device(args.device)
-    except RuntimeError:
-        raise ValueError(f"--device is cpu or cuda, cuda:1 ..., not {args.device}") from None
-    if args.device.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError(f"--device {args.device}: PyTorch sees no CUDA device here; use --device cpu")
+    there = ["cpu", *["cuda"] * torch.cuda.is_available(), *(f"cuda:{n}" for n in range(torch.cuda.device_count())),
+             *["mps"] * torch.backends.mps.is_available()]
+    if args.device not in there:
+        raise ValueError(f"--device {args.device}: PyTorch sees {', '.join(there)} here")
     if args.generate and not (args.pipeline and args.latents):
         raise ValueError("--generate needs --pipeline HUB_ID and --latents DIR, for what it makes")
     if args.reconstruct and Path(args.reconstruct[1]).suffix.lower() not in (".mp4", ".mkv", ".mov"):
@@ -777,11 +804,59 @@ def parse():
     return args
 
 
+def check_inputs(args):
+    """Raises FileNotFoundError or OSError for what is missing or cannot be written, before anything is fetched or computed."""
+    if args.reconstruct:
+        source, target = map(Path, args.reconstruct)
+        if not source.is_file():
+            raise FileNotFoundError(f"no video {source}")
+        try:
+            with open_video(source) as container:
+                video_stream(container)
+        except BROKEN as error:
+            raise ValueError(f"{source}: {why(error)}") from None
+        if target.is_dir():
+            raise OSError(f"--reconstruct cannot write {target}: it is a folder")
+        return check_writable(target.parent)
+    if args.generate:
+        if not Path(args.generate).is_file():
+            raise FileNotFoundError(f"no file {args.generate} with prompts, one a line")
+        return check_writable(args.latents)
+    if args.out:
+        check_writable(args.out)
+    if args.latents:
+        SavedLatents(args.latents)
+    if args.data != "synthetic" and not args.download and not (args.latents and "fvd" not in args.metrics):
+        find_clips(args.data, args.root, args.split)
+
+
+def whose(args, files):
+    """What tells this evaluation's results from another's."""
+    return {"data": args.data, "root": args.root, "split": args.split, "latents": args.latents, "compared_with": args.against, "students": list(files)}
+
+
+def results_folder(args, files):
+    """--out, else the first student's run, else out/evaluate; in these two a folder for each data set but made-up video. OSError
+    where it cannot be written, ValueError where it holds results of other data or students."""
+    run = next(iter(files.values())).resolve().parent
+    out = Path(args.out) if args.out else run if run.parent == Path("out").resolve() else Path("out/evaluate")
+    if not args.out and (args.latents or args.data != "synthetic"):
+        out = out / Path(args.latents or args.data).resolve().name
+    check_writable(out)
+    try:
+        there = json.loads((out / "results.json").read_text())
+    except (OSError, ValueError):
+        return out                  # none, or none that says anything
+    mine = whose(args, files)
+    other = [f"{key} {there[key]}" for key in mine if isinstance(there, dict) and key in there and there[key] != mine[key]]
+    if other:
+        raise ValueError(f"{out}/results.json is of {', '.join(other)}: name another folder with --out, or delete it")
+    return out
+
+
 def one_video(args, teacher, students, device):
     """--reconstruct."""
     source, target = map(Path, args.reconstruct)
-    if not source.is_file():
-        raise FileNotFoundError(f"no video {source}")
     name, student = next(iter(students.items()))
     target.parent.mkdir(parents=True, exist_ok=True)
     frames, _, _ = clip_shape(args, teacher)
@@ -801,9 +876,14 @@ def evaluate(args):
     rank, _ = process()
     local = int(os.environ.get("LOCAL_RANK", 0))
     device = torch.device(f"cuda:{local}" if args.device == "cuda" and dist.is_initialized() else args.device)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)           # what PyTorch or a pipeline allocates without saying where
+    check_inputs(args)
     if args.generate:
         return generate(args, device)
-    teacher, students, files = load_decoders(args, device)
+    files = find_students(args.student, args.teacher)
+    out = None if args.reconstruct else results_folder(args, files)
+    teacher, students = load_decoders(args, files, device)
     if not args.student and rank == 0:
         print(f"the student {next(iter(students))}" if SHIPPED not in files.values() else f"no student in out/: evaluating the shipped one, {short(SHIPPED)}")
     if args.reconstruct:
@@ -816,21 +896,18 @@ def evaluate(args):
     if args.latents:
         items, reference = SavedLatents(args.latents), label
         numbers, name_of, skipped = range(min(args.clips or len(items), len(items))), lambda n: items.files[n].name, {}
-        first = next((item for _, item, _ in map(OrReason(items).__getitem__, numbers) if item is not None), None)
-        if first is None:
-            raise ValueError(f"none of the files in {args.latents} holds latents")
-        frames, height, width = students[next(iter(students))](first[None].to(device, teacher.dtype)).shape[2:]
+        shape = items.usual_shape(numbers, teacher.latent_channels)
+        frames, height, width = students[next(iter(students))](torch.zeros(1, *shape, device=device, dtype=teacher.dtype)).shape[2:]
         videos_of = lambda latents: decode(latents.to(teacher.dtype))
         real_clips = open_clips(args, frames, height, width) if args.data != "synthetic" and "fvd" in args.metrics else None
         without = {} if real_clips or "fvd" not in args.metrics else {"fvd": "real video is needed: --data openvid, for example"}
     else:
         frames, height, width = clip_shape(args, teacher)
         items, numbers, name_of, skipped = open_clips(args, frames, height, width)
-        reference, first, without = {"input": "input", "teacher": label}[args.against], None, {}
+        reference, shape, without = {"input": "input", "teacher": label}[args.against], None, {}
         videos_of = lambda video: {"input": video, **decode(encode(video))}
     functions, detector, without = load_metrics(args, frames, device, without)
-    records, features, failed, broken = measure(items, numbers, args, videos_of, reference, functions, detector, device, name_of,
-                                        first if first is None else first.shape)
+    records, features, failed, broken = measure(items, numbers, args, videos_of, reference, functions, detector, device, name_of, shape)
     skipped = {**skipped, **failed}
     broken = drop_broken(records, features, broken, skipped, name_of) if rank == 0 else []
     real = None
@@ -873,15 +950,13 @@ def evaluate(args):
     notes += [f"{name}: every clip's video holds values that are not finite" for name in broken]
     print("\n".join([table(rows, columns), what, *notes]))
 
-    run = next(iter(files.values())).resolve().parent
-    out = Path(args.out) if args.out else run if run.parent == Path("out").resolve() else Path("out/evaluate")
     out.mkdir(parents=True, exist_ok=True)
     names = [name_of(n) for n in done]
     digest = lambda data: hashlib.sha256(data).hexdigest()
     measured_by = {"AlexNet": Path(args.lpips_weights or cached(ALEXNET))} if "lpips" in functions else {}
     measured_by |= {"I3D": Path(args.i3d or cached("i3d_torchscript.pt"))} if detector else {}
     results = {
-        "rows": rows, "data": args.data, "latents": args.latents, "seed": args.seed if args.data == "synthetic" else None, "clips": len(done),
+        "rows": rows, **whose(args, files), "seed": args.seed if args.data == "synthetic" else None, "clips": len(done),
         "against": reference, "frames": frames, "height": height, "width": width, "device": hardware, "threads": torch.get_num_threads(),
         "timed_together": together, "dtype": args.dtype, "skipped": skipped, "broken": broken, "without": without, "about_fvd": few, "command": ["python", *sys.argv],
         "versions": {"python": platform.python_version(), **{p: version(p) for p in ("torch", "torchvision", "torchmetrics", "lpips", "av")}},
@@ -900,10 +975,12 @@ def evaluate(args):
     picks = {order[len(order) // 2]: "median", order[0]: "worst", order[-1]: "best"} if metric and len(done) > 1 else {order[0]: "clip"}
     shown = []
     for n in sorted(picks, key=order.index):
-        videos = {name: frames_of(video) for name, video in videos_of(items[n][None].to(device)).items()}
+        videos = videos_of(items[n][None].to(device))
         title = lambda name: name + (f", {records[n][name]['psnr']:.2f} dB" if "psnr" in records[n].get(name, {}) else "")
-        error = (4 * (videos[student] - videos[reference]).abs()).clamp(max=1)
-        shown.append((f"{picks[n]}: {name_of(n)}", [(title(name), v) for name, v in videos.items()] + [(f"|error| x4 of {student}", error)]))
+        tiles = [(title(name), tile(frames_of(video))) for name, video in videos.items()]
+        error = tile((4 * (frames_of(videos[student]) - frames_of(videos[reference])).abs()).clamp(max=1))
+        shown.append((f"{picks[n]}: {name_of(n)}", [*tiles, (f"|error| x4 of {student}", error)]))
+        del videos          # before the next clip's are made
     sheets = [sheet(shown, t) for t in range(frames)]
     replace(out / "compare.png", lambda file: Image.fromarray(sheets[frames // 2]).save(file))
     write_film(out / "compare.mp4", sheets)
@@ -922,9 +999,14 @@ def main():
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)           # as Ctrl-C: what is half written is removed
     try:
         main()
-    except torch.OutOfMemoryError:
+    except KeyboardInterrupt:
+        sys.exit("error: stopped")
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
+            raise
         sys.exit("error: out of memory: smaller --batch, --size or --frames, or --dtype bfloat16, need less")
     except (ValueError, OSError) as error:     # wrong input; anything else is a bug and shows its trace
         sys.exit(f"error: {(str(error).strip() or type(error).__name__).splitlines()[0]}")

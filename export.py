@@ -21,6 +21,7 @@ import logging
 import math
 import os
 import shutil
+import signal
 import sys
 import tempfile
 import time
@@ -33,7 +34,7 @@ import torch
 import torch.nn.functional as F
 
 from model import (BLOCKS, CONFIGS, OWN_FILE, ChannelNorm, Conv3d, Resnet, SeparableConv3d, TurboVAED, Upsampler,
-                   Upsampler2d)
+                   Upsampler2d, check_writable, out_of_memory, summary)
 
 SHIPPED = Path(__file__).resolve().parent / "assets" / "tiny_student.safetensors"
 PARTS = ("conv_in", *BLOCKS, "out")
@@ -590,13 +591,24 @@ def check_weights(program, model, path):
         raise ValueError(f"{path} was exported from other weights than this student's")
 
 
+def predict(path, units, latents):
+    """Core ML's video, float32, on those compute units of this Mac."""
+    ct = coremltools()
+    try:
+        package = ct.models.MLModel(str(path), compute_units=ct.ComputeUnit[units])
+        return torch.from_numpy(np.asarray(package.predict({"latents": latents.numpy().astype(np.float16)})["video"], np.float32))
+    except Exception as error:      # Core ML's own, of many classes
+        raise ValueError(f"{path}: Core ML cannot run it on {units}: {summary(error)}") from None
+
+
 @torch.inference_mode()
 def compare(path, model, seed=0):
     """What the saved package at `path` computes, beside its student, on normal latents: {which: {worst_error, psnr}}.
 
-    "float32" and "fp16": its operations one by one, see `run`; "core_ml": Core ML's prediction, on a Mac. Palettised packages
-    are compared with the student that has their weights, and "palettised" is that one beside `model` itself. Raises ValueError
-    as `run` and Program do, and for a package of other weights.
+    "float32" and "fp16": its operations one by one, see `run`; on a Mac "core_ml", Core ML's prediction on the CPU, and
+    "neural_engine", the same where the Neural Engine may take part. Palettised packages are compared with the student that has
+    their weights, and "palettised" is that one beside `model` itself. Raises ValueError as `run` and Program do, for a package of
+    other weights, and for Core ML's own errors.
     """
     program, model = Program(path), copy.deepcopy(model).float().cpu().channels_last()
     check_weights(program, model, path)
@@ -613,8 +625,8 @@ def compare(path, model, seed=0):
     results["fp16"] = difference(run(program, latents, fp16=True), expected)
     results["fp16"]["largest_sum_of_squares"] = program.largest_square
     if sys.platform == "darwin":
-        video = coremltools().models.MLModel(str(path)).predict({"latents": latents.numpy().astype(np.float16)})["video"]
-        results["core_ml"] = difference(torch.from_numpy(np.asarray(video, np.float32)), expected)
+        for which, units in (("core_ml", "CPU_ONLY"), ("neural_engine", "CPU_AND_NE")):     # the second for the record: no bound
+            results[which] = difference(predict(path, units, latents), expected)
     return results
 
 
@@ -745,7 +757,7 @@ def prove(path, model, r, whole=False):
     started = time.perf_counter()
     results = (prove_by_height(path, model) if r["flops"] > WHOLE_FLOPS and not whole else None) or compare(path, model)
     words = {"palettised": "its weights against the student's", "float32": "its operations in float32",
-             "fp16": "its operations, each rounded to fp16", "core_ml": "Core ML's prediction"}
+             "fp16": "its operations, each rounded to fp16", "core_ml": "Core ML's prediction", "neural_engine": "with the Neural Engine"}
     if "run_at" in results:
         print(f"run at {results['run_at']}, where it is the same program but for the height (--whole runs all of it):")
     for which, result in [(which, result) for which, result in results.items() if which in words]:
@@ -794,31 +806,55 @@ def parse():
 
 
 def find_student(args):
-    """(name, model, folder for its packages)."""
+    """(name, model, folder for its packages): a run's own student is named after its teacher and has its packages in the run's
+    folder; where students share a folder, the file's or the run's name tells them apart."""
     if args.random:
         torch.manual_seed(0)
-        return f"{args.config}_random", TurboVAED(CONFIGS[args.config]), Path("out/export")
+        return f"{args.config}_random", TurboVAED(CONFIGS[args.config]), Path(args.out or "out/export")
     path = args.student
     if path is None:
-        trained = sorted(Path("out").glob(f"*/{OWN_FILE}"), key=lambda file: file.stat().st_mtime)
+        trained = sorted(Path("out").glob(f"[!.]*/{OWN_FILE}"), key=lambda file: file.stat().st_mtime)
         path = trained[-1] if trained else SHIPPED
         print(f"the student {path}" if trained else f"no student in out/: the shipped one, {path.name}")
     model = TurboVAED.from_pretrained(path, config=args.config)
-    run = Path(path) if Path(path).is_dir() else Path(path).parent
-    name = model.metadata.get("teacher") or args.config or next((n for n, c in CONFIGS.items() if c == model.config), "student")
-    return name, model, run if run.resolve().parent == Path("out").resolve() else Path("out/export")
+    teacher = model.metadata.get("teacher")
+    if teacher is None:
+        teacher = next((n for n, c in CONFIGS.items() if c == model.config), "student")
+        print(f"{path} does not say which teacher it was made for: the package is named after {teacher}")
+    file = Path(path).resolve()
+    file = file / OWN_FILE if file.is_dir() else file
+    own = file.parent.parent == Path("out").resolve()
+    label = file.parent.name if file.name == OWN_FILE else file.stem
+    if own and not args.out and file.name == OWN_FILE:
+        return teacher, model, file.parent
+    return label if label.startswith(teacher) else f"{teacher}_{label}", model, Path(args.out or (file.parent if own else "out/export"))
+
+
+def check_whose(path, model):
+    """Raise ValueError if there is another student's package at `path`. A run's own goes on training: its folder is not asked."""
+    if (path.parent / OWN_FILE).exists() or not path.exists():
+        return
+    if Program(path).metadata.get("weights_sha256") != weights_hash(model):
+        raise ValueError(f"{path} is another student's: name another folder with --out, or delete it")
 
 
 def main():
     args = parse()
-    name, model, run = find_student(args)
+    if args.verify and not Path(args.verify).is_dir():
+        raise FileNotFoundError(f"{args.verify}: no such Core ML package")
+    check_writable(args.out or "out")
+    name, model, folder = find_student(args)
     if args.verify:
         path = Path(args.verify)
         return write_report(path, prove(path, model, report(Program(path)), args.whole))
+    options = "".join([f"_{args.bits}bit" * bool(args.bits), "_plain" * args.plain, "_split" * (not args.gather)])
+    paths = {}
     for size in args.size:
         t = latent_shape(model.config, size, args.latent_frames)[2]
-        options = "".join([f"_{args.bits}bit" * bool(args.bits), "_plain" * args.plain, "_split" * (not args.gather)])
-        path = Path(args.out or run) / f"{name}_{model.config.frames(t)}x{size[0]}x{size[1]}{options}.mlpackage"
+        paths[size] = folder / f"{name}_{model.config.frames(t)}x{size[0]}x{size[1]}{options}.mlpackage"
+        check_whose(paths[size], model)
+    check_writable(folder)
+    for size, path in paths.items():
         started, made = time.perf_counter(), path.with_name(f".{os.getpid()}.{path.name}")
         try:        # what is there stays until the new package is proven
             export(model, size, args.latent_frames, made, args.bits, args.gather, args.plain,
@@ -833,7 +869,14 @@ def main():
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)           # as Ctrl-C: what is half written is removed
     try:
         main()
+    except KeyboardInterrupt:
+        sys.exit("error: stopped")
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
+            raise
+        sys.exit("error: out of memory: a smaller --size or fewer --latent-frames need less")
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")

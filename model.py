@@ -527,6 +527,19 @@ def summary(error):
     return (str(error).strip() or type(error).__name__).splitlines()[0].split(". ")[0]
 
 
+def check_writable(folder):
+    """Raise OSError unless `folder` can be written to, or made: found out before anything is computed for it. Makes nothing."""
+    place = next(place for place in (Path(folder).absolute(), *Path(folder).absolute().parents) if place.exists())
+    if not (place.is_dir() and os.access(place, os.W_OK | os.X_OK)):
+        raise OSError(f"nothing can be written to {folder}: {place} is {'read-only' if place.is_dir() else 'no folder'}")
+
+
+def out_of_memory(error):
+    """Whether an exception says so; on a CPU PyTorch has no class of its own for it."""
+    words = ("can't allocate memory", "not enough memory", "out of memory", "buffer size")
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(w in str(error).lower() for w in words)
+
+
 def find_checkpoint(path, config):
     """The file that `path` means: itself, the one in that folder, or the published one of that hub repository."""
     file = Path(path).expanduser()

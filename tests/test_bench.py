@@ -153,6 +153,20 @@ def test_students_need_pytorch_alone(tmp_path):
     assert [row["model"] for row in json.loads((tmp_path / "out/bench/bench.json").read_text())["rows"]] == ["tiny", "ltx"]
 
 
+def test_half_written_packages_and_folders_that_cannot_be_written(tmp_path, monkeypatch):
+    (tmp_path / "out/.123.tiny.mlpackage").mkdir(parents=True)
+    (tmp_path / "file").touch()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "platform", "darwin")
+    monkeypatch.setattr(sys, "argv", ["bench.py", "--mlpackage"])
+    with pytest.raises(FileNotFoundError, match="no such package, or none in it"):
+        module.main()
+    monkeypatch.setattr(sys, "argv", ["bench.py", "--out", "file"])
+    monkeypatch.setattr(module, "find_student", None)
+    with pytest.raises(OSError, match="nothing can be written to file"):
+        module.main()
+
+
 def test_a_missing_package_is_one_line(tmp_path):
     result = with_pytorch_alone(tmp_path)
     assert result.returncode == 1 and "Traceback" not in result.stderr

@@ -5,6 +5,7 @@ import math
 import os
 import subprocess
 import sys
+import time
 from fractions import Fraction
 from pathlib import Path
 
@@ -249,10 +250,10 @@ def run(tmp_path, monkeypatch):
     # the machine's speed is not what is tested
     monkeypatch.setattr(evaluate, "ROUNDS", 1)
 
-    def run(*args, out="out/demo"):
+    def run(*args):
         monkeypatch.setattr(sys, "argv", ["evaluate.py", "--device", "cpu", *map(str, args)])
         evaluate.main()
-        return json.loads((tmp_path / out / "results.json").read_text())
+        return json.loads(max(tmp_path.rglob("results.json"), key=lambda file: file.stat().st_mtime_ns).read_text())
     return run
 
 
@@ -365,11 +366,20 @@ def test_the_same_numbers_by_any_batch_and_number_of_processes(student, run, vid
     flags = ["--data", "videos", "--size", "64x48", "--frames", "8", "--metrics", "psnr", "ssim", "temporal", "fvd", "--i3d", i3d]
     one, three = run(*flags), run(*flags, "--batch", 4, "--workers", 1)
     assert one["without"] == {}
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    shared = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", SCRIPT, "--device", "cpu", "--out", "shared",
+    (tmp_path / "two.py").write_text(
+        "import os, evaluate\n"
+        "def load_lpips(path, device):\n"
+        "    if os.environ['RANK'] == '1': raise OSError('no disk')\n"
+        "    return evaluate.psnr\n"
+        "evaluate.load_lpips = load_lpips\n"
+        "evaluate.main()\n")
+    flags.insert(flags.index("ssim"), "lpips")              # which one of two processes cannot load
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(SCRIPT.parent)}
+    shared = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "two.py", "--device", "cpu", "--out", "shared",
                              *map(str, flags)], cwd=tmp_path, capture_output=True, text=True, env=environment, timeout=300)
     assert shared.returncode == 0, shared.stderr
     shared = json.loads((tmp_path / "shared" / "results.json").read_text())
+    assert shared["without"] == {"lpips": "no disk"} and shared["rows"][1]["lpips"] is None
     assert len(shared["per_clip"]) == 6 and sorted(shared["skipped"]) == sorted(one["skipped"])
     for other in (three, shared):
         assert other["clips_hash"] == one["clips_hash"] and other["weights"] == one["weights"]
@@ -675,6 +685,80 @@ def test_latents_are_generated_and_evaluated(student, run, videos, pipeline, i3d
     assert "FVD to 6 real clips of videos" in capsys.readouterr().out
 
 
+def test_a_second_data_set_does_not_overwrite_the_results_of_the_first(student, run, videos, tmp_path):
+    flags = ["--size", 64, "--metrics", "psnr"]
+    made_up = run("--clips", 1, *flags)
+    assert run("--data", "videos", *flags)["data"] == "videos"
+    assert sorted(path.relative_to(tmp_path / "out/demo") for path in (tmp_path / "out").rglob("results.json")) == [Path("results.json"), Path("videos/results.json")]
+    assert json.loads((tmp_path / "out/demo/results.json").read_text()) == made_up
+    for other in (["--data", "videos"], ["--against", "teacher"], ["--student", evaluate.SHIPPED]):
+        with pytest.raises(ValueError, match="out/demo/results.json is of .*: name another folder with --out"):
+            run(*other, *flags, "--out", "out/demo")
+    run("--clips", 2, *flags)                               # the same again is no other's
+
+
+def test_what_is_missing_or_cannot_be_written_is_found_before_a_student_is_loaded(student, run, videos, tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    (tmp_path / "prompts.txt").write_text("\n \n")
+    monkeypatch.setattr(TurboVAED, "from_pretrained", None)
+    generate = ["--pipeline", "nowhere", "--latents", "latents"]
+    for flags, message in (
+            (["--out", "file"], "nothing can be written to file: .*no folder"), (["--out", "file/x"], "nothing can be written to file/x"),
+            (["--reconstruct", "nowhere.mp4", "out.mp4"], "no video nowhere.mp4"),
+            (["--reconstruct", "videos/plain.mp4", "file/out.mp4"], "nothing can be written to file"),
+            (["--reconstruct", "videos/empty.mp4", "out.mp4"], "empty.mp4: "),
+            (["--data", "nowhere"], "no videos called nowhere"), (["--latents", "nowhere"], "no latents in nowhere"),
+            (["--generate", "nowhere.txt", *generate], "no file nowhere.txt"), (["--generate", "prompts.txt", *generate], "holds no prompt")):
+        with pytest.raises((ValueError, OSError), match=message):
+            run(*flags)
+    assert not (tmp_path / "latents").exists()
+
+
+def test_a_run_called_input_is_not_the_input(run, tmp_path):
+    TurboVAED(CONFIGS["tiny"]).save_pretrained(tmp_path / "input", {"teacher": "tiny"})
+    rows = run("--student", "input", "--clips", 1, "--size", 64, "--metrics", "psnr")["rows"]
+    assert [row["model"] for row in rows] == ["tiny (teacher)", "./input"] and 5 < rows[1]["psnr"] < 30
+
+
+def test_saved_latents_of_the_shape_that_most_have_are_evaluated(student, run, tmp_path):
+    from safetensors.torch import save_file
+    (tmp_path / "latents").mkdir()
+    shapes = {"a": (1, 16, 2, 5, 4), "b": (1, 16, 2, 4, 4), "c": (1, 8, 2, 4, 4), "d": (1, 16, 2, 4, 4), "e": (1, 16, 0, 4, 4), ".hidden": (1, 16, 2, 4, 4)}
+    for name, shape in shapes.items():
+        save_file({"latents": torch.randn(shape)}, tmp_path / "latents" / f"{name}.safetensors")
+    results = run("--latents", "latents", "--metrics", "psnr")
+    assert [clip["clip"] for clip in results["per_clip"]] == ["b.safetensors", "d.safetensors"]
+    assert sorted(results["skipped"]) == ["a.safetensors", "c.safetensors", "e.safetensors"] and "no" not in results["skipped"]
+
+
+def test_memory_that_runs_out_is_one_line(tmp_path):
+    """On a CPU, where PyTorch's allocator raises a RuntimeError."""
+    code = ("import runpy, sys, torch; sys.argv = ['evaluate.py', '--clips', '1', '--device', 'cpu']\n"
+            "torch.nn.Module.__call__ = lambda *_, **__: torch.empty(1 << 50)\n"
+            f"runpy.run_path({str(SCRIPT)!r}, run_name='__main__')")
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(SCRIPT.parent)})
+    assert done.returncode == 1 and done.stderr == "error: out of memory: smaller --batch, --size or --frames, or --dtype bfloat16, need less\n"
+
+
+def test_a_picture_wider_than_h264_is_made_narrower(tmp_path):
+    evaluate.write_film(tmp_path / "film.mp4", [np.zeros((32, 16500, 3), np.uint8)], rate=1, seconds=1)
+    assert [(frame.height, frame.width) for frame, _ in film(tmp_path / "film.mp4")] == [(16, 8250)]
+    assert evaluate.tile(torch.full((1, 3, 40, 4000), 0.5)).shape == (1, 13, 1333, 3)       # and held small
+    with pytest.raises(ValueError, match="16384 pixels a side"):
+        evaluate.add_h264(None, 25, 32, 16500)
+
+
+def test_a_stop_leaves_no_half_film(student, tmp_path):
+    source = write_video(tmp_path / "in.mp4", texture(400))
+    process = subprocess.Popen([sys.executable, SCRIPT, "--device", "cpu", "--reconstruct", source, "out.mp4"], cwd=tmp_path,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while not list(tmp_path.glob(".out.*")):
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.02)
+    process.terminate()
+    assert process.wait(30) == 1 and process.stderr.read() == "error: stopped\n" and not list(tmp_path.glob("*out.*"))
+
+
 def test_wrong_input_gets_one_line(tmp_path):
     done = subprocess.run([sys.executable, SCRIPT, "--student", "nowhere"], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 1 and done.stdout == ""
@@ -685,7 +769,7 @@ def test_wrong_input_gets_one_line(tmp_path):
     (["--data", "davis"], "put them into the folder data/davis, .* or by --download"),
     (["--data", "synthetic", "--size", "64x32"], "made-up video is square"),
     (["--latents", "nowhere"], "no latents in nowhere"),
-    (["--device", "gpu"], "--device is cpu or cuda"),
+    (["--device", "gpu"], "--device gpu: PyTorch sees cpu"), (["--device", "cuda:99"], "--device cuda:99"),
     (["--student", "hustvl/Turbo-VAED"], "if it is a hub id, say which student"),
     (["--generate", "prompts.txt"], "--generate needs --pipeline"),
     (["--reconstruct", "a.mp4", "b.webm"], "writes .mp4, .mkv or .mov"),
@@ -718,6 +802,6 @@ def test_a_student_that_does_not_say_whose_it_is_is_assumed_to_fit(student, run,
 
 @pytest.mark.skipif(not evaluate.SHIPPED.is_file(), reason="no student is shipped yet")
 def test_without_a_run_the_shipped_student_is_evaluated(run, capsys):
-    results = run("--clips", 1, "--size", 64, out="out/evaluate")
+    results = run("--clips", 1, "--size", 64)
     assert "no student in out/: evaluating the shipped one" in capsys.readouterr().out.splitlines()[0]
     assert results["rows"][1]["model"].endswith("assets/tiny_student.safetensors")
