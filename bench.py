@@ -166,8 +166,8 @@ def placed(student, device, dtype):
 
 
 def make_latents(config, name, frames, height, width, device, dtype):
-    """Random latents (1, C, t, h, w), and the (frames, height, width) that they decode to: the most frames up to `frames`, sides
-    rounded up to the compression. ValueError for fewer frames than one latent decodes to."""
+    """Random latents (1, C, t, h, w), and the frames, height and width that they decode to: the most frames up to
+    `frames`, sides rounded up to the compression. ValueError for fewer frames than one latent decodes to."""
     _, d_h, d_w = config.compression
     t = next(t for t in itertools.count() if config.frames(t + 1) > frames)
     if not t:
@@ -184,8 +184,10 @@ def make_latents(config, name, frames, height, width, device, dtype):
 def bench_students(args, device, dtype):
     """A row for each student, size and way of running it; its teacher's where asked for."""
     rows = []
-    named = args.config and not args.student
-    students = [(name, TurboVAED(CONFIGS[name])) for name in args.config] if named else [find_student(args.student, args.config)]
+    if args.config and not args.student:
+        students = [(name, TurboVAED(CONFIGS[name])) for name in args.config]
+    else:
+        students = [find_student(args.student, args.config)]
     for (name, student), size in itertools.product(students, args.size):
         student = placed(student, device, dtype)
         latents, frames, height, width = make_latents(student.config, name, args.frames, *size, device, dtype)
@@ -203,7 +205,8 @@ def bench_students(args, device, dtype):
             if name not in TEACHERS:
                 raise ValueError("the student does not say which teacher it was made for: --no-teacher times it alone")
             teacher = load_teacher(name, None if name == "tiny" else "random", device, dtype)
-            check_fit(student, f"the {name} teacher", (name,), teacher.latent_channels, tuple(teacher.compression), teacher.images)
+            shape = teacher.latent_channels, tuple(teacher.compression), teacher.images
+            check_fit(student, f"the {name} teacher", (name,), *shape)
             runs["teacher"], modules["teacher"] = lambda: teacher.decode(latents), teacher.vae.decoder
         limits, amounts = machine(device, dtype)
         work = {way: count_work(run) for way, run in runs.items() if way != "compiled"}
@@ -338,7 +341,8 @@ def bench_packages(args):
     if sys.platform != "darwin":
         raise ValueError("Core ML runs on Apple hardware: --mlpackage needs macOS, --iphone also Xcode and a connected iPhone, "
                          "and both need a package that `python export.py` made")
-    paths = [Path(path) for path in args.mlpackage or sorted(path for path in Path("out").rglob("*.mlpackage") if not path.name.startswith("."))]
+    found = sorted(path for path in Path("out").rglob("*.mlpackage") if not path.name.startswith("."))  # half-written
+    paths = [Path(path) for path in args.mlpackage or found]
     missing = [str(path) for path in paths if not path.is_dir()]
     if missing or not paths:
         raise FileNotFoundError(f"{', '.join(missing) or 'out/'}: no such package, or none in it; `python export.py` makes one")
@@ -541,9 +545,10 @@ def picture(path, rows, blocks):
 def parse():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--config", nargs="+", choices=CONFIGS, help="students of these configurations, with random weights; or that of --student, "
-        "where its file does not say")
-    add("--student", metavar="PATH", help="a run's folder, a file or a hub id (default: the newest under out/, else the shipped one)")
+    add("--config", nargs="+", choices=CONFIGS, help="students of these configurations, with random weights; or that "
+        "of --student, where its file does not say")
+    add("--student", metavar="PATH", help="a run's folder, a file or a hub id (default: the newest under out/, else "
+        "the shipped one)")
     add("--size", nargs="+", metavar="HxW", help="of the video in pixels (default 512x512 and 720x1280 on a GPU, 256x256 on a "
         "CPU; --blocks 512x512 and 128x128; --train 256x256 and 128x128; --features 128x128)")
     add("--frames", type=int, default=17, help="of a clip, or the most below that latents decode to (default 17)")
@@ -564,7 +569,8 @@ def parse():
     add("--out", default="out/bench", help="folder for bench.json and bench.png (default out/bench)")
     args = parser.parse_args()
     gpu = args.device.split(":")[0] == "cuda"
-    if args.device not in ("cpu", *["cuda"] * torch.cuda.is_available(), *(f"cuda:{n}" for n in range(torch.cuda.device_count()))):
+    gpus = range(torch.cuda.device_count())
+    if args.device not in ("cpu", *["cuda"] * bool(gpus), *(f"cuda:{n}" for n in gpus)):
         parser.error(f"--device is cpu or, where there is one, cuda, cuda:1 ...; not {args.device}")
     sizes = args.size or (["128x128"] if args.features else ["256x256" if gpu else "128x128"] if args.train else
                           ["512x512" if gpu else "128x128"] if args.blocks else ["512x512", "720x1280"] if gpu else ["256x256"])
@@ -578,17 +584,19 @@ def parse():
         parser.error("--rounds, --frames, --batch and --lpips-frames must be at least 1")
     if args.iphone and not args.team:
         parser.error("--iphone needs --team ID: Xcode signs the app that runs the packages for an Apple development team")
-    other = next((name for name in ("blocks", "train", "features", "iphone", "mlpackage") if getattr(args, name) not in (None, False)), None)
-    if args.student and (other or len(args.config or ()) > 1):
-        parser.error(f"--student goes without --{other}" if other else "--student goes with one --config at most: its own")
+    others = ("blocks", "train", "features", "iphone", "mlpackage")
+    for other in (name for name in others if args.student and getattr(args, name) not in (None, False)):
+        parser.error(f"--student goes without --{other}")
+    if args.student and len(args.config or ()) > 1:
+        parser.error("--student goes with one --config at most: its own")
     args.teacher = bool(args.student or not args.config) if args.teacher is None else args.teacher
     args.dtype = args.dtype or ("float32" if not gpu else "bfloat16" if args.train else "float16")
     return args
 
 
 def find_student(path, config=None):
-    """(name of its teacher, or "student", model) of the student asked for, else of the newest trained here, else of the shipped one.
-    config: a list of one name, for a file that does not say."""
+    """(name of its teacher, or "student", model) of the student asked for, else of the newest trained here, else of the
+    shipped one. config: a list of one name, for a file that does not say."""
     if path is None:
         trained = sorted(Path("out").glob(f"[!.]*/{OWN_FILE}"), key=lambda file: file.stat().st_mtime)
         path = trained[-1] if trained else SHIPPED
@@ -597,7 +605,7 @@ def find_student(path, config=None):
     name = student.metadata.get("teacher")
     if name is None:
         name = next((n for n, c in CONFIGS.items() if c == student.config), "student")
-        print(f"{path} does not say which teacher it was made for: assumed is {name}" if name != "student" else f"{path}: a student of its own size")
+        print(f"{path} does not say which teacher it was made for: called {name} here, by its size")
     return name, student
 
 

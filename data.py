@@ -49,27 +49,29 @@ def why(error):
 
 
 def open_video(path, **options):
-    """A context manager; metadata in unknown encodings is no reason to refuse a video, a colon in its name does not make an address."""
+    """A context manager; metadata in unknown encodings is no reason to refuse a video, and a colon in its name makes no
+    address of it."""
     return av.open(f"file:{path}", metadata_errors="ignore", options=options)
 
 
 def colours(frame):
-    """(matrix, primaries, transfer) of a frame by FFmpeg's numbers: what it says, else what players assume: BT.709 from 720 rows
-    on, and of RGB; BT.601 below."""
+    """(matrix, primaries, transfer) of a frame by FFmpeg's numbers: what it says, else what players assume: BT.709 from
+    720 rows on, and of RGB; BT.601 below."""
     assumed = 1 if frame.height >= 720 or frame.format.is_rgb else 6
     matrix = frame.colorspace if frame.colorspace in (1, 4, 5, 6, 7, 9) else assumed          # those that swscale has
-    belong = {1: (1, 1), 9: (9, 14)}.get(matrix, (6, 6))
-    return matrix, *(said if said not in (0, 2, 3) else other for said, other in zip((frame.color_primaries, frame.color_trc), belong))
+    said, belong = (frame.color_primaries, frame.color_trc), {1: (1, 1), 9: (9, 14)}.get(matrix, (6, 6))
+    return matrix, *(other if tag in (0, 2, 3) else tag for tag, other in zip(said, belong))
 
 
 def picture(frame, **how):
-    """A decoded frame as (H, W, 3) uint8 RGB, upright; how: of PyAV's reformat, such as a width and height before it is turned.
+    """A decoded frame as (H, W, 3) uint8 RGB, upright; how: of PyAV's reformat, such as width and height before it.
 
-    The colours' matrix is undone, primaries and transfer stay what they are: swscale's conversion of those moves saturated colours
-    by tens of levels.
+    The colours' matrix is undone; primaries and transfer stay what they are, since swscale's conversion of those moves
+    saturated colours by tens of levels.
     """
-    matrix = {} if frame.format.is_rgb else {"src_colorspace": {6: 5}.get(colours(frame)[0], colours(frame)[0])}     # swscale's BT.601 is 5
-    image = frame.to_ndarray(format="rgb24", interpolation=EXACT, **matrix, **how)
+    matrix = None if frame.format.is_rgb else colours(frame)[0]
+    matrix = 5 if matrix == 6 else matrix                                           # swscale's number of BT.601
+    image = frame.to_ndarray(format="rgb24", interpolation=EXACT, src_colorspace=matrix, **how)
     return np.ascontiguousarray(np.rot90(image, round(frame.rotation / 90)))       # phones store the angle
 
 

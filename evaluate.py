@@ -43,8 +43,8 @@ from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm import tqdm
 
-from data import (BROKEN, CLIPS_PER_SCENE, DATA_SETS, EXACT, BadVideo, SyntheticClips, VideoClips, colours, download, find_clips,
-                  open_video, picture, video_stream, why)
+from data import (BROKEN, CLIPS_PER_SCENE, DATA_SETS, EXACT, BadVideo, SyntheticClips, VideoClips, colours, download,
+                  find_clips, open_video, picture, video_stream, why)
 from model import CONFIGS, OWN_FILE, TurboVAED, check_fit, check_writable, find_checkpoint, out_of_memory
 from teachers import TEACHERS, load_teacher
 
@@ -145,6 +145,8 @@ def load_lpips(path, device):
         if path:
             state = torch.load(path, map_location="cpu", weights_only=True)
             net.net.load_state_dict({key: state[f"features.{key.split('.', 1)[1]}"] for key in net.net.state_dict()})
+        if not all(p.isfinite().all() for p in net.parameters()):
+            raise ValueError("values in it are not finite")
     except Exception as error:      # no network, no such file, another file: all mean "not there"
         raise OSError(f"no AlexNet weights ({why(error)}); name torchvision's {ALEXNET} with --lpips-weights, "
                       f"or put it into {cached(ALEXNET).parent}".replace("\n", " ")) from None
@@ -207,7 +209,8 @@ def load_metrics(args, frames, device, without):
         told = [None] * dist.get_world_size()
         dist.all_gather_object(told, without)
         without = {name: reason for each in reversed(told) for name, reason in each.items()}
-    return {name: f for name, f in functions.items() if name not in without}, None if "fvd" in without else detector, without
+    functions = {name: f for name, f in functions.items() if name not in without}
+    return functions, None if "fvd" in without else detector, without
 
 
 def decode_speeds(decoders, latents):
@@ -215,7 +218,8 @@ def decode_speeds(decoders, latents):
 
     The decoders take turns, so that whatever else the machine does slows all of them; medians over the rounds.
     """
-    sync = {"cuda": lambda: torch.cuda.synchronize(latents.device), "mps": lambda: torch.mps.synchronize()}.get(latents.device.type, lambda: None)
+    waits = {"cuda": lambda: torch.cuda.synchronize(latents.device), "mps": lambda: torch.mps.synchronize()}
+    sync = waits.get(latents.device.type, lambda: None)
     seconds, frames = {name: [] for name in decoders}, {}
     for i in range(WARM_UP + ROUNDS):
         for name, decode in decoders.items():
@@ -236,8 +240,9 @@ def find_students(paths, teacher):
     """{name: file} of the students asked for, `teacher`'s of a hub id; without any the newest trained here, else the shipped one."""
     if paths:
         names = [short(path) if Path(path).exists() else path for path in paths]
-        taken = lambda name: name == "input" or name.endswith("(teacher)")          # they stand for something else in the tables
-        return {f"./{name}" if taken(name) else name: find_checkpoint(path, teacher) for name, path in zip(names, paths)}
+        taken = lambda name: name == "input" or name.endswith("(teacher)")      # tables mean something else by these
+        names = [f"./{name}" if taken(name) else name for name in names]
+        return {name: find_checkpoint(path, teacher) for name, path in zip(names, paths)}
     trained = sorted(Path("out").glob(f"[!.]*/{OWN_FILE}"), key=lambda file: file.stat().st_mtime)
     file = trained[-1] if trained else SHIPPED
     if not file.is_file():
@@ -257,13 +262,14 @@ def load_decoders(args, files, device):
     """(teacher, {name: student}) of find_students' {name: file}."""
     students = {name: TurboVAED.from_pretrained(file) for name, file in files.items()}
     dtype, first = getattr(torch, args.dtype), next(iter(students.values()))
-    name = args.teacher or first.metadata.get("teacher") or next((name for name, config in CONFIGS.items() if config == first.config), "tiny")
-    fit = lambda latents, compression, images: [
-        check_fit(student, f"the {name} teacher", (name,), latents, tuple(compression), images, label) for label, student in students.items()]
-    if not args.teacher_weights:        # the preset of a teacher's name has its shapes: nothing is downloaded for a student that does not fit
+    named = next((name for name, config in CONFIGS.items() if config == first.config), "tiny")
+    name = args.teacher or first.metadata.get("teacher", named)
+    fit = lambda *shape: [check_fit(student, f"the {name} teacher", (name,), *shape, label)
+                          for label, student in students.items()]
+    if name in CONFIGS and not args.teacher_weights:    # a preset has its teacher's shapes: nothing is fetched in vain
         fit(CONFIGS[name].latent_channels, CONFIGS[name].compression, CONFIGS[name].drop_first)
     teacher = load_teacher(name, args.teacher_weights, device, dtype)
-    for assumed in fit(teacher.latent_channels, teacher.compression, teacher.images):
+    for assumed in fit(teacher.latent_channels, tuple(teacher.compression), teacher.images):
         if assumed and process()[0] == 0:
             print(assumed)
     for student in students.values():
@@ -314,8 +320,10 @@ class SavedLatents(Dataset):
             raise FileNotFoundError(f"no latents in {folder}: --generate prompts.txt --pipeline HUB_ID makes some")
 
     def usual_shape(self, numbers, channels):
-        """The shape, (C, t, h, w), of most of these files among those of so many channels; ValueError if there is none."""
-        shapes = Counter(item.shape for _, item, _ in map(OrReason(self).__getitem__, numbers) if item is not None and len(item) == channels)
+        """The shape, (C, t, h, w), that most of these files have among those of so many channels; ValueError if none
+        has."""
+        items = (item for _, item, _ in map(OrReason(self).__getitem__, numbers) if item is not None)
+        shapes = Counter(item.shape for item in items if len(item) == channels)
         if not shapes:
             raise ValueError(f"none of the files in {self.files[0].parent} holds latents of {channels} channels")
         return shapes.most_common(1)[0][0]
@@ -331,7 +339,7 @@ class SavedLatents(Dataset):
         if latents.shape[:-4] not in ((), (1,)) or latents.ndim < 4:
             raise BadVideo(f"latents of shape {tuple(latents.shape)}, not (1, C, t, h, w)")
         if 0 in latents.shape or not latents.is_floating_point():
-            raise BadVideo(f"latents of shape {tuple(latents.shape)} and {latents.dtype}, not numbers of one frame or more")
+            raise BadVideo(f"latents of shape {tuple(latents.shape)} in {latents.dtype}: no frame, or no numbers")
         if not latents.isfinite().all():
             raise BadVideo("latents that are not finite")
         return latents.flatten(0, -4).float()
@@ -413,8 +421,9 @@ def gather(mine):
 
 
 def drop_broken(records, features, broken, skipped, name_of):
-    """Clips of which some models' video holds values that are not finite go from all models, into `skipped`; but a model that gave
-    such values for every clip is broken itself, has no figures and costs no clip. Returns those models."""
+    """Clips of which some model's video holds values that are not finite go from all models, into `skipped`; but a
+    model that gave such values for every clip is broken itself, has no figures and costs no clip. Returns those
+    models."""
     hopeless = [model for model, clips in broken.items() if len(clips) == len(records)]
     for model in hopeless:
         features.pop(model, None)
@@ -485,8 +494,8 @@ def pixels(frame):
 
 
 def tile(clip):
-    """(T, 3, H, W) in [0, 1] -> (T, H, W, 3) uint8 on the CPU, as large as pictures show it: sides above 1920 are divided by a whole
-    number, frame by frame, since a large clip is many gigabytes."""
+    """(T, 3, H, W) in [0, 1] -> (T, H, W, 3) uint8 on the CPU, as large as pictures show it: sides above 1920 are
+    divided by a whole number, frame by frame, since a large clip is many gigabytes."""
     by = -(-max(clip.shape[-2:]) // 1920)
     return np.stack([pixels(F.avg_pool2d(frame, by) if by > 1 else frame) for frame in clip])
 
@@ -515,7 +524,8 @@ BT709 = 1, 1, 1
 
 
 def add_h264(container, rate, height, width, crf=15, look=BT709):
-    """An H.264 stream that says which colours its numbers mean, see data.py's `colours`; full chroma where the size is odd."""
+    """An H.264 stream that says which colours its numbers mean (data.py's `colours`); full chroma where the size is
+    odd."""
     if max(height, width) > 16384:
         raise ValueError(f"H.264 takes frames of up to 16384 pixels a side, not {height}x{width}")
     stream = container.add_stream("libx264", rate=rate, options={"crf": str(crf), "preset": "veryfast"})
@@ -533,11 +543,13 @@ def to_frame(image, stream):
 
 
 def write_film(path, images, rate=12, seconds=4):
-    """A film of (H, W, 3) uint8 images, slowly and over and over; sides that H.264 has not are divided by a whole number."""
+    """A film of (H, W, 3) uint8 images, slowly and over and over; smaller by a whole number where H.264 has no such
+    size."""
     height, width = images[0].shape[:2]
     by = -(-max(height, width) // 16384)
     if by > 1:
-        images = [np.asarray(Image.fromarray(image).resize((width // by // 2 * 2, height // by // 2 * 2), Image.Resampling.BOX)) for image in images]
+        size = width // by // 2 * 2, height // by // 2 * 2
+        images = [np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BOX)) for image in images]
 
     def write(file):
         with av.open(f"file:{file}", "w") as container:
@@ -560,9 +572,10 @@ AAC_RATES = (8000, 11025, 12000, 16000, 22050, 24000, 32000, 44100, 48000)      
 
 
 def upright_frames(container, stream, tracks, other, seen):
-    """Yields (image (H, W, 3) uint8 RGB, upright, its time stamp, its `colours`) of a video stream; other(packet) takes the tracks'
-    packets. Frames of another size than the first are brought to it. Packets that cannot be decoded are left out, and where the file
-    cannot be read on, it ends; seen["end"] is the time in seconds up to which there were packets."""
+    """Yields (image (H, W, 3) uint8 RGB, upright, its time stamp, its `colours`) of a video stream; other(packet) takes
+    the tracks' packets. Frames of another size than the first are brought to it. Packets that cannot be decoded are
+    left out, and where the file cannot be read on, it ends; seen["end"] is the time in seconds up to which there were
+    packets."""
     def packets():
         try:
             yield from container.demux()
@@ -587,8 +600,8 @@ def upright_frames(container, stream, tracks, other, seen):
 
 
 def in_windows(source, through, length, overlap):
-    """Yields (image, original, ...) for each (original, ...) of `source`: windows of `length` originals go through `through`, each
-    shares `overlap` with the one before and is faded into it; the last one may be shorter."""
+    """Yields (image, original, ...) for each (original, ...) of `source`: windows of `length` originals go through
+    `through`, each shares `overlap` with the one before and is faded into it; the last one may be shorter."""
     held, tail, fresh = [], None, False             # fresh: some of those held have not been in a window
     for frame in chain(source, (None,)):            # None: the end
         if frame:
@@ -609,8 +622,8 @@ def reconstruct(teacher, student, source, target, frames, device, dtype):
 
     Size, frames, their time stamps and the audio are kept. Windows of `frames` frames overlap and are faded into each other, so
     memory depends on `frames` and the size only; edges are repeated up to what the teacher takes, then cut. Returns (frames,
-    PSNR in dB, mean over frames, how many frames the source lacks of those that it promises). ValueError for a source that cannot
-    be read, or a target that cannot be written.
+    PSNR in dB, mean over frames, how many frames the source lacks of those that it promises). ValueError for a source
+    that cannot be read, or a target that cannot be written.
     """
     (_, d_h, d_w), errors, waiting, seen, promised = teacher.compression, [], deque(), {"end": 0.0}, 0
 
@@ -661,7 +674,8 @@ def reconstruct(teacher, student, source, target, frames, device, dtype):
 
             film = upright_frames(container, stream, tracks, waiting.append, seen)
             film = in_windows(film, through, frames, min(4, frames // 4))
-            for image, original, stamp, look in tqdm(film, total=stream.frames or None, unit="frame", disable=not sys.stderr.isatty(), leave=False):
+            film = tqdm(film, total=stream.frames or None, unit="frame", disable=not sys.stderr.isatty(), leave=False)
+            for image, original, stamp, look in film:
                 error = np.square(image.astype(np.float32) - original).mean() / 255 ** 2
                 errors.append(-10 * math.log10(max(error, 1e-10)))
                 written = written or open_streams(*image.shape[:2], look)
@@ -776,7 +790,8 @@ def parse():
     add("--batch", type=int, default=1, help="clips at a time (default 1)")
     add("--workers", type=int, default=0, help="processes that read clips ahead (default 0)")
     add("--seed", type=int, default=HELD_OUT, help=f"of made-up video and of generation (default {HELD_OUT})")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1 ..., mps (default: cuda where there is one)")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu",
+        help="cpu, cuda, cuda:1 ..., mps (default: cuda where there is one)")
     add("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="of teacher, students and pipeline (default float32)")
     add("--threads", type=int, help="CPU threads (default: PyTorch's choice)")
     add("--out", metavar="DIR", help="folder for what is written (default: that of the first student's run, else out/evaluate)")
@@ -805,7 +820,7 @@ def parse():
 
 
 def check_inputs(args):
-    """Raises FileNotFoundError or OSError for what is missing or cannot be written, before anything is fetched or computed."""
+    """Raises OSError or ValueError for what is missing or cannot be written, before anything is fetched or computed."""
     if args.reconstruct:
         source, target = map(Path, args.reconstruct)
         if not source.is_file():
@@ -826,18 +841,19 @@ def check_inputs(args):
         check_writable(args.out)
     if args.latents:
         SavedLatents(args.latents)
-    if args.data != "synthetic" and not args.download and not (args.latents and "fvd" not in args.metrics):
+    if args.data != "synthetic" and not args.download and ("fvd" in args.metrics or not args.latents):
         find_clips(args.data, args.root, args.split)
 
 
 def whose(args, files):
     """What tells this evaluation's results from another's."""
-    return {"data": args.data, "root": args.root, "split": args.split, "latents": args.latents, "compared_with": args.against, "students": list(files)}
+    return {"data": args.data, "root": args.root, "split": args.split, "latents": args.latents,
+            "compared_with": args.against, "students": list(files)}
 
 
 def results_folder(args, files):
-    """--out, else the first student's run, else out/evaluate; in these two a folder for each data set but made-up video. OSError
-    where it cannot be written, ValueError where it holds results of other data or students."""
+    """--out, else the first student's run, else out/evaluate; in these two a folder for each data set but made-up
+    video. OSError where it cannot be written, ValueError where it holds results of other data or students."""
     run = next(iter(files.values())).resolve().parent
     out = Path(args.out) if args.out else run if run.parent == Path("out").resolve() else Path("out/evaluate")
     if not args.out and (args.latents or args.data != "synthetic"):
@@ -847,8 +863,8 @@ def results_folder(args, files):
         there = json.loads((out / "results.json").read_text())
     except (OSError, ValueError):
         return out                  # none, or none that says anything
-    mine = whose(args, files)
-    other = [f"{key} {there[key]}" for key in mine if isinstance(there, dict) and key in there and there[key] != mine[key]]
+    there = there if isinstance(there, dict) else {}
+    other = [f"{key} {there[key]}" for key, mine in whose(args, files).items() if there.get(key, mine) != mine]
     if other:
         raise ValueError(f"{out}/results.json is of {', '.join(other)}: name another folder with --out, or delete it")
     return out
@@ -865,7 +881,8 @@ def one_video(args, teacher, students, device):
     print(f"{target}: {count} frames through the {teacher.name} teacher's encoder and {name}, PSNR {quality:.2f} dB, "
           f"{count / (time.perf_counter() - start):.2f} frames per second, video decoding and encoding included")
     if lost:
-        print(f"{source} promises {count + lost} frames: {lost} could not be read and are missing from {target}", file=sys.stderr)
+        print(f"{source} promises {count + lost} frames: {lost} could not be read and are missing from {target}",
+              file=sys.stderr)
 
 
 @torch.inference_mode()
@@ -897,7 +914,8 @@ def evaluate(args):
         items, reference = SavedLatents(args.latents), label
         numbers, name_of, skipped = range(min(args.clips or len(items), len(items))), lambda n: items.files[n].name, {}
         shape = items.usual_shape(numbers, teacher.latent_channels)
-        frames, height, width = students[next(iter(students))](torch.zeros(1, *shape, device=device, dtype=teacher.dtype)).shape[2:]
+        like = torch.zeros(1, *shape, device=device, dtype=teacher.dtype)
+        frames, height, width = next(iter(students.values()))(like).shape[2:]
         videos_of = lambda latents: decode(latents.to(teacher.dtype))
         real_clips = open_clips(args, frames, height, width) if args.data != "synthetic" and "fvd" in args.metrics else None
         without = {} if real_clips or "fvd" not in args.metrics else {"fvd": "real video is needed: --data openvid, for example"}
@@ -907,13 +925,15 @@ def evaluate(args):
         reference, shape, without = {"input": "input", "teacher": label}[args.against], None, {}
         videos_of = lambda video: {"input": video, **decode(encode(video))}
     functions, detector, without = load_metrics(args, frames, device, without)
-    records, features, failed, broken = measure(items, numbers, args, videos_of, reference, functions, detector, device, name_of, shape)
+    records, features, failed, broken = measure(items, numbers, args, videos_of, reference, functions, detector, device,
+                                                name_of, shape)
     skipped = {**skipped, **failed}
     broken = drop_broken(records, features, broken, skipped, name_of) if rank == 0 else []
     real = None
     if args.latents and detector:
         clips, real, name_of_real, skipped_real = real_clips
-        seen, found, failed, _ = measure(clips, real, args, lambda video: {"input": video}, None, {}, detector, device, name_of_real)
+        seen, found, failed, _ = measure(clips, real, args, lambda video: {"input": video}, None, {}, detector, device,
+                                         name_of_real)
         features, skipped, real = {**features, **found}, {**skipped, **skipped_real, **failed}, [name_of_real(n) for n in sorted(seen)]
     if rank:
         return
@@ -921,7 +941,7 @@ def evaluate(args):
         if clips is not None and not clips:
             raise ValueError(f"none of the clips in {where} can be evaluated")
     if reference in broken:
-        raise ValueError(f"{reference} gave values that are not finite for every clip: there is nothing to compare with")
+        raise ValueError(f"{reference} gave values that are not finite for every clip: nothing can be compared with it")
 
     done, fvd, few = sorted(records), {}, None
     if detector:
@@ -935,8 +955,8 @@ def evaluate(args):
     count = lambda module: sum(p.numel() for p in module.parameters())
     rows = []
     for name in decoders:
-        values = {m: mean(name, m) if m in functions and name != reference and name not in broken else fvd.get(name) if m == "fvd" else None
-                  for m in args.metrics}
+        compared = functions if name not in (reference, *broken) else {}
+        values = {m: mean(name, m) if m in compared else fvd.get(name) if m == "fvd" else None for m in args.metrics}
         rows.append({"model": name, "parameters": count(students.get(name, teacher.vae.decoder)), **values, "fps": fps[name],
                      "psnr_kept": None, "speed_up": fps[name] / fps[label]})
         if "psnr" in functions and reference == "input" and not {name, label} & set(broken):
@@ -958,7 +978,8 @@ def evaluate(args):
     results = {
         "rows": rows, **whose(args, files), "seed": args.seed if args.data == "synthetic" else None, "clips": len(done),
         "against": reference, "frames": frames, "height": height, "width": width, "device": hardware, "threads": torch.get_num_threads(),
-        "timed_together": together, "dtype": args.dtype, "skipped": skipped, "broken": broken, "without": without, "about_fvd": few, "command": ["python", *sys.argv],
+        "timed_together": together, "dtype": args.dtype, "skipped": skipped, "broken": broken,
+        "without": without, "about_fvd": few, "command": ["python", *sys.argv],
         "versions": {"python": platform.python_version(), **{p: version(p) for p in ("torch", "torchvision", "torchmetrics", "lpips", "av")}},
         "weights": {label: teacher.weights_hash(), **{name: digest(file.read_bytes()) for name, file in {**files, **measured_by}.items()}},
         "clips_hash": digest(json.dumps([names, real]).encode()),

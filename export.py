@@ -20,6 +20,7 @@ import json
 import logging
 import math
 import os
+import re
 import shutil
 import signal
 import sys
@@ -298,9 +299,9 @@ def export(model, size=(512, 512), latent_frames=None, path="student.mlpackage",
     decodes a little more and crops. latent_frames: None takes what makes 17 frames, 16 where first frames are kept. Input
     "latents" (1, C, t, h, w) as the teacher's encoder gives them; output "video" (1, 3, T, height, width), about [-1, 1], not
     clamped. bits: 8, 6 or 4 palettises the weights by k-means. gather=False repeats and reorders frames by splits and concats.
-    plain=True exports the student's own forward. note goes into the description. Written beside its place and renamed; a
-    report beside the old package goes with it. Raises ValueError for sizes below 1, other bits, other names, or without
-    coremltools.
+    plain=True exports the student's own forward. note goes into the description. Written beside its place and renamed;
+    a report beside the old package goes with it. Raises ValueError for sizes below 1, other bits, other names, or
+    without coremltools.
     """
     path, config = Path(path), model.config
     if min(*size, 1 if latent_frames is None else latent_frames) < 1:
@@ -336,8 +337,8 @@ def export(model, size=(512, 512), latent_frames=None, path="student.mlpackage",
 
 
 def install(made, path):
-    """Rename the package `made` to `path`. The one that was there goes only then, and its report before it: no report stays
-    beside a package that it does not speak of."""
+    """Rename the package `made` to `path`. The one that was there goes only then, and its report before it: no report
+    stays beside a package that it does not speak of."""
     old = path.with_name(f".{os.getpid()}.old.{path.name}")
     try:
         path.with_suffix(".json").unlink(missing_ok=True)
@@ -596,7 +597,8 @@ def predict(path, units, latents):
     ct = coremltools()
     try:
         package = ct.models.MLModel(str(path), compute_units=ct.ComputeUnit[units])
-        return torch.from_numpy(np.asarray(package.predict({"latents": latents.numpy().astype(np.float16)})["video"], np.float32))
+        video = package.predict({"latents": latents.numpy().astype(np.float16)})["video"]
+        return torch.from_numpy(np.asarray(video, np.float32))
     except Exception as error:      # Core ML's own, of many classes
         raise ValueError(f"{path}: Core ML cannot run it on {units}: {summary(error)}") from None
 
@@ -606,9 +608,9 @@ def compare(path, model, seed=0):
     """What the saved package at `path` computes, beside its student, on normal latents: {which: {worst_error, psnr}}.
 
     "float32" and "fp16": its operations one by one, see `run`; on a Mac "core_ml", Core ML's prediction on the CPU, and
-    "neural_engine", the same where the Neural Engine may take part. Palettised packages are compared with the student that has
-    their weights, and "palettised" is that one beside `model` itself. Raises ValueError as `run` and Program do, for a package of
-    other weights, and for Core ML's own errors.
+    "neural_engine", the same where the Neural Engine may take part. Palettised packages are compared with the student
+    that has their weights, and "palettised" is that one beside `model` itself. Raises ValueError as `run` and Program
+    do, for a package of other weights, and for Core ML's own errors.
     """
     program, model = Program(path), copy.deepcopy(model).float().cpu().channels_last()
     check_weights(program, model, path)
@@ -625,7 +627,7 @@ def compare(path, model, seed=0):
     results["fp16"] = difference(run(program, latents, fp16=True), expected)
     results["fp16"]["largest_sum_of_squares"] = program.largest_square
     if sys.platform == "darwin":
-        for which, units in (("core_ml", "CPU_ONLY"), ("neural_engine", "CPU_AND_NE")):     # the second for the record: no bound
+        for which, units in (("core_ml", "CPU_ONLY"), ("neural_engine", "CPU_AND_NE")):     # the second has no bound
             results[which] = difference(predict(path, units, latents), expected)
     return results
 
@@ -753,11 +755,13 @@ def table(r):
 
 
 def prove(path, model, r, whole=False):
-    """Compare the package with the student and print how they differ; the report with the proof, or ValueError if too much."""
+    """Compare the package with the student, print how they differ; the report with the proof, or ValueError if too
+    much."""
     started = time.perf_counter()
     results = (prove_by_height(path, model) if r["flops"] > WHOLE_FLOPS and not whole else None) or compare(path, model)
     words = {"palettised": "its weights against the student's", "float32": "its operations in float32",
-             "fp16": "its operations, each rounded to fp16", "core_ml": "Core ML's prediction", "neural_engine": "with the Neural Engine"}
+             "fp16": "its operations, each rounded to fp16",
+             "core_ml": "Core ML's prediction on the CPU", "neural_engine": "with the Neural Engine"}
     if "run_at" in results:
         print(f"run at {results['run_at']}, where it is the same program but for the height (--whole runs all of it):")
     for which, result in [(which, result) for which, result in results.items() if which in words]:
@@ -806,8 +810,8 @@ def parse():
 
 
 def find_student(args):
-    """(name, model, folder for its packages): a run's own student is named after its teacher and has its packages in the run's
-    folder; where students share a folder, the file's or the run's name tells them apart."""
+    """(name, model, folder for its packages): a run's own student is named after its teacher and has its packages in
+    the run's folder; where students share a folder, the file's or the run's name tells them apart."""
     if args.random:
         torch.manual_seed(0)
         return f"{args.config}_random", TurboVAED(CONFIGS[args.config]), Path(args.out or "out/export")
@@ -821,17 +825,20 @@ def find_student(args):
     if teacher is None:
         teacher = next((n for n, c in CONFIGS.items() if c == model.config), "student")
         print(f"{path} does not say which teacher it was made for: the package is named after {teacher}")
+    teacher = re.sub(r"[^\w.-]", "_", teacher)          # it is to be in a file's name
     file = Path(path).resolve()
     file = file / OWN_FILE if file.is_dir() else file
     own = file.parent.parent == Path("out").resolve()
     label = file.parent.name if file.name == OWN_FILE else file.stem
     if own and not args.out and file.name == OWN_FILE:
         return teacher, model, file.parent
-    return label if label.startswith(teacher) else f"{teacher}_{label}", model, Path(args.out or (file.parent if own else "out/export"))
+    folder = Path(args.out or (file.parent if own else "out/export"))
+    return label if label.startswith(teacher) else f"{teacher}_{label}", model, folder
 
 
 def check_whose(path, model):
-    """Raise ValueError if there is another student's package at `path`. A run's own goes on training: its folder is not asked."""
+    """Raise ValueError if there is another student's package at `path`, but in a run's folder, whose student goes
+    on."""
     if (path.parent / OWN_FILE).exists() or not path.exists():
         return
     if Program(path).metadata.get("weights_sha256") != weights_hash(model):

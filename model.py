@@ -54,11 +54,14 @@ class TurboVAEDConfig:
         several = lambda v, fits: type(v) is tuple and all(map(fits, v))
         text = lambda v: type(v) is str
         for name, fits, what in (
-                ("latent_channels", number, "a number"), ("widths", lambda v: several(v, number), "numbers"),
+                ("latent_channels", number, "a number from 1"),
+                ("widths", lambda v: several(v, number), "numbers from 1"),
                 ("resnets", lambda v: several(v, lambda n: number(n, 0, 256)), "numbers from 0 to 256"),
-                ("up", lambda v: several(v, lambda f: f is None or several(f, lambda r: number(r, 0, 16))), "pairs of numbers, or None"),
-                ("patch", number, "a number"), ("drop_first", lambda v: type(v) is bool, "True or False"),
-                ("separable", lambda v: several(v, text), "names"), ("kernel", lambda v: number(v, 1, 31), "a number from 1 to 31"),
+                ("up", lambda v: several(v, lambda f: f is None or several(f, lambda r: number(r, 0, 16))),
+                 "pairs of numbers, or None"),
+                ("patch", number, "a number from 1"), ("drop_first", lambda v: type(v) is bool, "True or False"),
+                ("separable", lambda v: several(v, text), "names"),
+                ("kernel", lambda v: number(v, 1, 31), "a number from 1 to 31"),
                 ("upsampling", text, "a name")):
             if not fits(getattr(self, name)):
                 raise ValueError(f"{name} must be {what}, got {str(getattr(self, name))[:80]}")
@@ -130,7 +133,8 @@ CONFIGS = {
 PUBLISHED = {"ltx": "Turbo-VAED-LTX.pth", "dc": "Turbo-VAED-DC.pth",
              "hunyuan": "Turbo-VAED-Hunyuan.pth", "cog": "Turbo-VAED-Cog.pth"}
 OWN_FILE = "student.safetensors"
-IN_DECODER = re.compile(r"((?:[^.]+\.)*?)(?:conv_in|mid_block|up_blocks|upsampler2d_[12]|conv_out)\.")      # a key, after a prefix
+# a key of the decoder's, after a prefix
+IN_DECODER = re.compile(r"((?:[^.]+\.)*?)(?:conv_in|mid_block|up_blocks|upsampler2d_[12]|conv_out)\.")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -370,8 +374,8 @@ class TurboVAED(nn.Module):
         """Write weights and configuration to one .safetensors file and return its path.
 
         path is that file, or a folder, which gets `student.safetensors`. metadata (str -> str) is kept in the file and
-        comes back as `model.metadata`, with what the model's own says besides. Written beside its place and renamed, so a
-        crash leaves no half file.
+        comes back as `model.metadata`, with what the model's own says besides. Written beside its place and renamed, so
+        a crash leaves no half file.
         """
         from safetensors import SafetensorError
         from safetensors.torch import save_file
@@ -383,7 +387,8 @@ class TurboVAED(nn.Module):
         state = {key: tensor.detach().cpu().contiguous() for key, tensor in self.state_dict().items()}
         partial_file = path.with_name(f"{path.name}.partial")
         try:
-            save_file(state, partial_file, metadata={**self.metadata, **(metadata or {}), "config": json.dumps(asdict(self.config))})
+            about = {**self.metadata, **(metadata or {}), "config": json.dumps(asdict(self.config))}
+            save_file(state, partial_file, metadata=about)
             os.replace(partial_file, path)
         except SafetensorError as error:
             raise OSError(f"{path} cannot be written ({summary(error)}); what was there before still is") from None
@@ -395,19 +400,20 @@ class TurboVAED(nn.Module):
     def from_pretrained(cls, path, config=None):
         """Read a student in float32 on the CPU: ours, or a published Turbo-VAED checkpoint.
 
-        path: a file that save_pretrained wrote or a folder with one; a plain state dict, `.pth` or `.safetensors`, also as
-        training scripts wrap it and with an encoder or heads beside the decoder, which stderr says are left out; or a hub id
-        such as "hustvl/Turbo-VAED", which needs `config`. config: a TurboVAEDConfig or a name in CONFIGS; None
-        takes the file's own, or the first of CONFIGS whose keys and shapes are the file's ("hunyuan" for "cog"). A name, or
-        a published file's, also says whose latents it decodes where the file does not: `model.metadata["teacher"]`. Raises FileNotFoundError, or ValueError with one line that says what does not fit.
+        path: a file that save_pretrained wrote or a folder with one; a plain state dict, `.pth` or `.safetensors`, also
+        as training scripts wrap it and with an encoder or heads beside the decoder, which stderr tells is left out; or
+        a hub id such as "hustvl/Turbo-VAED", which needs `config`. config: a TurboVAEDConfig or a name in CONFIGS; None
+        takes the file's own, or the first of CONFIGS whose keys and shapes are the file's ("hunyuan" for "cog"). A name
+        or a published file's, also says whose latents it decodes where the file does not: `model.metadata["teacher"]`.
+        Raises FileNotFoundError, or ValueError with one line that says what does not fit.
         """
         if isinstance(config, str) and config not in CONFIGS:
             raise ValueError(f"no configuration {config!r}; there are {', '.join(CONFIGS)}")
         file = find_checkpoint(path, config)
         state, metadata = read_checkpoint(file)
-        teacher = config if isinstance(config, str) else next((name for name in PUBLISHED if PUBLISHED[name] == file.name), None)
-        if teacher:
-            metadata.setdefault("teacher", teacher)
+        named = [config] if isinstance(config, str) else [name for name in PUBLISHED if PUBLISHED[name] == file.name]
+        if named:
+            metadata.setdefault("teacher", named[0])
         config = CONFIGS[config] if isinstance(config, str) else config
         if "config" in metadata:
             try:
@@ -441,14 +447,15 @@ class TurboVAED(nn.Module):
 # Whose latents a student decodes.
 
 # diffusers' classes of the teachers' VAEs
-VAES = {"AutoencoderKLLTXVideo": ("ltx",), "AutoencoderKLHunyuanVideo": ("hunyuan",), "AutoencoderKLCogVideoX": ("cog",),
-        "AutoencoderKLWan": ("wan21", "wan22"), "AutoencoderKLLTX2Video": ("ltx2",)}
+VAES = {"AutoencoderKLLTXVideo": ("ltx",), "AutoencoderKLHunyuanVideo": ("hunyuan",),
+        "AutoencoderKLCogVideoX": ("cog",), "AutoencoderKLWan": ("wan21", "wan22"), "AutoencoderKLLTX2Video": ("ltx2",)}
 
 
 def check_fit(student, what, teachers, channels, compression, images, who="the student"):
-    """Raise ValueError unless `student` decodes the latents of `what`: of one of `teachers` (names; empty if not known), with so
-    many channels, that (d_t, d_h, d_w), and first frames dropped if `images`. Channels and compression None are not compared.
-    Returns what was assumed, or None: latents of one shape mean different things, and not every file says whose it decodes.
+    """Raise ValueError unless `student` decodes the latents of `what`: of one of `teachers` (names; empty: not known),
+    with so many channels, that (d_t, d_h, d_w), and first frames dropped if `images`. Channels and compression None are
+    not compared. Returns what was assumed, or None: latents of one shape mean different things, and not every file says
+    whose it decodes.
     """
     config, teacher, wrong = student.config, student.metadata.get("teacher"), []
     if channels not in (None, config.latent_channels):
@@ -456,8 +463,8 @@ def check_fit(student, what, teachers, channels, compression, images, who="the s
     if compression not in (None, config.compression):
         wrong.append(f"has compression {config.compression}, not {compression}")
     elif config.drop_first != images and config.compression[0] > 1:
-        wrong.append(f"{'drops' if config.drop_first else 'keeps'} first frames: 2 latent frames would be {config.frames(2)} frames, "
-                     f"not {replace(config, drop_first=images).frames(2)}")
+        wrong.append(f"{'drops' if config.drop_first else 'keeps'} first frames: 2 latent frames would be "
+                     f"{config.frames(2)} frames, not {replace(config, drop_first=images).frames(2)}")
     if teacher and teachers and teacher not in teachers:
         wrong.append(f"was made for latents of {teacher}, not {' or '.join(teachers)}")
     if wrong:
@@ -471,11 +478,12 @@ def check_fit(student, what, teachers, channels, compression, images, who="the s
 def use_student(pipe_or_vae, student):
     """Put `student` in the place of the decoder of a diffusers pipeline or VAE, so that `pipe(...)` decodes through it.
 
-    Only `vae.decode` changes: it hands the latents that it is given to a copy of the student, whole (no tiling or slicing), in
-    the latents' own precision and on their device. Where accelerate offloads the pipeline's models, the copy takes part: the
-    model before it leaves the GPU, and so does the copy afterwards. student None puts the VAE's own decoder back. Returns
-    pipe_or_vae. Raises ValueError if the student decodes other latents than this VAE's, TypeError if there is no VAE; warns
-    where the student's file does not say whose latents it decodes, and where the pipeline will mix noise into them.
+    Only `vae.decode` changes: it hands the latents that it is given to a copy of the student, whole (no tiling or
+    slicing), in the latents' own precision and on their device. Where accelerate offloads the pipeline's models, it
+    takes part: the model before it leaves the GPU, and so does the copy afterwards. student None puts the VAE's own
+    decoder back. Returns pipe_or_vae. Raises ValueError if the student decodes other latents than this VAE's, TypeError
+    if there is no VAE; warns where the student's file does not say whose latents it decodes, and where the pipeline
+    will mix noise into them.
     """
     vae = getattr(pipe_or_vae, "vae", pipe_or_vae)
     if not hasattr(vae, "decode"):
@@ -484,7 +492,7 @@ def use_student(pipe_or_vae, student):
     if student is None:
         return pipe_or_vae
     kinds = next((VAES[kind.__name__] for kind in type(vae).__mro__ if kind.__name__ in VAES), ())
-    get = lambda *names: next((vae.config.get(n) or getattr(vae, n, None) for n in names if n in vae.config or hasattr(vae, n)), None)
+    get = lambda *names: next((v for n in names for v in (vae.config.get(n), vars(vae).get(n)) if v), None)
     time = get("scale_factor_temporal", "temporal_compression_ratio")
     space = get("scale_factor_spatial", "spatial_compression_ratio") or \
         2 ** (len(vae.config.get("block_out_channels") or ()) - 1)          # CogVideoX's does not say
@@ -493,13 +501,14 @@ def use_student(pipe_or_vae, student):
     if assumed:
         warnings.warn(assumed, stacklevel=2)
     if vae.config.get("timestep_conditioning"):
-        warnings.warn("this VAE's pipelines mix noise into the latents before decoding where decode_timestep or decode_noise_scale "
-                      "is not 0, and the student does not take it out: call them with decode_noise_scale=0.0", stacklevel=2)
+        warnings.warn("this VAE's pipelines mix noise into the latents before decoding where decode_timestep or "
+                      "decode_noise_scale is not 0, and the student does not take it out: call them with "
+                      "decode_noise_scale=0.0", stacklevel=2)
     student = copy.deepcopy(student).eval()         # the caller's own keeps its precision and its place
 
     @torch.no_grad()
     def decode(z, *conditioning, return_dict=True, **more):      # a timestep, a generator: the student needs neither
-        hook = getattr(vae, "_hf_hook", None)       # accelerate's, where models are offloaded; diffusers' decode calls it too
+        hook = getattr(vae, "_hf_hook", None)       # accelerate's, where models are offloaded; as diffusers' own decode
         if hook:
             hook.pre_forward(student)
         video = student.to(z.device, z.dtype)(z)
@@ -528,10 +537,12 @@ def summary(error):
 
 
 def check_writable(folder):
-    """Raise OSError unless `folder` can be written to, or made: found out before anything is computed for it. Makes nothing."""
-    place = next(place for place in (Path(folder).absolute(), *Path(folder).absolute().parents) if place.exists())
+    """Raise OSError unless `folder` can be written to, or made: to be asked before anything is computed for it."""
+    path = Path(folder).absolute()
+    place = next(place for place in (path, *path.parents) if place.exists())
     if not (place.is_dir() and os.access(place, os.W_OK | os.X_OK)):
-        raise OSError(f"nothing can be written to {folder}: {place} is {'read-only' if place.is_dir() else 'no folder'}")
+        what = "read-only" if place.is_dir() else "no folder"
+        raise OSError(f"nothing can be written to {folder}: {place} is {what}")
 
 
 def out_of_memory(error):
@@ -589,7 +600,8 @@ def read_checkpoint(file):
     state, left_out = take_decoder(state)
     if left_out:
         print(f"{file}: left out what is not the decoder: {', '.join(left_out)}", file=sys.stderr)
-    wrong = next((key for key, t in state.items() if not t.is_floating_point() or t.is_meta or t.layout != torch.strided), None)
+    plain = lambda t: t.is_floating_point() and not t.is_meta and t.layout == torch.strided
+    wrong = next((key for key, tensor in state.items() if not plain(tensor)), None)
     if wrong:
         raise ValueError(f"{file}: {wrong} holds no floating-point numbers, or not as a plain tensor")
     return state, metadata
@@ -599,14 +611,16 @@ def flat(tree, path=()):
     """{names joined by dots: tensor} of all tensors in nested dicts."""
     if isinstance(tree, torch.Tensor):
         return {".".join(path): tree}
-    return {k: v for key, value in tree.items() for k, v in flat(value, (*path, str(key))).items()} if isinstance(tree, dict) else {}
+    items = tree.items() if isinstance(tree, dict) else ()
+    return {name: tensor for key, value in items for name, tensor in flat(value, (*path, str(key))).items()}
 
 
 def take_decoder(state):
-    """(the decoder's tensors of a flat state dict under their own names, what was left out): out of a whole VAE, of a training
-    script's wrapper, from beside projection heads; of several the EMA weights. All of it where there is no decoder."""
-    words = lambda prefix: set(re.split(r"[._]", prefix))
-    matches = [m for m in map(IN_DECODER.match, state) if m and not words(m[1]) & {"encoder", "teacher", "discriminator"}]
+    """(the decoder's tensors of a flat state dict under their own names, what was left out): out of a whole VAE, of a
+    training script's wrapper, from beside projection heads; of several the EMA weights. All of it where there is no
+    decoder."""
+    words, others = lambda prefix: set(re.split(r"[._]", prefix)), {"encoder", "teacher", "discriminator"}
+    matches = [m for m in map(IN_DECODER.match, state) if m and not words(m[1]) & others]
     found = Counter(m[1] for m in matches)
     if not found:
         return state, []

@@ -514,7 +514,7 @@ WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
 
 
 def load_weights(module, path):
-    """Fills `module` from a safetensors file of exactly its keys and shapes, of finite values; else ValueError, in one line."""
+    """Fills `module` from a safetensors file of exactly its keys and shapes, finite values; else ValueError."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
     if not Path(path).is_file():

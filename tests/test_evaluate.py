@@ -232,6 +232,10 @@ def test_lpips_is_the_packages(tmp_path, clips):
         assert torch.allclose(evaluate.load_lpips(tmp_path / "alexnet.pth", "cpu")(a, b), want, atol=1e-6)
     with pytest.raises(OSError, match="no AlexNet weights .* --lpips-weights"):
         evaluate.load_lpips(tmp_path / "nowhere.pth", "cpu")
+    alexnet.features[0].bias.data.fill_(math.nan)
+    torch.save(alexnet.state_dict(), tmp_path / "alexnet.pth")
+    with pytest.raises(OSError, match="not finite"):
+        evaluate.load_lpips(tmp_path / "alexnet.pth", "cpu")
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -738,6 +742,14 @@ def test_memory_that_runs_out_is_one_line(tmp_path):
             f"runpy.run_path({str(SCRIPT)!r}, run_name='__main__')")
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(SCRIPT.parent)})
     assert done.returncode == 1 and done.stderr == "error: out of memory: smaller --batch, --size or --frames, or --dtype bfloat16, need less\n"
+
+
+def test_speeds_on_a_mac_wait_for_its_gpu(monkeypatch):
+    waited = []
+    monkeypatch.setattr(torch.mps, "synchronize", lambda: waited.append(1))
+    latents = type("Latents", (), {"device": torch.device("mps")})()
+    evaluate.decode_speeds({"student": lambda latents: torch.zeros(1, 3, 4, 1, 1)}, latents)
+    assert len(waited) == 2 * (evaluate.WARM_UP + evaluate.ROUNDS)
 
 
 def test_a_picture_wider_than_h264_is_made_narrower(tmp_path):
