@@ -800,6 +800,7 @@ def parse():
     add("--generate", metavar="PROMPTS", help="make --latents with --pipeline, a file a line; --size and --frames are the pipeline's")
     add("--pipeline", metavar="HUB_ID", help="a diffusers pipeline, or a folder with one")
     args = parser.parse_args()
+    args.data = args.data.rstrip("/") or "/"
     for name in ("clips", "frames", "threads", "batch"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise ValueError(f"--{name} must be at least 1, not {getattr(args, name)}")
@@ -894,6 +895,8 @@ def evaluate(args):
     local = int(os.environ.get("LOCAL_RANK", 0))
     device = torch.device(f"cuda:{local}" if args.device == "cuda" and dist.is_initialized() else args.device)
     if device.type == "cuda":
+        if (device.index or 0) >= torch.cuda.device_count():
+            raise ValueError(f"process {local} has no GPU: PyTorch sees {torch.cuda.device_count()} here")
         torch.cuda.set_device(device)           # what PyTorch or a pipeline allocates without saying where
     check_inputs(args)
     if args.generate:
