@@ -512,7 +512,7 @@ def test_weights_that_do_not_fit_say_where(tmp_path, damage, says):
 
 
 def test_the_hash_is_of_the_weights_in_whatever_precision_they_are_used():
-    assert load_teacher("tiny", dtype=torch.bfloat16).weights_hash() == tiny().weights_hash() != load_teacher("tiny", "random").weights_hash()
+    assert load_teacher("tiny", dtype=torch.bfloat16).weights_hash() == load_teacher("tiny").weights_hash()
 
 
 def offline(*args, **kwargs):
