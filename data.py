@@ -54,11 +54,14 @@ def open_video(path, **options):
     return av.open(f"file:{path}", metadata_errors="ignore", options=options)
 
 
+MATRICES = (1, 4, 5, 6, 7, 9)       # that swscale undoes
+
+
 def colours(frame):
     """(matrix, primaries, transfer) of a frame by FFmpeg's numbers: what it says, else what players assume: BT.709 from
     720 rows on, and of RGB; BT.601 below."""
     assumed = 1 if frame.height >= 720 or frame.format.is_rgb else 6
-    matrix = frame.colorspace if frame.colorspace in (1, 4, 5, 6, 7, 9) else assumed          # those that swscale has
+    matrix = frame.colorspace if frame.colorspace in MATRICES else assumed
     said, belong = (frame.color_primaries, frame.color_trc), {1: (1, 1), 9: (9, 14)}.get(matrix, (6, 6))
     return matrix, *(other if tag in (0, 2, 3) else tag for tag, other in zip(said, belong))
 
@@ -76,10 +79,19 @@ def picture(frame, **how):
 
 
 @lru_cache(maxsize=None)
-def warn_of_colours(path, transfer):
-    """Once for each file."""
-    kind = {16: "PQ", 18: "HLG"}.get(transfer, "BT.2020")
-    print(f"{path} is {kind} video: its values are taken as they are, not converted to BT.709's", file=sys.stderr)
+def warn_once(line):
+    print(line, file=sys.stderr)
+
+
+def check_colours(path, frame, tagged=False):
+    """Warns, once for each file, of colours that `picture` does not undo; tagged: what is made of it says primaries and
+    transfer."""
+    _, primaries, transfer = colours(frame)
+    if frame.colorspace not in (*MATRICES, 0, 2, 3):
+        warn_once(f"{path}: its colours will be wrong: nothing here undoes matrix {frame.colorspace} (FFmpeg's number)")
+    elif not tagged and (primaries == 9 or transfer in (16, 18)):
+        kind = {16: "PQ", 18: "HLG"}.get(transfer, "BT.2020")
+        warn_once(f"{path} is {kind} video: its values are taken as they are, not converted to BT.709's")
 
 
 def video_stream(container):
@@ -155,9 +167,7 @@ def read_frames(path, start, frames, stride):
                 if damaged:
                     raise BadVideo("damaged")
                 if not wait:
-                    _, primaries, transfer = colours(frame)
-                    if primaries == 9 or transfer in (16, 18):
-                        warn_of_colours(path, transfer)
+                    check_colours(path, frame)
                     yield picture(frame, threads=1)
                     left -= 1
                     if not left:

@@ -43,8 +43,8 @@ from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm import tqdm
 
-from data import (BROKEN, CLIPS_PER_SCENE, DATA_SETS, EXACT, BadVideo, SyntheticClips, VideoClips, colours, download,
-                  find_clips, open_video, picture, video_stream, why)
+from data import (BROKEN, CLIPS_PER_SCENE, DATA_SETS, EXACT, BadVideo, SyntheticClips, VideoClips, check_colours,
+                  colours, download, find_clips, open_video, picture, video_stream, why)
 from model import CONFIGS, OWN_FILE, TurboVAED, check_fit, check_writable, find_checkpoint, out_of_memory
 from teachers import TEACHERS, load_teacher
 
@@ -596,6 +596,7 @@ def upright_frames(container, stream, tracks, other, seen):
             continue
         for frame in frames:
             size = size or {"width": frame.width, "height": frame.height}
+            check_colours(container.name.removeprefix("file:"), frame, tagged=True)
             yield picture(frame, **size), frame.pts, colours(frame)
 
 

@@ -886,4 +886,4 @@ if __name__ == "__main__":
             raise
         sys.exit("error: out of memory: a smaller --size or fewer --latent-frames need less")
     except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+        sys.exit(f"error: {(str(error).strip() or type(error).__name__).splitlines()[0]}")

@@ -15,6 +15,7 @@ import pytest
 import torch
 from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 
+import data
 import evaluate
 from data import VideoClips
 from evaluate import frechet_distance, psnr, ssim, temporal_error
@@ -560,6 +561,15 @@ def test_hdr_keeps_its_tags_and_training_is_told(tmp_path, transfer, kind, capfd
     same(source, tmp_path / "out.mkv", frames=2)
     for (before, a), (after, b) in zip(film(source), film(tmp_path / "out.mkv")):
         assert (after.colorspace, after.color_primaries, after.color_trc) == look and np.abs(a.astype(int) - b).max() <= 3
+
+
+def test_a_matrix_that_nothing_undoes_is_said(tmp_path, capfd):
+    source = write_raw(tmp_path / "in.mkv", (80, 112, 198), 64, 64, (14, 9, 16))        # ICtCp
+    VideoClips(source, 3, 64, train=False)[0]
+    said = capfd.readouterr().err
+    data.warn_once.cache_clear()
+    same(source, tmp_path / "out.mkv", frames=2)
+    assert capfd.readouterr().err == said == f"{source}: its colours will be wrong: nothing here undoes matrix 14 (FFmpeg's number)\n"
 
 
 @pytest.mark.parametrize("suffix", [".mp4", ".mkv"])
