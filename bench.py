@@ -19,7 +19,9 @@ import asyncio
 import ctypes
 import itertools
 import json
+import os
 import platform
+import signal
 import statistics
 import sys
 import tempfile
@@ -34,7 +36,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from model import BLOCKS, CONFIGS, OWN_FILE, UPSAMPLING, TurboVAED, summary
+from model import BLOCKS, CONFIGS, OWN_FILE, UPSAMPLING, TurboVAED, check_fit, check_writable, out_of_memory, summary
 
 SHIPPED = Path(__file__).resolve().parent / "assets" / "tiny_student.safetensors"
 WARM_UP = 3     # rounds that do not count, in which caches fill, clocks rise and kernels are chosen
@@ -163,13 +165,16 @@ def placed(student, device, dtype):
     return student.channels_last() if device.type == "cuda" else student
 
 
-def make_latents(config, frames, height, width, device, dtype):
-    """Random latents (1, C, t, h, w) of at least that size, and the frames they decode to: `frames` or the nearest fewer."""
-    d_t, d_h, d_w = config.compression
-    t = next(t for t in range(1, frames + 2) if config.frames(t) >= frames - frames % d_t)
+def make_latents(config, name, frames, height, width, device, dtype):
+    """Random latents (1, C, t, h, w), and the frames, height and width that they decode to: the most frames up to
+    `frames`, sides rounded up to the compression. ValueError for fewer frames than one latent decodes to."""
+    _, d_h, d_w = config.compression
+    t = next(t for t in itertools.count() if config.frames(t + 1) > frames)
+    if not t:
+        raise ValueError(f"--frames {frames}: {name} decodes {config.frames(1)} or more")
     latents = torch.randn(1, config.latent_channels, t, -(-height // d_h), -(-width // d_w), device=device, dtype=dtype)
     layout = torch.channels_last_3d if device.type == "cuda" else torch.contiguous_format
-    return latents.contiguous(memory_format=layout), config.frames(t)
+    return latents.contiguous(memory_format=layout), config.frames(t), d_h * latents.shape[3], d_w * latents.shape[4]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -179,10 +184,13 @@ def make_latents(config, frames, height, width, device, dtype):
 def bench_students(args, device, dtype):
     """A row for each student, size and way of running it; its teacher's where asked for."""
     rows = []
-    students = [(name, TurboVAED(CONFIGS[name])) for name in args.config] if args.config else [find_student(args.student)]
-    for (name, student), (height, width) in itertools.product(students, args.size):
+    if args.config and not args.student:
+        students = [(name, TurboVAED(CONFIGS[name])) for name in args.config]
+    else:
+        students = [find_student(args.student, args.config)]
+    for (name, student), size in itertools.product(students, args.size):
         student = placed(student, device, dtype)
-        latents, frames = make_latents(student.config, args.frames, height, width, device, dtype)
+        latents, frames, height, width = make_latents(student.config, name, args.frames, *size, device, dtype)
         runs, modules = {"eager": lambda: student(latents)}, {"eager": student, "compiled": student}
         if args.compile:
             torch.compiler.reset()      # past its limit of recompilations, PyTorch would run the next one eager
@@ -193,8 +201,12 @@ def bench_students(args, device, dtype):
             except Exception as error:      # no C++ compiler, for one: the rest is still worth timing
                 print(f"{name} does not compile here: {type(error).__name__}: {summary(error)}", file=sys.stderr)
         if args.teacher:
-            from teachers import load_teacher
+            from teachers import TEACHERS, load_teacher
+            if name not in TEACHERS:
+                raise ValueError("the student does not say which teacher it was made for: --no-teacher times it alone")
             teacher = load_teacher(name, None if name == "tiny" else "random", device, dtype)
+            shape = teacher.latent_channels, tuple(teacher.compression), teacher.images
+            check_fit(student, f"the {name} teacher", (name,), *shape)
             runs["teacher"], modules["teacher"] = lambda: teacher.decode(latents), teacher.vae.decoder
         limits, amounts = machine(device, dtype)
         work = {way: count_work(run) for way, run in runs.items() if way != "compiled"}
@@ -229,8 +241,8 @@ def bench_blocks(args, device, dtype):
     of their blocks, convolutions included, is given beside.
     """
     rows = []
-    for name, (height, width) in itertools.product(args.config or ["ltx"], args.size):
-        latents, frames = make_latents(CONFIGS[name], args.frames, height, width, device, dtype)
+    for name, size in itertools.product(args.config or ["ltx"], args.size):
+        latents, frames, height, width = make_latents(CONFIGS[name], name, args.frames, *size, device, dtype)
         students = {way: placed(TurboVAED(replace(CONFIGS[name], upsampling=way)), device, dtype) for way in UPSAMPLING}
         marks = {way: mark_blocks(student, device) for way, student in students.items()}
         runs = {way: lambda student=student: student(latents) for way, student in students.items()}
@@ -329,7 +341,8 @@ def bench_packages(args):
     if sys.platform != "darwin":
         raise ValueError("Core ML runs on Apple hardware: --mlpackage needs macOS, --iphone also Xcode and a connected iPhone, "
                          "and both need a package that `python export.py` made")
-    paths = [Path(path) for path in args.mlpackage or sorted(Path("out").rglob("*.mlpackage"))]
+    found = sorted(path for path in Path("out").rglob("*.mlpackage") if not path.name.startswith("."))  # half-written
+    paths = [Path(path) for path in args.mlpackage or found]
     missing = [str(path) for path in paths if not path.is_dir()]
     if missing or not paths:
         raise FileNotFoundError(f"{', '.join(missing) or 'out/'}: no such package, or none in it; `python export.py` makes one")
@@ -352,7 +365,8 @@ def bench_features(args, device, dtype):
     for name in args.config or TEACHERS:
         teacher = load_teacher(name, None if name == "tiny" else "random", device, dtype)
         (height, width), (d_t, d_h, d_w), frames = args.size[0], teacher.compression, 16 + int(teacher.images)
-        shape = (1, teacher.latent_channels, (frames - 1) // d_t + 1, -(-height // d_h), -(-width // d_w))
+        height, width = -(-height // d_h) * d_h, -(-width // d_w) * d_w         # what is decoded
+        shape = (1, teacher.latent_channels, (frames - 1) // d_t + 1, height // d_h, width // d_w)
         latents, blocks = torch.randn(shape, device=device, dtype=dtype), aligned_blocks(teacher)
         runs = {"decode": lambda: teacher.decode(latents),
                 f"features {' '.join(blocks)}": lambda: teacher.features(latents, blocks)}
@@ -482,6 +496,16 @@ def report(rows, args):
             print(f"{row['model']} on {row['way']}, estimated shares: {units}; slowest {slowest}")
 
 
+def write(path, save):
+    """save(temporary file), then rename it to path."""
+    partial = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
+    try:
+        save(partial)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
 def picture(path, rows, blocks):
     """Bars of frames per second; or of each part's milliseconds, with the upsamplers hatched."""
     try:
@@ -510,7 +534,7 @@ def picture(path, rows, blocks):
         axes.set(xlabel="frames per second", xmargin=0.1)
     axes.set(yticks=places, yticklabels=[f"{r['model']} {r['way']}, {r['frames']}x{r['height']}x{r['width']}" for r in rows])
     axes.invert_yaxis()
-    figure.savefig(path, dpi=150)
+    write(path, lambda file: figure.savefig(file, dpi=150))
     plt.close(figure)
     print(path)
 
@@ -521,11 +545,13 @@ def picture(path, rows, blocks):
 def parse():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--config", nargs="+", choices=CONFIGS, help="students of these configurations, with random weights")
-    add("--student", metavar="PATH", help="a run's folder or a file (default: the newest under out/, else the shipped one)")
+    add("--config", nargs="+", choices=CONFIGS, help="students of these configurations, with random weights; or that "
+        "of --student, where its file does not say")
+    add("--student", metavar="PATH", help="a run's folder, a file or a hub id (default: the newest under out/, else "
+        "the shipped one)")
     add("--size", nargs="+", metavar="HxW", help="of the video in pixels (default 512x512 and 720x1280 on a GPU, 256x256 on a "
         "CPU; --blocks 512x512 and 128x128; --train 256x256 and 128x128; --features 128x128)")
-    add("--frames", type=int, default=17, help="of a clip, or the nearest fewer that latents decode to (default 17)")
+    add("--frames", type=int, default=17, help="of a clip, or the most below that latents decode to (default 17)")
     add("--teacher", action=argparse.BooleanOptionalAction, help="the teachers' decoders too (default: without --config)")
     add("--compile", action=argparse.BooleanOptionalAction, default=True, help="torch.compile too (default)")
     add("--blocks", action="store_true", help="latency by block with the three upsamplers, for --config (default ltx), eager")
@@ -543,8 +569,9 @@ def parse():
     add("--out", default="out/bench", help="folder for bench.json and bench.png (default out/bench)")
     args = parser.parse_args()
     gpu = args.device.split(":")[0] == "cuda"
-    if args.device != "cpu" and not (gpu and torch.cuda.is_available()):
-        parser.error(f"--device is cpu or, where there is one, cuda; not {args.device}")
+    gpus = range(torch.cuda.device_count())
+    if args.device not in ("cpu", *["cuda"] * bool(gpus), *(f"cuda:{n}" for n in gpus)):
+        parser.error(f"--device is cpu or, where there is one, cuda, cuda:1 ...; not {args.device}")
     sizes = args.size or (["128x128"] if args.features else ["256x256" if gpu else "128x128"] if args.train else
                           ["512x512" if gpu else "128x128"] if args.blocks else ["512x512", "720x1280"] if gpu else ["256x256"])
     try:
@@ -557,23 +584,34 @@ def parse():
         parser.error("--rounds, --frames, --batch and --lpips-frames must be at least 1")
     if args.iphone and not args.team:
         parser.error("--iphone needs --team ID: Xcode signs the app that runs the packages for an Apple development team")
-    args.teacher = not args.config if args.teacher is None else args.teacher
+    others = ("blocks", "train", "features", "iphone", "mlpackage")
+    for other in (name for name in others if args.student and getattr(args, name) not in (None, False)):
+        parser.error(f"--student goes without --{other}")
+    if args.student and len(args.config or ()) > 1:
+        parser.error("--student goes with one --config at most: its own")
+    args.teacher = bool(args.student or not args.config) if args.teacher is None else args.teacher
     args.dtype = args.dtype or ("float32" if not gpu else "bfloat16" if args.train else "float16")
     return args
 
 
-def find_student(path):
-    """(name, model) of the student asked for, else of the newest trained here, else of the shipped one."""
+def find_student(path, config=None):
+    """(name of its teacher, or "student", model) of the student asked for, else of the newest trained here, else of the
+    shipped one. config: a list of one name, for a file that does not say."""
     if path is None:
-        trained = sorted(Path("out").glob(f"*/{OWN_FILE}"), key=lambda file: file.stat().st_mtime)
+        trained = sorted(Path("out").glob(f"[!.]*/{OWN_FILE}"), key=lambda file: file.stat().st_mtime)
         path = trained[-1] if trained else SHIPPED
         print(f"the student {path}" if trained else f"no student in out/: the shipped one, {path.name}")
-    student = TurboVAED.from_pretrained(path)
-    return student.metadata.get("teacher") or next((n for n, c in CONFIGS.items() if c == student.config), "tiny"), student
+    student = TurboVAED.from_pretrained(path, config[0] if config else None)
+    name = student.metadata.get("teacher")
+    if name is None:
+        name = next((n for n, c in CONFIGS.items() if c == student.config), "student")
+        print(f"{path} does not say which teacher it was made for: called {name} here, by its size")
+    return name, student
 
 
 def main():
     args = parse()
+    check_writable(args.out)
     device, dtype, packages = torch.device(args.device), getattr(torch, args.dtype), args.iphone or args.mlpackage is not None
     torch.backends.cudnn.allow_tf32 = False             # float32 is float32, for convolutions as for the matrix product
     torch.backends.cudnn.benchmark = not args.train     # sizes are fixed: cuDNN may choose by trial; train.py does not let it
@@ -595,15 +633,22 @@ def main():
         print(f"{name}, {args.dtype}, torch {torch.__version__}")
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
-    (out / "bench.json").write_text(json.dumps(results | {"rows": rows}, indent=1) + "\n")
+    write(out / "bench.json", lambda file: file.write_text(json.dumps(results | {"rows": rows}, indent=1) + "\n"))
     print(out / "bench.json")
     picture(out / "bench.png", rows, args.blocks)
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)           # as Ctrl-C: what is half written is removed
     try:
         main()
+    except KeyboardInterrupt:
+        sys.exit("error: stopped")
     except ImportError as error:
         sys.exit(f"error: {error}; pip install -r requirements.txt, or --config NAME --no-teacher, which needs PyTorch alone")
-    except (ValueError, OSError, torch.OutOfMemoryError) as error:
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
+            raise
+        sys.exit("error: out of memory: smaller --size, --frames or --batch, or --dtype bfloat16, need less")
+    except (ValueError, OSError) as error:
         sys.exit(f"error: {summary(error)}")

@@ -53,8 +53,49 @@ def why(error):
 
 
 def open_video(path, **options):
-    """A context manager; metadata in unknown encodings is no reason to refuse a video."""
-    return av.open(str(path), metadata_errors="ignore", options=options)
+    """A context manager; metadata in unknown encodings is no reason to refuse a video, and a colon in its name makes no
+    address of it."""
+    return av.open(f"file:{path}", metadata_errors="ignore", options=options)
+
+
+MATRICES = (1, 4, 5, 6, 7, 9)       # that swscale undoes
+
+
+def colours(frame):
+    """(matrix, primaries, transfer) of a frame by FFmpeg's numbers: what it says, else what players assume: BT.709 from
+    720 rows on, and of RGB; BT.601 below."""
+    assumed = 1 if frame.height >= 720 or frame.format.is_rgb else 6
+    matrix = frame.colorspace if frame.colorspace in MATRICES else assumed
+    said, belong = (frame.color_primaries, frame.color_trc), {1: (1, 1), 9: (9, 14)}.get(matrix, (6, 6))
+    return matrix, *(other if tag in (0, 2, 3) else tag for tag, other in zip(said, belong))
+
+
+def picture(frame, **how):
+    """A decoded frame as (H, W, 3) uint8 RGB, upright; how: of PyAV's reformat, such as width and height before it.
+
+    The colours' matrix is undone; primaries and transfer stay what they are, since swscale's conversion of those moves
+    saturated colours by tens of levels.
+    """
+    matrix = None if frame.format.is_rgb else colours(frame)[0]
+    matrix = 5 if matrix == 6 else matrix                                           # swscale's number of BT.601
+    image = frame.to_ndarray(format="rgb24", interpolation=EXACT, src_colorspace=matrix, **how)
+    return np.ascontiguousarray(np.rot90(image, round(frame.rotation / 90)))       # phones store the angle
+
+
+@lru_cache(maxsize=None)
+def warn_once(line):
+    print(line, file=sys.stderr)
+
+
+def check_colours(path, frame, tagged=False):
+    """Warns, once for each file, of colours that `picture` does not undo; tagged: what is made of it says primaries and
+    transfer."""
+    _, primaries, transfer = colours(frame)
+    if frame.colorspace not in (*MATRICES, 0, 2, 3):
+        warn_once(f"{path}: its colours will be wrong: nothing here undoes matrix {frame.colorspace} (FFmpeg's number)")
+    elif not tagged and (primaries == 9 or transfer in (16, 18)):
+        kind = {16: "PQ", 18: "HLG"}.get(transfer, "BT.2020")
+        warn_once(f"{path} is {kind} video: its values are taken as they are, not converted to BT.709's")
 
 
 def video_stream(container):
@@ -130,8 +171,8 @@ def read_frames(path, start, frames, stride):
                 if damaged:
                     raise BadVideo("damaged")
                 if not wait:
-                    image = frame.to_ndarray(format="rgb24", interpolation=EXACT, threads=1)
-                    yield np.rot90(image, round(frame.rotation / 90))          # phones store the angle
+                    check_colours(path, frame)
+                    yield picture(frame, threads=1)
                     left -= 1
                     if not left:
                         return
@@ -159,7 +200,7 @@ def find_videos(root):
             continue
         relative = lambda name: os.path.relpath(os.path.join(folder, name), root).replace(os.sep, "/")
         below[:] = sorted(name for name in below if name[0] not in ".@")     # what systems and editors keep beside the files
-        videos = sorted(name for name in found if name.lower().endswith(SUFFIXES))
+        videos = sorted(name for name in found if name.lower().endswith(SUFFIXES) and not name.startswith("."))
         yield from (relative(name) for name in videos if new(os.path.realpath(os.path.join(real, name))))
         if not videos and not below and frame_files(folder):
             yield relative("")

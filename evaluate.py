@@ -20,11 +20,13 @@ import json
 import math
 import os
 import platform
+import signal
 import statistics
 import sys
 import time
 import warnings
-from collections import deque
+from collections import Counter, deque
+from contextlib import suppress
 from datetime import timedelta
 from importlib.metadata import version
 from itertools import chain
@@ -41,9 +43,9 @@ from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm import tqdm
 
-from data import (BROKEN, CLIPS_PER_SCENE, DATA_SETS, EXACT, BadVideo, SyntheticClips, VideoClips, download, find_clips,
-                  open_video, video_stream, why)
-from model import CONFIGS, OWN_FILE, TurboVAED, find_checkpoint
+from data import (BROKEN, CLIPS_PER_SCENE, DATA_SETS, EXACT, BadVideo, SyntheticClips, VideoClips, check_colours,
+                  colours, download, find_clips, open_video, picture, video_stream, why)
+from model import CONFIGS, OWN_FILE, TurboVAED, check_fit, check_writable, find_checkpoint, out_of_memory
 from teachers import TEACHERS, load_teacher
 
 SHIPPED = Path(__file__).resolve().parent / "assets" / "tiny_student.safetensors"
@@ -143,6 +145,8 @@ def load_lpips(path, device):
         if path:
             state = torch.load(path, map_location="cpu", weights_only=True)
             net.net.load_state_dict({key: state[f"features.{key.split('.', 1)[1]}"] for key in net.net.state_dict()})
+        if not all(p.isfinite().all() for p in net.parameters()):
+            raise ValueError("values in it are not finite")
     except Exception as error:      # no network, no such file, another file: all mean "not there"
         raise OSError(f"no AlexNet weights ({why(error)}); name torchvision's {ALEXNET} with --lpips-weights, "
                       f"or put it into {cached(ALEXNET).parent}".replace("\n", " ")) from None
@@ -201,7 +205,12 @@ def load_metrics(args, frames, device, without):
                 without[name] = str(error)
             else:
                 functions, detector = (functions | {name: loaded}, detector) if name == "lpips" else (functions, loaded)
-    return functions, detector, without
+    if dist.is_initialized():           # what one process cannot load none of them computes
+        told = [None] * dist.get_world_size()
+        dist.all_gather_object(told, without)
+        without = {name: reason for each in reversed(told) for name, reason in each.items()}
+    functions = {name: f for name, f in functions.items() if name not in without}
+    return functions, None if "fvd" in without else detector, without
 
 
 def decode_speeds(decoders, latents):
@@ -209,7 +218,8 @@ def decode_speeds(decoders, latents):
 
     The decoders take turns, so that whatever else the machine does slows all of them; medians over the rounds.
     """
-    sync = (lambda: torch.cuda.synchronize(latents.device)) if latents.is_cuda else lambda: None
+    waits = {"cuda": lambda: torch.cuda.synchronize(latents.device), "mps": lambda: torch.mps.synchronize()}
+    sync = waits.get(latents.device.type, lambda: None)
     seconds, frames = {name: [] for name in decoders}, {}
     for i in range(WARM_UP + ROUNDS):
         for name, decode in decoders.items():
@@ -229,8 +239,11 @@ def decode_speeds(decoders, latents):
 def find_students(paths, teacher):
     """{name: file} of the students asked for, `teacher`'s of a hub id; without any the newest trained here, else the shipped one."""
     if paths:
-        return {short(path) if Path(path).exists() else path: find_checkpoint(path, teacher) for path in paths}
-    trained = sorted(Path("out").glob(f"*/{OWN_FILE}"), key=lambda file: file.stat().st_mtime)
+        names = [short(path) if Path(path).exists() else path for path in paths]
+        taken = lambda name: name == "input" or name.endswith("(teacher)")      # tables mean something else by these
+        names = [f"./{name}" if taken(name) else name for name in names]
+        return {name: find_checkpoint(path, teacher) for name, path in zip(names, paths)}
+    trained = sorted(Path("out").glob(f"[!.]*/{OWN_FILE}"), key=lambda file: file.stat().st_mtime)
     file = trained[-1] if trained else SHIPPED
     if not file.is_file():
         raise FileNotFoundError(f"no student: out/ holds none and neither does {short(SHIPPED)}; "
@@ -245,23 +258,25 @@ def short(path):
     return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
 
 
-def load_decoders(args, device):
-    """(teacher, {name: student}, {name: file})."""
-    files = find_students(args.student, args.teacher)
+def load_decoders(args, files, device):
+    """(teacher, {name: student}) of find_students' {name: file}."""
     students = {name: TurboVAED.from_pretrained(file) for name, file in files.items()}
     dtype, first = getattr(torch, args.dtype), next(iter(students.values()))
     named = next((name for name, config in CONFIGS.items() if config == first.config), "tiny")
-    teacher = load_teacher(args.teacher or first.metadata.get("teacher", named), args.teacher_weights, device, dtype)
-    for name, student in students.items():
-        config = student.config
-        fits = (teacher.latent_channels, tuple(teacher.compression), teacher.images)
-        if (config.latent_channels, config.compression, config.drop_first) != fits:
-            raise ValueError(f"{name} decodes {config.latent_channels} channels at {config.compression}, not the latents "
-                             f"of the {teacher.name} teacher, {teacher.latent_channels} channels at {fits[1]}")
+    name = args.teacher or first.metadata.get("teacher", named)
+    fit = lambda *shape: [check_fit(student, f"the {name} teacher", (name,), *shape, label)
+                          for label, student in students.items()]
+    if name in CONFIGS and not args.teacher_weights:    # a preset has its teacher's shapes: nothing is fetched in vain
+        fit(CONFIGS[name].latent_channels, CONFIGS[name].compression, CONFIGS[name].drop_first)
+    teacher = load_teacher(name, args.teacher_weights, device, dtype)
+    for assumed in fit(teacher.latent_channels, tuple(teacher.compression), teacher.images):
+        if assumed and process()[0] == 0:
+            print(assumed)
+    for student in students.values():
         student.to(device, dtype).eval()
         if device.type == "cuda":
             student.channels_last()
-    return teacher, students, files
+    return teacher, students
 
 
 def clip_shape(args, teacher):
@@ -300,9 +315,18 @@ class SavedLatents(Dataset):
     """Latents from files that --generate, or anybody, wrote: one .safetensors each that holds `latents`, (1, C, t, h, w)."""
 
     def __init__(self, folder):
-        self.files = sorted(Path(folder).glob("*.safetensors"))
+        self.files = sorted(file for file in Path(folder).glob("*.safetensors") if not file.name.startswith("."))
         if not self.files:
             raise FileNotFoundError(f"no latents in {folder}: --generate prompts.txt --pipeline HUB_ID makes some")
+
+    def usual_shape(self, numbers, channels):
+        """The shape, (C, t, h, w), that most of these files have among those of so many channels; ValueError if none
+        has."""
+        items = (item for _, item, _ in map(OrReason(self).__getitem__, numbers) if item is not None)
+        shapes = Counter(item.shape for item in items if len(item) == channels)
+        if not shapes:
+            raise ValueError(f"none of the files in {self.files[0].parent} holds latents of {channels} channels")
+        return shapes.most_common(1)[0][0]
 
     def __len__(self):
         return len(self.files)
@@ -314,6 +338,8 @@ class SavedLatents(Dataset):
             raise BadVideo(f"no safetensors file with latents ({type(error).__name__})") from None
         if latents.shape[:-4] not in ((), (1,)) or latents.ndim < 4:
             raise BadVideo(f"latents of shape {tuple(latents.shape)}, not (1, C, t, h, w)")
+        if 0 in latents.shape or not latents.is_floating_point():
+            raise BadVideo(f"latents of shape {tuple(latents.shape)} in {latents.dtype}: no frame, or no numbers")
         if not latents.isfinite().all():
             raise BadVideo("latents that are not finite")
         return latents.flatten(0, -4).float()
@@ -341,13 +367,14 @@ class OrReason(Dataset):
 
 
 def measure(items, numbers, args, videos_of, reference, functions, detector, device, name_of, shape=None):
-    """This process's share of `numbers`: {n: {model: {metric: value}}, {model: {n: features}}, {name: why skipped}.
+    """This process's share of `numbers`: {n: {model: {metric: value}}, {model: {n: features}}, {name: why skipped}, and
+    {model: {n: True}} where its video holds values that are not finite.
 
     videos_of(items (B, ...)) -> {model: (B, 3, T, H, W)}; each is compared with that of `reference`, None for no comparison.
     One batch is held at a time. All items have one shape, `shape` or the first one's; others are skipped by name.
     """
     rank, world = process()
-    records, features, skipped = {}, {}, {}
+    records, features, skipped, broken = {}, {}, {}, {}
     loader = DataLoader(Subset(OrReason(items), list(numbers)[rank::world]), args.batch, collate_fn=list, num_workers=args.workers)
     with tqdm(total=len(numbers), unit="clip", disable=rank > 0 or not sys.stderr.isatty(), leave=False) as bar:
         for batch in loader:
@@ -367,14 +394,17 @@ def measure(items, numbers, args, videos_of, reference, functions, detector, dev
                     compared = reference and model != reference
                     values = {name: f(video, videos[reference]).tolist() for name, f in functions.items()} if compared else {}
                     found = detector(video).cpu() if detector else None
+                    finite = video.isfinite().flatten(1).all(1).tolist()
                     for i, (n, _) in enumerate(good):
                         records.setdefault(n, {})
+                        if not finite[i]:
+                            broken.setdefault(model, {})[n] = True
                         if compared:
                             records[n][model] = {name: value[i] for name, value in values.items()}
                         if detector:
                             features.setdefault(model, {})[n] = found[i]
             bar.update(world * len(batch))
-    return gather(records), gather(features), gather(skipped)
+    return gather(records), gather(features), gather(skipped), gather(broken)
 
 
 def gather(mine):
@@ -388,6 +418,23 @@ def gather(mine):
         for key, value in part.items():
             whole[key] = {**whole.get(key, {}), **value} if isinstance(value, dict) else value
     return whole
+
+
+def drop_broken(records, features, broken, skipped, name_of):
+    """Clips of which some model's video holds values that are not finite go from all models, into `skipped`; but a
+    model that gave such values for every clip is broken itself, has no figures and costs no clip. Returns those
+    models."""
+    hopeless = [model for model, clips in broken.items() if len(clips) == len(records)]
+    for model in hopeless:
+        features.pop(model, None)
+    for model, clips in broken.items():
+        for n in sorted(clips if model not in hopeless else ()):
+            reason = f"{model} gave values that are not finite"
+            print(f"skipping {name_of(n)}: {reason}", file=sys.stderr)
+            skipped[name_of(n)] = reason
+            for held in (records, *features.values()):
+                held.pop(n, None)
+    return hopeless
 
 
 def distances(features, reference):
@@ -446,9 +493,16 @@ def pixels(frame):
     return frame.mul(255).round().to(torch.uint8).permute(1, 2, 0).cpu().numpy()
 
 
+def tile(clip):
+    """(T, 3, H, W) in [0, 1] -> (T, H, W, 3) uint8 on the CPU, as large as pictures show it: sides above 1920 are
+    divided by a whole number, frame by frame, since a large clip is many gigabytes."""
+    by = -(-max(clip.shape[-2:]) // 1920)
+    return np.stack([pixels(F.avg_pool2d(frame, by) if by > 1 else frame) for frame in clip])
+
+
 def sheet(rows, t):
-    """(H, W, 3) uint8: frame t of one row of clips for each (label, [(title, (T, 3, H, W) in [0, 1])])."""
-    h, w = rows[0][1][0][1].shape[-2:]
+    """(H, W, 3) uint8: frame t of one row of clips for each (label, [(title, (T, H, W, 3) uint8)])."""
+    h, w = rows[0][1][0][1].shape[1:3]
     scale = -(-384 // max(h, w))                         # small frames are magnified by a whole number: nothing is blurred
     h, w, gap, top, font = h * scale, w * scale, 8, 48, ImageFont.load_default(15)
     width, height = gap + len(rows[0][1]) * (w + gap), gap + len(rows) * (h + top)
@@ -462,29 +516,43 @@ def sheet(rows, t):
             while draw.textlength(title, font) > w:      # a path's end says more than its beginning
                 title = title[1:]
             draw.text((x, y + 26), title, "black", font)
-            image.paste(Image.fromarray(pixels(clip[t])).resize((w, h), Image.Resampling.NEAREST), (x, y + top))
+            image.paste(Image.fromarray(clip[t]).resize((w, h), Image.Resampling.NEAREST), (x, y + top))
     return np.asarray(image)
 
 
-def add_h264(container, rate, height, width, crf=15):
-    """An H.264 stream that says which colours its numbers mean; full chroma where the size is odd."""
+BT709 = 1, 1, 1
+
+
+def add_h264(container, rate, height, width, crf=15, look=BT709):
+    """An H.264 stream that says which colours its numbers mean (data.py's `colours`); full chroma where the size is
+    odd."""
+    if max(height, width) > 16384:
+        raise ValueError(f"H.264 takes frames of up to 16384 pixels a side, not {height}x{width}")
     stream = container.add_stream("libx264", rate=rate, options={"crf": str(crf), "preset": "veryfast"})
     stream.height, stream.width, stream.pix_fmt = height, width, "yuv444p" if height % 2 or width % 2 else "yuv420p"
     codec = stream.codec_context
-    codec.colorspace, codec.color_primaries, codec.color_trc, codec.color_range = 1, 1, 1, 1    # BT.709, limited range
+    codec.colorspace, codec.color_primaries, codec.color_trc, codec.color_range = *look, 1      # limited range
     return stream
 
 
 def to_frame(image, stream):
     """(H, W, 3) uint8 RGB as a frame of that stream."""
+    matrix = stream.codec_context.colorspace
     return av.VideoFrame.from_ndarray(image, format="rgb24").reformat(
-        format=stream.pix_fmt, dst_colorspace="ITU709", dst_color_range="MPEG", interpolation=EXACT)
+        format=stream.pix_fmt, dst_colorspace={6: 5}.get(matrix, matrix), dst_color_range="MPEG", interpolation=EXACT)
 
 
 def write_film(path, images, rate=12, seconds=4):
-    """A film of (H, W, 3) uint8 images, slowly and over and over."""
+    """A film of (H, W, 3) uint8 images, slowly and over and over; smaller by a whole number where H.264 has no such
+    size."""
+    height, width = images[0].shape[:2]
+    by = -(-max(height, width) // 16384)
+    if by > 1:
+        size = width // by // 2 * 2, height // by // 2 * 2
+        images = [np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BOX)) for image in images]
+
     def write(file):
-        with av.open(str(file), "w") as container:
+        with av.open(f"file:{file}", "w") as container:
             stream = add_h264(container, rate, *images[0].shape[:2], crf=22)
             for _ in range(max(1, round(rate * seconds / len(images)))):
                 for image in images:
@@ -500,27 +568,48 @@ def write_film(path, images, rate=12, seconds=4):
 COPIED = {".mp4": ("aac", "mp3", "mp3float", "ac3", "eac3", "alac", "opus", "flac"), ".mov": ("aac", "mp3", "mp3float", "ac3", "alac")}
 
 
-def upright_frames(container, stream, tracks, other):
-    """Yields (image (H, W, 3) uint8 RGB, upright, its time stamp) of a video stream; other(packet) takes the tracks' packets."""
-    for packet in container.demux(stream, *tracks):
-        if packet.stream is not stream:
+AAC_RATES = (8000, 11025, 12000, 16000, 22050, 24000, 32000, 44100, 48000)      # of the 13 that it has
+
+
+def upright_frames(container, stream, tracks, other, seen):
+    """Yields (image (H, W, 3) uint8 RGB, upright, its time stamp, its `colours`) of a video stream; other(packet) takes
+    the tracks' packets. Frames of another size than the first are brought to it. Packets that cannot be decoded are
+    left out, and where the file cannot be read on, it ends; seen["end"] is the time in seconds up to which there were
+    packets."""
+    def packets():
+        try:
+            yield from container.demux()
+        except av.FFmpegError:
+            yield None          # the decoder still holds some frames
+
+    size, codec = {}, stream.codec_context
+    for packet in packets():
+        if packet and packet.pts is not None:
+            seen["end"] = max(seen["end"], float((packet.pts + (packet.duration or 0)) * packet.time_base))
+        if packet and packet.stream in tracks:
             other(packet)
+        if packet and packet.stream is not stream:
             continue
-        for frame in packet.decode():
-            image = frame.to_ndarray(format="rgb24", interpolation=EXACT)
-            yield np.ascontiguousarray(np.rot90(image, round(frame.rotation / 90))), frame.pts
+        try:
+            frames = codec.decode(packet)
+        except av.InvalidDataError:
+            continue
+        for frame in frames:
+            size = size or {"width": frame.width, "height": frame.height}
+            check_colours(container.name.removeprefix("file:"), frame, tagged=True)
+            yield picture(frame, **size), frame.pts, colours(frame)
 
 
 def in_windows(source, through, length, overlap):
-    """Yields (image, original, time stamp) for each (original, time stamp) of `source`: windows of `length` originals go
-    through `through`, each shares `overlap` with the one before and is faded into it; the last one may be shorter."""
+    """Yields (image, original, ...) for each (original, ...) of `source`: windows of `length` originals go through
+    `through`, each shares `overlap` with the one before and is faded into it; the last one may be shorter."""
     held, tail, fresh = [], None, False             # fresh: some of those held have not been in a window
     for frame in chain(source, (None,)):            # None: the end
         if frame:
             held, fresh = [*held, frame], True
         if frame and len(held) < length or not held:
             continue
-        decoded = through([original for original, _ in held]) if fresh else tail
+        decoded = through([original for original, *_ in held]) if fresh else tail
         if fresh and tail is not None:
             weight = (torch.arange(1, len(tail) + 1, device=tail.device) / (len(tail) + 1)).view(-1, 1, 1, 1)
             decoded[:len(tail)] = tail + weight * (decoded[:len(tail)] - tail)
@@ -534,26 +623,31 @@ def reconstruct(teacher, student, source, target, frames, device, dtype):
 
     Size, frames, their time stamps and the audio are kept. Windows of `frames` frames overlap and are faded into each other, so
     memory depends on `frames` and the size only; edges are repeated up to what the teacher takes, then cut. Returns (frames,
-    PSNR in dB, mean over frames). ValueError for a source that cannot be read, or a target that cannot be written.
+    PSNR in dB, mean over frames, how many frames the source lacks of those that it promises). ValueError for a source
+    that cannot be read, or a target that cannot be written.
     """
-    (_, d_h, d_w), errors, waiting = teacher.compression, [], deque()
+    (_, d_h, d_w), errors, waiting, seen, promised = teacher.compression, [], deque(), {"end": 0.0}, 0
 
     def through(images):
         video = torch.from_numpy(np.stack(images)).permute(3, 0, 1, 2)[None].to(device, dtype).div(127.5).sub(1)
         t, h, w = video.shape[2:]
         video = F.pad(video, (0, -w % d_w, 0, -h % d_h, 0, frames - t), mode="replicate")
-        return frames_of(student(teacher.encode(video, sample=False))[..., :t, :h, :w])
+        decoded = student(teacher.encode(video, sample=False))[..., :t, :h, :w]
+        if not decoded.isfinite().all():
+            raise ValueError(f"after {len(errors)} frames the student gave values that are not finite")
+        return frames_of(decoded)
 
     def write(file):
-        with open_video(source) as container, av.open(str(file), "w") as out:
+        nonlocal promised
+        with open_video(source) as container, av.open(f"file:{file}", "w") as out:
             stream, rate = video_stream(container)
             stream.thread_type = "AUTO"
             tracks = [audio for audio in container.streams.audio if audio.codec_context]        # None: no decoder knows it
             step = max(1, round(1 / (rate * stream.time_base)))
             written, sounds, last = None, {}, -step
 
-            def open_streams(height, width):
-                written = add_h264(out, rate, height, width)
+            def open_streams(height, width, look):
+                written = add_h264(out, rate, height, width, look=look)
                 written.time_base = written.codec_context.time_base = stream.time_base
                 shape = stream.sample_aspect_ratio
                 if shape:
@@ -563,7 +657,8 @@ def reconstruct(teacher, student, source, target, frames, device, dtype):
                         sounds[audio.index] = out.add_stream_from_template(audio), True
                     else:
                         layout = {} if audio.layout.name.endswith("channels") else {"layout": audio.layout.name}     # "6 channels" is no name
-                        sounds[audio.index] = out.add_stream("aac", rate=min(audio.rate, 48000), **layout), False
+                        sound_rate = next((r for r in AAC_RATES if r >= audio.rate), AAC_RATES[-1])
+                        sounds[audio.index] = out.add_stream("aac", rate=sound_rate, **layout), False
                 return written
 
             def mux_audio():
@@ -571,17 +666,20 @@ def reconstruct(teacher, student, source, target, frames, device, dtype):
                     packet = waiting.popleft()
                     sound, copied = sounds[packet.stream.index]
                     if not copied:
-                        for frame in packet.decode():
-                            out.mux(sound.encode(frame))
+                        with suppress(av.InvalidDataError):         # a damaged packet of sound
+                            for frame in packet.decode():
+                                out.mux(sound.encode(frame))
                     elif packet.dts is not None:
                         packet.stream = sound
                         out.mux(packet)
 
-            film = in_windows(upright_frames(container, stream, tracks, waiting.append), through, frames, min(4, frames // 4))
-            for image, original, stamp in tqdm(film, total=stream.frames or None, unit="frame", disable=not sys.stderr.isatty(), leave=False):
+            film = upright_frames(container, stream, tracks, waiting.append, seen)
+            film = in_windows(film, through, frames, min(4, frames // 4))
+            film = tqdm(film, total=stream.frames or None, unit="frame", disable=not sys.stderr.isatty(), leave=False)
+            for image, original, stamp, look in film:
                 error = np.square(image.astype(np.float32) - original).mean() / 255 ** 2
                 errors.append(-10 * math.log10(max(error, 1e-10)))
-                written = written or open_streams(*image.shape[:2])
+                written = written or open_streams(*image.shape[:2], look)
                 frame = to_frame(image, written)
                 if stamp is None or stamp <= last or container.format.name == "avi":      # which holds no stamps, only a rate
                     stamp = last + step
@@ -596,11 +694,14 @@ def reconstruct(teacher, student, source, target, frames, device, dtype):
             for sound, copied in sounds.values():
                 if not copied:
                     out.mux(sound.encode())
+            # What a header counts; else by the time at which the file ends, with room for the last packets.
+            early = ((container.duration or 0) + (container.start_time or 0)) / av.time_base - seen["end"]
+            promised = stream.frames or (len(errors) + round(early * rate) if early > 0.25 else 0)
     try:
         replace(Path(target), write)
     except BROKEN as error:
         raise ValueError(f"{source} to {target}: {why(error)}") from None
-    return len(errors), statistics.fmean(errors)
+    return len(errors), statistics.fmean(errors), max(0, promised - len(errors))
 
 
 def generate(args, device):
@@ -612,6 +713,8 @@ def generate(args, device):
     from diffusers import DiffusionPipeline
     from diffusers.models.autoencoders.vae import DecoderOutput
     prompts = [line.strip() for line in Path(args.generate).read_text().splitlines() if line.strip()]
+    if not prompts:
+        raise ValueError(f"{args.generate} holds no prompt: it takes one a line")
     folder = Path(args.latents)
     folder.mkdir(parents=True, exist_ok=True)
     shape = {"num_frames": args.frames, **dict(zip(("height", "width"), args.size or ()))}
@@ -688,7 +791,8 @@ def parse():
     add("--batch", type=int, default=1, help="clips at a time (default 1)")
     add("--workers", type=int, default=0, help="processes that read clips ahead (default 0)")
     add("--seed", type=int, default=HELD_OUT, help=f"of made-up video and of generation (default {HELD_OUT})")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1 ... (default: cuda where there is one)")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu",
+        help="cpu, cuda, cuda:1 ..., mps (default: cuda where there is one)")
     add("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="of teacher, students and pipeline (default float32)")
     add("--threads", type=int, help="CPU threads (default: PyTorch's choice)")
     add("--out", metavar="DIR", help="folder for what is written (default: that of the first student's run, else out/evaluate)")
@@ -697,17 +801,16 @@ def parse():
     add("--generate", metavar="PROMPTS", help="make --latents with --pipeline, a file a line; --size and --frames are the pipeline's")
     add("--pipeline", metavar="HUB_ID", help="a diffusers pipeline, or a folder with one")
     args = parser.parse_args()
+    args.data = args.data.rstrip("/") or "/"
     for name in ("clips", "frames", "threads", "batch"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise ValueError(f"--{name} must be at least 1, not {getattr(args, name)}")
     if min(args.seed, args.workers) < 0:
         raise ValueError(f"--seed and --workers must be at least 0, not {args.seed} and {args.workers}")
-    try:
-        torch.device(args.device)
-    except RuntimeError:
-        raise ValueError(f"--device is cpu or cuda, cuda:1 ..., not {args.device}") from None
-    if args.device.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError(f"--device {args.device}: PyTorch sees no CUDA device here; use --device cpu")
+    there = ["cpu", *["cuda"] * torch.cuda.is_available(), *(f"cuda:{n}" for n in range(torch.cuda.device_count())),
+             *["mps"] * torch.backends.mps.is_available()]
+    if args.device not in there:
+        raise ValueError(f"--device {args.device}: PyTorch sees {', '.join(there)} here")
     if args.generate and not (args.pipeline and args.latents):
         raise ValueError("--generate needs --pipeline HUB_ID and --latents DIR, for what it makes")
     if args.reconstruct and Path(args.reconstruct[1]).suffix.lower() not in (".mp4", ".mkv", ".mov"):
@@ -718,30 +821,90 @@ def parse():
     return args
 
 
+def check_inputs(args):
+    """Raises OSError or ValueError for what is missing or cannot be written, before anything is fetched or computed."""
+    if args.reconstruct:
+        source, target = map(Path, args.reconstruct)
+        if not source.is_file():
+            raise FileNotFoundError(f"no video {source}")
+        try:
+            with open_video(source) as container:
+                video_stream(container)
+        except BROKEN as error:
+            raise ValueError(f"{source}: {why(error)}") from None
+        if target.is_dir():
+            raise OSError(f"--reconstruct cannot write {target}: it is a folder")
+        return check_writable(target.parent)
+    if args.generate:
+        if not Path(args.generate).is_file():
+            raise FileNotFoundError(f"no file {args.generate} with prompts, one a line")
+        return check_writable(args.latents)
+    if args.out:
+        check_writable(args.out)
+    if args.latents:
+        SavedLatents(args.latents)
+    if args.data != "synthetic" and not args.download and ("fvd" in args.metrics or not args.latents):
+        find_clips(args.data, args.root, args.split)
+
+
+def whose(args, files):
+    """What tells this evaluation's results from another's."""
+    return {"data": args.data, "root": args.root, "split": args.split, "latents": args.latents,
+            "compared_with": args.against, "students": list(files)}
+
+
+def results_folder(args, files):
+    """--out, else the first student's run, else out/evaluate; in these two a folder for each data set but made-up
+    video. OSError where it cannot be written, ValueError where it holds results of other data or students."""
+    run = next(iter(files.values())).resolve().parent
+    out = Path(args.out) if args.out else run if run.parent == Path("out").resolve() else Path("out/evaluate")
+    if not args.out and (args.latents or args.data != "synthetic"):
+        out = out / Path(args.latents or args.data).resolve().name
+    check_writable(out)
+    try:
+        there = json.loads((out / "results.json").read_text())
+    except (OSError, ValueError):
+        return out                  # none, or none that says anything
+    there = there if isinstance(there, dict) else {}
+    other = [f"{key} {there[key]}" for key, mine in whose(args, files).items() if there.get(key, mine) != mine]
+    if other:
+        raise ValueError(f"{out}/results.json is of {', '.join(other)}: name another folder with --out, or delete it")
+    return out
+
+
 def one_video(args, teacher, students, device):
     """--reconstruct."""
     source, target = map(Path, args.reconstruct)
-    if not source.is_file():
-        raise FileNotFoundError(f"no video {source}")
     name, student = next(iter(students.items()))
     target.parent.mkdir(parents=True, exist_ok=True)
     frames, _, _ = clip_shape(args, teacher)
     start = time.perf_counter()
-    count, quality = reconstruct(teacher, student, source, target, frames, device, getattr(torch, args.dtype))
+    count, quality, lost = reconstruct(teacher, student, source, target, frames, device, getattr(torch, args.dtype))
     print(f"{target}: {count} frames through the {teacher.name} teacher's encoder and {name}, PSNR {quality:.2f} dB, "
           f"{count / (time.perf_counter() - start):.2f} frames per second, video decoding and encoding included")
+    if lost:
+        print(f"{source} promises {count + lost} frames: {lost} could not be read and are missing from {target}",
+              file=sys.stderr)
 
 
 @torch.inference_mode()
 def evaluate(args):
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False         # float32 is float32
     if args.threads:
         torch.set_num_threads(args.threads)
     rank, _ = process()
     local = int(os.environ.get("LOCAL_RANK", 0))
     device = torch.device(f"cuda:{local}" if args.device == "cuda" and dist.is_initialized() else args.device)
+    if device.type == "cuda":
+        if (device.index or 0) >= torch.cuda.device_count():
+            raise ValueError(f"process {local} has no GPU: PyTorch sees {torch.cuda.device_count()} here")
+        torch.cuda.set_device(device)           # what PyTorch or a pipeline allocates without saying where
+    check_inputs(args)
     if args.generate:
         return generate(args, device)
-    teacher, students, files = load_decoders(args, device)
+    files = find_students(args.student, args.teacher)
+    out = None if args.reconstruct else results_folder(args, files)
+    teacher, students = load_decoders(args, files, device)
     if not args.student and rank == 0:
         print(f"the student {next(iter(students))}" if SHIPPED not in files.values() else f"no student in out/: evaluating the shipped one, {short(SHIPPED)}")
     if args.reconstruct:
@@ -754,32 +917,35 @@ def evaluate(args):
     if args.latents:
         items, reference = SavedLatents(args.latents), label
         numbers, name_of, skipped = range(min(args.clips or len(items), len(items))), lambda n: items.files[n].name, {}
-        first = next((item for _, item, _ in map(OrReason(items).__getitem__, numbers) if item is not None), None)
-        if first is None:
-            raise ValueError(f"none of the files in {args.latents} holds latents")
-        frames, height, width = students[next(iter(students))](first[None].to(device, teacher.dtype)).shape[2:]
+        shape = items.usual_shape(numbers, teacher.latent_channels)
+        like = torch.zeros(1, *shape, device=device, dtype=teacher.dtype)
+        frames, height, width = next(iter(students.values()))(like).shape[2:]
         videos_of = lambda latents: decode(latents.to(teacher.dtype))
         real_clips = open_clips(args, frames, height, width) if args.data != "synthetic" and "fvd" in args.metrics else None
         without = {} if real_clips or "fvd" not in args.metrics else {"fvd": "real video is needed: --data openvid, for example"}
     else:
         frames, height, width = clip_shape(args, teacher)
         items, numbers, name_of, skipped = open_clips(args, frames, height, width)
-        reference, first, without = {"input": "input", "teacher": label}[args.against], None, {}
+        reference, shape, without = {"input": "input", "teacher": label}[args.against], None, {}
         videos_of = lambda video: {"input": video, **decode(encode(video))}
     functions, detector, without = load_metrics(args, frames, device, without)
-    records, features, failed = measure(items, numbers, args, videos_of, reference, functions, detector, device, name_of,
-                                        first if first is None else first.shape)
+    records, features, failed, broken = measure(items, numbers, args, videos_of, reference, functions, detector, device,
+                                                name_of, shape)
     skipped = {**skipped, **failed}
+    broken = drop_broken(records, features, broken, skipped, name_of) if rank == 0 else []
     real = None
     if args.latents and detector:
         clips, real, name_of_real, skipped_real = real_clips
-        seen, found, failed = measure(clips, real, args, lambda video: {"input": video}, None, {}, detector, device, name_of_real)
+        seen, found, failed, _ = measure(clips, real, args, lambda video: {"input": video}, None, {}, detector, device,
+                                         name_of_real)
         features, skipped, real = {**features, **found}, {**skipped, **skipped_real, **failed}, [name_of_real(n) for n in sorted(seen)]
     if rank:
         return
     for clips, where in ((records, args.latents or args.data), (real, args.data)):
         if clips is not None and not clips:
             raise ValueError(f"none of the clips in {where} can be evaluated")
+    if reference in broken:
+        raise ValueError(f"{reference} gave values that are not finite for every clip: nothing can be compared with it")
 
     done, fvd, few = sorted(records), {}, None
     if detector:
@@ -793,10 +959,11 @@ def evaluate(args):
     count = lambda module: sum(p.numel() for p in module.parameters())
     rows = []
     for name in decoders:
-        values = {m: mean(name, m) if m in functions and name != reference else fvd.get(name) if m == "fvd" else None for m in args.metrics}
+        compared = functions if name not in (reference, *broken) else {}
+        values = {m: mean(name, m) if m in compared else fvd.get(name) if m == "fvd" else None for m in args.metrics}
         rows.append({"model": name, "parameters": count(students.get(name, teacher.vae.decoder)), **values, "fps": fps[name],
                      "psnr_kept": None, "speed_up": fps[name] / fps[label]})
-        if "psnr" in functions and reference == "input":
+        if "psnr" in functions and reference == "input" and not {name, label} & set(broken):
             rows[-1]["psnr_kept"] = 100 * rows[-1]["psnr"] / rows[0]["psnr"]
     hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     what = (f"{args.latents or args.data}: {len(done)} clips of {frames}x{height}x{width} (frames x height x width)"
@@ -804,19 +971,19 @@ def evaluate(args):
             f"{hardware}, {torch.get_num_threads()} CPU threads, {args.dtype}, {together} at a time for speed; {len(skipped)} clips skipped")
     columns = {m: ("FVD", 2) if m == "fvd" and args.latents else METRICS[m] for m in args.metrics}
     notes = [f"{columns[m][0]}: {reason}" for m, reason in (without | ({"fvd": few} if few else {})).items()]
+    notes += [f"{name}: every clip's video holds values that are not finite" for name in broken]
     print("\n".join([table(rows, columns), what, *notes]))
 
-    run = next(iter(files.values())).resolve().parent
-    out = Path(args.out) if args.out else run if run.parent == Path("out").resolve() else Path("out/evaluate")
     out.mkdir(parents=True, exist_ok=True)
     names = [name_of(n) for n in done]
     digest = lambda data: hashlib.sha256(data).hexdigest()
     measured_by = {"AlexNet": Path(args.lpips_weights or cached(ALEXNET))} if "lpips" in functions else {}
     measured_by |= {"I3D": Path(args.i3d or cached("i3d_torchscript.pt"))} if detector else {}
     results = {
-        "rows": rows, "data": args.data, "latents": args.latents, "seed": args.seed if args.data == "synthetic" else None, "clips": len(done),
+        "rows": rows, **whose(args, files), "seed": args.seed if args.data == "synthetic" else None, "clips": len(done),
         "against": reference, "frames": frames, "height": height, "width": width, "device": hardware, "threads": torch.get_num_threads(),
-        "timed_together": together, "dtype": args.dtype, "skipped": skipped, "without": without, "about_fvd": few, "command": ["python", *sys.argv],
+        "timed_together": together, "dtype": args.dtype, "skipped": skipped, "broken": broken,
+        "without": without, "about_fvd": few, "command": ["python", *sys.argv],
         "versions": {"python": platform.python_version(), **{p: version(p) for p in ("torch", "torchvision", "torchmetrics", "lpips", "av")}},
         "weights": {label: teacher.weights_hash(), **{name: digest(file.read_bytes()) for name, file in {**files, **measured_by}.items()}},
         "clips_hash": digest(json.dumps([names, real]).encode()),
@@ -833,10 +1000,12 @@ def evaluate(args):
     picks = {order[len(order) // 2]: "median", order[0]: "worst", order[-1]: "best"} if metric and len(done) > 1 else {order[0]: "clip"}
     shown = []
     for n in sorted(picks, key=order.index):
-        videos = {name: frames_of(video) for name, video in videos_of(items[n][None].to(device)).items()}
+        videos = videos_of(items[n][None].to(device))
         title = lambda name: name + (f", {records[n][name]['psnr']:.2f} dB" if "psnr" in records[n].get(name, {}) else "")
-        error = (4 * (videos[student] - videos[reference]).abs()).clamp(max=1)
-        shown.append((f"{picks[n]}: {name_of(n)}", [(title(name), v) for name, v in videos.items()] + [(f"|error| x4 of {student}", error)]))
+        tiles = [(title(name), tile(frames_of(video))) for name, video in videos.items()]
+        error = tile((4 * (frames_of(videos[student]) - frames_of(videos[reference])).abs()).clamp(max=1))
+        shown.append((f"{picks[n]}: {name_of(n)}", [*tiles, (f"|error| x4 of {student}", error)]))
+        del videos          # before the next clip's are made
     sheets = [sheet(shown, t) for t in range(frames)]
     replace(out / "compare.png", lambda file: Image.fromarray(sheets[frames // 2]).save(file))
     write_film(out / "compare.mp4", sheets)
@@ -855,9 +1024,14 @@ def main():
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)           # as Ctrl-C: what is half written is removed
     try:
         main()
-    except torch.OutOfMemoryError:
+    except KeyboardInterrupt:
+        sys.exit("error: stopped")
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
+            raise
         sys.exit("error: out of memory: smaller --batch, --size or --frames, or --dtype bfloat16, need less")
     except (ValueError, OSError) as error:     # wrong input; anything else is a bug and shows its trace
         sys.exit(f"error: {(str(error).strip() or type(error).__name__).splitlines()[0]}")

@@ -20,7 +20,9 @@ import json
 import logging
 import math
 import os
+import re
 import shutil
+import signal
 import sys
 import tempfile
 import time
@@ -33,7 +35,7 @@ import torch
 import torch.nn.functional as F
 
 from model import (BLOCKS, CONFIGS, OWN_FILE, ChannelNorm, Conv3d, Resnet, SeparableConv3d, TurboVAED, Upsampler,
-                   Upsampler2d)
+                   Upsampler2d, check_writable, out_of_memory, summary)
 
 SHIPPED = Path(__file__).resolve().parent / "assets" / "tiny_student.safetensors"
 PARTS = ("conv_in", *BLOCKS, "out")
@@ -297,8 +299,9 @@ def export(model, size=(512, 512), latent_frames=None, path="student.mlpackage",
     decodes a little more and crops. latent_frames: None takes what makes 17 frames, 16 where first frames are kept. Input
     "latents" (1, C, t, h, w) as the teacher's encoder gives them; output "video" (1, 3, T, height, width), about [-1, 1], not
     clamped. bits: 8, 6 or 4 palettises the weights by k-means. gather=False repeats and reorders frames by splits and concats.
-    plain=True exports the student's own forward. note goes into the description. Written beside its place and renamed.
-    Raises ValueError for sizes below 1, other bits, other names, or without coremltools.
+    plain=True exports the student's own forward. note goes into the description. Written beside its place and renamed;
+    a report beside the old package goes with it. Raises ValueError for sizes below 1, other bits, other names, or
+    without coremltools.
     """
     path, config = Path(path), model.config
     if min(*size, 1 if latent_frames is None else latent_frames) < 1:
@@ -323,15 +326,41 @@ def export(model, size=(512, 512), latent_frames=None, path="student.mlpackage",
         frames=str(config.frames(shape[2])), weights_sha256=weights_hash(model), bits=str(bits or 16), note=note,
         graph="plain" if plain else "phone")
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{os.getpid()}.{path.name}")
+    partial = path.with_name(f".{os.getpid()}.partial.{path.name}")
     try:
         package.save(str(partial))
         (partial / "executorch_debug_handle_mapping.json").unlink(missing_ok=True)      # the converter's own, no part of it
-        shutil.rmtree(path, ignore_errors=True)
-        os.rename(partial, path)
+        install(partial, path)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return path
+
+
+def install(made, path):
+    """Rename the package `made` to `path`. The one that was there goes only then, and its report before it: no report
+    stays beside a package that it does not speak of."""
+    old = path.with_name(f".{os.getpid()}.old.{path.name}")
+    try:
+        path.with_suffix(".json").unlink(missing_ok=True)
+        if path.exists():
+            os.rename(path, old)            # a folder that holds files cannot be renamed over
+        os.rename(made, path)
+    finally:
+        if old.exists() and not path.exists():
+            os.rename(old, path)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def write_report(path, r):
+    """The report r as JSON beside the package at `path`."""
+    file = path.with_suffix(".json")
+    partial = file.with_name(f".{os.getpid()}.{file.name}")
+    try:
+        partial.write_text(json.dumps(r, indent=1) + "\n")
+        os.replace(partial, file)
+    finally:
+        partial.unlink(missing_ok=True)
+    print(f"{file}\n")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -563,13 +592,25 @@ def check_weights(program, model, path):
         raise ValueError(f"{path} was exported from other weights than this student's")
 
 
+def predict(path, units, latents):
+    """Core ML's video, float32, on those compute units of this Mac."""
+    ct = coremltools()
+    try:
+        package = ct.models.MLModel(str(path), compute_units=ct.ComputeUnit[units])
+        video = package.predict({"latents": latents.numpy().astype(np.float16)})["video"]
+        return torch.from_numpy(np.asarray(video, np.float32))
+    except Exception as error:      # Core ML's own, of many classes
+        raise ValueError(f"{path}: Core ML cannot run it on {units}: {summary(error)}") from None
+
+
 @torch.inference_mode()
 def compare(path, model, seed=0):
     """What the saved package at `path` computes, beside its student, on normal latents: {which: {worst_error, psnr}}.
 
-    "float32" and "fp16": its operations one by one, see `run`; "core_ml": Core ML's prediction, on a Mac. Palettised packages
-    are compared with the student that has their weights, and "palettised" is that one beside `model` itself. Raises ValueError
-    as `run` and Program do, and for a package of other weights.
+    "float32" and "fp16": its operations one by one, see `run`; on a Mac "core_ml", Core ML's prediction on the CPU, and
+    "neural_engine", the same where the Neural Engine may take part. Palettised packages are compared with the student
+    that has their weights, and "palettised" is that one beside `model` itself. Raises ValueError as `run` and Program
+    do, for a package of other weights, and for Core ML's own errors.
     """
     program, model = Program(path), copy.deepcopy(model).float().cpu().channels_last()
     check_weights(program, model, path)
@@ -586,8 +627,8 @@ def compare(path, model, seed=0):
     results["fp16"] = difference(run(program, latents, fp16=True), expected)
     results["fp16"]["largest_sum_of_squares"] = program.largest_square
     if sys.platform == "darwin":
-        video = coremltools().models.MLModel(str(path)).predict({"latents": latents.numpy().astype(np.float16)})["video"]
-        results["core_ml"] = difference(torch.from_numpy(np.asarray(video, np.float32)), expected)
+        for which, units in (("core_ml", "CPU_ONLY"), ("neural_engine", "CPU_AND_NE")):     # the second has no bound
+            results[which] = difference(predict(path, units, latents), expected)
     return results
 
 
@@ -714,11 +755,13 @@ def table(r):
 
 
 def prove(path, model, r, whole=False):
-    """Compare the package with the student, print how they differ, write the report beside it; ValueError if too much."""
+    """Compare the package with the student, print how they differ; the report with the proof, or ValueError if too
+    much."""
     started = time.perf_counter()
     results = (prove_by_height(path, model) if r["flops"] > WHOLE_FLOPS and not whole else None) or compare(path, model)
     words = {"palettised": "its weights against the student's", "float32": "its operations in float32",
-             "fp16": "its operations, each rounded to fp16", "core_ml": "Core ML's prediction"}
+             "fp16": "its operations, each rounded to fp16",
+             "core_ml": "Core ML's prediction on the CPU", "neural_engine": "with the Neural Engine"}
     if "run_at" in results:
         print(f"run at {results['run_at']}, where it is the same program but for the height (--whole runs all of it):")
     for which, result in [(which, result) for which, result in results.items() if which in words]:
@@ -727,8 +770,7 @@ def prove(path, model, r, whole=False):
         print(f"largest sum of squares under a norm {largest:.3g}, fp16 holds 65504")
     print(f"in {time.perf_counter() - started:.0f} s", flush=True)
     check(results)
-    path.with_suffix(".json").write_text(json.dumps({**r, "proof": results}, indent=1) + "\n")
-    print(f"{path.with_suffix('.json')}\n")
+    return {**r, "proof": results}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -768,41 +810,80 @@ def parse():
 
 
 def find_student(args):
-    """(name, model, folder for its packages)."""
+    """(name, model, folder for its packages): a run's own student is named after its teacher and has its packages in
+    the run's folder; where students share a folder, the file's or the run's name tells them apart."""
     if args.random:
         torch.manual_seed(0)
-        return f"{args.config}_random", TurboVAED(CONFIGS[args.config]), Path("out/export")
+        return f"{args.config}_random", TurboVAED(CONFIGS[args.config]), Path(args.out or "out/export")
     path = args.student
     if path is None:
-        trained = sorted(Path("out").glob(f"*/{OWN_FILE}"), key=lambda file: file.stat().st_mtime)
+        trained = sorted(Path("out").glob(f"[!.]*/{OWN_FILE}"), key=lambda file: file.stat().st_mtime)
         path = trained[-1] if trained else SHIPPED
         print(f"the student {path}" if trained else f"no student in out/: the shipped one, {path.name}")
     model = TurboVAED.from_pretrained(path, config=args.config)
-    run = Path(path) if Path(path).is_dir() else Path(path).parent
-    name = model.metadata.get("teacher") or args.config or next((n for n, c in CONFIGS.items() if c == model.config), "student")
-    return name, model, run if run.resolve().parent == Path("out").resolve() else Path("out/export")
+    teacher = model.metadata.get("teacher")
+    if teacher is None:
+        teacher = next((n for n, c in CONFIGS.items() if c == model.config), "student")
+        print(f"{path} does not say which teacher it was made for: the package is named after {teacher}")
+    teacher = re.sub(r"[^\w.-]", "_", teacher)          # it is to be in a file's name
+    file = Path(path).resolve()
+    file = file / OWN_FILE if file.is_dir() else file
+    own = file.parent.parent == Path("out").resolve()
+    label = file.parent.name if file.name == OWN_FILE else file.stem
+    if own and not args.out and file.name == OWN_FILE:
+        return teacher, model, file.parent
+    folder = Path(args.out or (file.parent if own else "out/export"))
+    return label if label.startswith(teacher) else f"{teacher}_{label}", model, folder
+
+
+def check_whose(path, model):
+    """Raise ValueError if there is another student's package at `path`, but in a run's folder, whose student goes
+    on."""
+    if (path.parent / OWN_FILE).exists() or not path.exists():
+        return
+    if Program(path).metadata.get("weights_sha256") != weights_hash(model):
+        raise ValueError(f"{path} is another student's: name another folder with --out, or delete it")
 
 
 def main():
     args = parse()
-    name, model, run = find_student(args)
+    if args.verify and not Path(args.verify).is_dir():
+        raise FileNotFoundError(f"{args.verify}: no such Core ML package")
+    check_writable(args.out or "out")
+    name, model, folder = find_student(args)
     if args.verify:
         path = Path(args.verify)
-        return prove(path, model, report(Program(path)), args.whole)
+        return write_report(path, prove(path, model, report(Program(path)), args.whole))
+    options = "".join([f"_{args.bits}bit" * bool(args.bits), "_plain" * args.plain, "_split" * (not args.gather)])
+    paths = {}
     for size in args.size:
         t = latent_shape(model.config, size, args.latent_frames)[2]
-        options = "".join([f"_{args.bits}bit" * bool(args.bits), "_plain" * args.plain, "_split" * (not args.gather)])
-        path = Path(args.out or run) / f"{name}_{model.config.frames(t)}x{size[0]}x{size[1]}{options}.mlpackage"
-        started = time.perf_counter()
-        export(model, size, args.latent_frames, path, args.bits, args.gather, args.plain,
-               note="Random weights: for speed only." if args.random else "")
-        r = report(Program(path))
-        print(f"{path}: exported in {time.perf_counter() - started:.0f} s\n{table(r)}", flush=True)
-        prove(path, model, r, args.whole)
+        paths[size] = folder / f"{name}_{model.config.frames(t)}x{size[0]}x{size[1]}{options}.mlpackage"
+        check_whose(paths[size], model)
+    check_writable(folder)
+    for size, path in paths.items():
+        started, made = time.perf_counter(), path.with_name(f".{os.getpid()}.{path.name}")
+        try:        # what is there stays until the new package is proven
+            export(model, size, args.latent_frames, made, args.bits, args.gather, args.plain,
+                   note="Random weights: for speed only." if args.random else "")
+            r = report(Program(made))
+            print(f"{path}: exported in {time.perf_counter() - started:.0f} s\n{table(r)}", flush=True)
+            r = prove(made, model, r, args.whole)
+            install(made, path)
+            write_report(path, r)
+        finally:
+            shutil.rmtree(made, ignore_errors=True)
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)           # as Ctrl-C: what is half written is removed
     try:
         main()
+    except KeyboardInterrupt:
+        sys.exit("error: stopped")
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
+            raise
+        sys.exit("error: out of memory: a smaller --size or fewer --latent-frames need less")
     except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+        sys.exit(f"error: {(str(error).strip() or type(error).__name__).splitlines()[0]}")

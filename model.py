@@ -12,12 +12,16 @@ Turbo-VAED paper.
 """
 
 import argparse
+import copy
 import json
 import math
 import os
 import pickle
 import re
-from dataclasses import asdict, dataclass
+import sys
+import warnings
+from collections import Counter
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -46,6 +50,21 @@ class TurboVAEDConfig:
         freeze = lambda v: tuple(map(freeze, v)) if isinstance(v, (list, tuple)) else v   # JSON knows lists only
         for name in ("widths", "resnets", "up", "separable"):
             object.__setattr__(self, name, freeze(getattr(self, name)))
+        number = lambda v, least=1, most=2 ** 16: type(v) is int and least <= v <= most        # True is no number
+        several = lambda v, fits: type(v) is tuple and all(map(fits, v))
+        text = lambda v: type(v) is str
+        for name, fits, what in (
+                ("latent_channels", number, "a number from 1"),
+                ("widths", lambda v: several(v, number), "numbers from 1"),
+                ("resnets", lambda v: several(v, lambda n: number(n, 0, 256)), "numbers from 0 to 256"),
+                ("up", lambda v: several(v, lambda f: f is None or several(f, lambda r: number(r, 0, 16))),
+                 "pairs of numbers, or None"),
+                ("patch", number, "a number from 1"), ("drop_first", lambda v: type(v) is bool, "True or False"),
+                ("separable", lambda v: several(v, text), "names"),
+                ("kernel", lambda v: number(v, 1, 31), "a number from 1 to 31"),
+                ("upsampling", text, "a name")):
+            if not fits(getattr(self, name)):
+                raise ValueError(f"{name} must be {what}, got {str(getattr(self, name))[:80]}")
         for name, length in (("widths", 5), ("resnets", 5), ("up", 4)):
             if len(getattr(self, name)) != length:
                 raise ValueError(f"{name} needs {length} entries, got {getattr(self, name)}")
@@ -114,6 +133,8 @@ CONFIGS = {
 PUBLISHED = {"ltx": "Turbo-VAED-LTX.pth", "dc": "Turbo-VAED-DC.pth",
              "hunyuan": "Turbo-VAED-Hunyuan.pth", "cog": "Turbo-VAED-Cog.pth"}
 OWN_FILE = "student.safetensors"
+# a key of the decoder's, after a prefix
+IN_DECODER = re.compile(r"((?:[^.]+\.)*?)(?:conv_in|mid_block|up_blocks|upsampler2d_[12]|conv_out)\.")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -353,7 +374,8 @@ class TurboVAED(nn.Module):
         """Write weights and configuration to one .safetensors file and return its path.
 
         path is that file, or a folder, which gets `student.safetensors`. metadata (str -> str) is kept in the file and
-        comes back as `model.metadata`. Written beside its place and renamed, so a crash leaves no half file.
+        comes back as `model.metadata`, with what the model's own says besides. Written beside its place and renamed, so
+        a crash leaves no half file.
         """
         from safetensors.torch import save
         path = Path(path).expanduser()
@@ -364,8 +386,8 @@ class TurboVAED(nn.Module):
         state = {key: tensor.detach().cpu().contiguous() for key, tensor in self.state_dict().items()}
         partial_file = path.with_name(f"{path.name}.partial")
         try:
-            # not safetensors' save_file: what that writes only its owner may read
-            partial_file.write_bytes(save(state, metadata={**(metadata or {}), "config": json.dumps(asdict(self.config))}))
+            about = {**self.metadata, **(metadata or {}), "config": json.dumps(asdict(self.config))}
+            partial_file.write_bytes(save(state, metadata=about))      # what save_file writes only its owner may read
             os.replace(partial_file, path)
         except OSError as error:
             raise OSError(f"{path} cannot be written ({error.strerror}); what was there before still is") from None
@@ -377,20 +399,25 @@ class TurboVAED(nn.Module):
     def from_pretrained(cls, path, config=None):
         """Read a student in float32 on the CPU: ours, or a published Turbo-VAED checkpoint.
 
-        path: a file that save_pretrained wrote or a folder with one; a plain state dict, `.pth` or `.safetensors`; or a
-        hub id such as "hustvl/Turbo-VAED", which needs `config`. config: a TurboVAEDConfig or a name in CONFIGS; None
-        takes the file's own, or the first of CONFIGS whose keys and shapes are the file's ("hunyuan" for "cog").
+        path: a file that save_pretrained wrote or a folder with one; a plain state dict, `.pth` or `.safetensors`, also
+        as training scripts wrap it and with an encoder or heads beside the decoder, which stderr tells is left out; or
+        a hub id such as "hustvl/Turbo-VAED", which needs `config`. config: a TurboVAEDConfig or a name in CONFIGS; None
+        takes the file's own, or the first of CONFIGS whose keys and shapes are the file's ("hunyuan" for "cog"). A name
+        or a published file's, also says whose latents it decodes where the file does not: `model.metadata["teacher"]`.
         Raises FileNotFoundError, or ValueError with one line that says what does not fit.
         """
         if isinstance(config, str) and config not in CONFIGS:
             raise ValueError(f"no configuration {config!r}; there are {', '.join(CONFIGS)}")
         file = find_checkpoint(path, config)
         state, metadata = read_checkpoint(file)
+        named = [config] if isinstance(config, str) else [name for name in PUBLISHED if PUBLISHED[name] == file.name]
+        if named:
+            metadata.setdefault("teacher", named[0])
         config = CONFIGS[config] if isinstance(config, str) else config
         if "config" in metadata:
             try:
                 written = TurboVAEDConfig(**json.loads(metadata.pop("config")))
-            except (TypeError, ValueError) as error:
+            except (TypeError, ValueError, RecursionError) as error:
                 raise ValueError(f"{file}: its configuration cannot be read: {summary(error)}") from None
             if config and config != written:
                 raise ValueError(f"{file}: was written as {config_name(written)}, not as {config_name(config)}")
@@ -406,9 +433,42 @@ class TurboVAED(nn.Module):
             more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
             hint = "" if wrong[nearest] else f'; this is a checkpoint of "{nearest}": pass config="{nearest}"'
             raise ValueError(f"{file}: does not fit {config_name(config)}: {'; '.join(problems[:3])}{more}{hint}")
-        model.load_state_dict({key: tensor.float() for key, tensor in state.items()}, assign=True)
+        state = {key: tensor.float() for key, tensor in state.items()}
+        broken = next((key for key, tensor in state.items() if not tensor.isfinite().all()), None)
+        if broken:
+            raise ValueError(f"{file}: {broken} holds values that are not finite")
+        model.load_state_dict(state, assign=True)
         model.metadata = metadata
         return model
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Whose latents a student decodes.
+
+# diffusers' classes of the teachers' VAEs
+VAES = {"AutoencoderKLLTXVideo": ("ltx",), "AutoencoderKLHunyuanVideo": ("hunyuan",),
+        "AutoencoderKLCogVideoX": ("cog",), "AutoencoderKLWan": ("wan21", "wan22"), "AutoencoderKLLTX2Video": ("ltx2",)}
+
+
+def check_fit(student, what, teachers, channels, compression, images, who="the student"):
+    """Raise ValueError unless `student` decodes the latents of `what`: of one of `teachers` (names; empty: not known),
+    with so many channels, that (d_t, d_h, d_w), and first frames dropped if `images`. Channels and compression None are
+    not compared. Returns what was assumed, or None: latents of one shape mean different things, and not every file says
+    whose it decodes.
+    """
+    config, teacher, wrong = student.config, student.metadata.get("teacher"), []
+    if channels not in (None, config.latent_channels):
+        wrong.append(f"decodes {config.latent_channels} latent channels, not {channels}")
+    if compression not in (None, config.compression):
+        wrong.append(f"has compression {config.compression}, not {compression}")
+    elif config.drop_first != images and config.compression[0] > 1:
+        wrong.append(f"{'drops' if config.drop_first else 'keeps'} first frames: 2 latent frames would be "
+                     f"{config.frames(2)} frames, not {replace(config, drop_first=images).frames(2)}")
+    if teacher and teachers and teacher not in teachers:
+        wrong.append(f"was made for latents of {teacher}, not {' or '.join(teachers)}")
+    if wrong:
+        raise ValueError(f"{who} does not fit {what}: it {', it '.join(wrong)}")
+    return None if teacher else f"{who} does not say whose latents it was made for: assumed are those of {what}"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -417,9 +477,12 @@ class TurboVAED(nn.Module):
 def use_student(pipe_or_vae, student):
     """Put `student` in the place of the decoder of a diffusers pipeline or VAE, so that `pipe(...)` decodes through it.
 
-    Only `vae.decode` changes: it hands the latents that it is given to the student, whole (no tiling or slicing), in the
-    latents' own precision and on their device. student None puts the VAE's own decoder back. Returns pipe_or_vae.
-    Raises ValueError if the student decodes other latents than this VAE's, TypeError if there is no VAE.
+    Only `vae.decode` changes: it hands the latents that it is given to a copy of the student, whole (no tiling or
+    slicing), in the latents' own precision and on their device. Where accelerate offloads the pipeline's models, it
+    takes part: the model before it leaves the GPU, and so does the copy afterwards. student None puts the VAE's own
+    decoder back. Returns pipe_or_vae. Raises ValueError if the student decodes other latents than this VAE's, TypeError
+    if there is no VAE; warns where the student's file does not say whose latents it decodes, and where the pipeline
+    will mix noise into them.
     """
     vae = getattr(pipe_or_vae, "vae", pipe_or_vae)
     if not hasattr(vae, "decode"):
@@ -427,14 +490,29 @@ def use_student(pipe_or_vae, student):
     vars(vae).pop("decode", None)
     if student is None:
         return pipe_or_vae
-    channels = next((vae.config[key] for key in ("latent_channels", "z_dim") if key in vae.config), None)
-    if channels != student.config.latent_channels:
-        raise ValueError(f"the student decodes {student.config.latent_channels} latent channels, "
-                         f"this {type(vae).__name__} has {channels}")
+    kinds = next((VAES[kind.__name__] for kind in type(vae).__mro__ if kind.__name__ in VAES), ())
+    get = lambda *names: next((v for n in names for v in (vae.config.get(n), vars(vae).get(n)) if v), None)
+    time = get("scale_factor_temporal", "temporal_compression_ratio")
+    space = get("scale_factor_spatial", "spatial_compression_ratio") or \
+        2 ** (len(vae.config.get("block_out_channels") or ()) - 1)          # CogVideoX's does not say
+    assumed = check_fit(student, f"this {type(vae).__name__}", kinds, get("latent_channels", "z_dim"),
+                        (time, space, space) if time and space >= 1 else None, images=True)
+    if assumed:
+        warnings.warn(assumed, stacklevel=2)
+    if vae.config.get("timestep_conditioning"):
+        warnings.warn("this VAE's pipelines mix noise into the latents before decoding where decode_timestep or "
+                      "decode_noise_scale is not 0, and the student does not take it out: call them with "
+                      "decode_noise_scale=0.0", stacklevel=2)
+    student = copy.deepcopy(student).eval()         # the caller's own keeps its precision and its place
 
     @torch.no_grad()
     def decode(z, *conditioning, return_dict=True, **more):      # a timestep, a generator: the student needs neither
-        video = student.to(z.device, z.dtype).eval()(z)
+        hook = getattr(vae, "_hf_hook", None)       # accelerate's, where models are offloaded; as diffusers' own decode
+        if hook:
+            hook.pre_forward(student)
+        video = student.to(z.device, z.dtype)(z)
+        if hook:
+            student.to("cpu")
         if not return_dict:
             return (video,)
         from diffusers.models.autoencoders.vae import DecoderOutput
@@ -455,6 +533,21 @@ def config_name(config):
 def summary(error):
     """The first sentence of another library's message."""
     return (str(error).strip() or type(error).__name__).splitlines()[0].split(". ")[0]
+
+
+def check_writable(folder):
+    """Raise OSError unless `folder` can be written to, or made: to be asked before anything is computed for it."""
+    path = Path(folder).absolute()
+    place = next(place for place in (path, *path.parents) if place.exists())
+    if not (place.is_dir() and os.access(place, os.W_OK | os.X_OK)):
+        what = "read-only" if place.is_dir() else "no folder"
+        raise OSError(f"nothing can be written to {folder}: {place} is {what}")
+
+
+def out_of_memory(error):
+    """Whether an exception says so; on a CPU PyTorch has no class of its own for it."""
+    words = ("can't allocate memory", "not enough memory", "out of memory", "buffer size")
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(w in str(error).lower() for w in words)
 
 
 def find_checkpoint(path, config):
@@ -500,15 +593,41 @@ def read_checkpoint(file):
         raise ValueError(f"{file}: truncated, or holds more than names and tensors; it was not unpickled") from None
     except Exception as error:          # damage in the wrong place may raise nearly anything
         raise ValueError(f"{file}: truncated, or no checkpoint: {summary(error)}") from None
-    for key in ("ema", "state_dict", "model"):      # as training scripts wrap them
-        if isinstance(state, dict) and isinstance(state.get(key), dict):
-            state = state[key]
-    if not isinstance(state, dict) or not state or not all(isinstance(v, torch.Tensor) for v in state.values()):
+    state = flat(state)
+    if not state:
         raise ValueError(f"{file}: holds no state dict (names and tensors)")
-    for prefix in ("module.", "_orig_mod.", "decoder."):
-        if all(key.startswith(prefix) for key in state):
-            state = {key[len(prefix):]: tensor for key, tensor in state.items()}
+    state, left_out = take_decoder(state)
+    if left_out:
+        print(f"{file}: left out what is not the decoder: {', '.join(left_out)}", file=sys.stderr)
+    plain = lambda t: t.is_floating_point() and not t.is_meta and t.layout == torch.strided
+    wrong = next((key for key, tensor in state.items() if not plain(tensor)), None)
+    if wrong:
+        raise ValueError(f"{file}: {wrong} holds no floating-point numbers, or not as a plain tensor")
     return state, metadata
+
+
+def flat(tree, path=()):
+    """{names joined by dots: tensor} of all tensors in nested dicts."""
+    if isinstance(tree, torch.Tensor):
+        return {".".join(path): tree}
+    items = tree.items() if isinstance(tree, dict) else ()
+    return {name: tensor for key, value in items for name, tensor in flat(value, (*path, str(key))).items()}
+
+
+def take_decoder(state):
+    """(the decoder's tensors of a flat state dict under their own names, what was left out): out of a whole VAE, of a
+    training script's wrapper, from beside projection heads; of several the EMA weights. All of it where there is no
+    decoder."""
+    words, others = lambda prefix: set(re.split(r"[._]", prefix)), {"encoder", "teacher", "discriminator"}
+    matches = [m for m in map(IN_DECODER.match, state) if m and not words(m[1]) & others]
+    found = Counter(m[1] for m in matches)
+    if not found:
+        return state, []
+    prefix = max(found, key=lambda p: ("ema" in words(p), bool(words(p) & {"decoder", "student"}), found[p]))
+    mine = {m.string: m.string[len(prefix):] for m in matches if m[1] == prefix}
+    depth = lambda key: max(1, prefix.count(".") + key.startswith(prefix))
+    left_out = sorted({".".join(key.split(".")[:depth(key)]) for key in state.keys() - mine.keys()})
+    return {name: state[key] for key, name in mine.items()}, left_out
 
 
 def differences(want, have):

@@ -269,13 +269,16 @@ class Teacher(nn.Module):
         self.latent_channels, self.compression = latent_channels, compression
         self.frame_step = compression[0]            # a clip's frames are k of these, or k and one
         self.smallest = 1                           # height and width of the latents at least
+        self.hash_before_cast = None
 
     @property
     def dtype(self):
         return next(self.parameters()).dtype
 
     def weights_hash(self):
-        """The first 16 digits of the SHA-256 of names and values, to tell whose latents a file holds."""
+        """The first 16 digits of the SHA-256 of names and values in float32, to tell whose latents a file holds."""
+        if self.hash_before_cast:
+            return self.hash_before_cast
         digest = hashlib.sha256()
         for name, tensor in sorted(self.vae.state_dict().items()):
             digest.update(name.encode() + tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
@@ -511,7 +514,7 @@ WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
 
 
 def load_weights(module, path):
-    """Fills `module` from a safetensors file of exactly its keys and shapes; else ValueError, in one line."""
+    """Fills `module` from a safetensors file of exactly its keys and shapes, finite values; else ValueError."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
     if not Path(path).is_file():
@@ -526,6 +529,9 @@ def load_weights(module, path):
         if keys:
             raise ValueError(f"{path} does not fit this teacher: it {problem} {sorted(keys)[0]}"
                              + (f" and {len(keys) - 1} more" if len(keys) > 1 else ""))
+    for key, tensor in state.items():
+        if ours[key].is_floating_point() and not (tensor.is_floating_point() and tensor.float().isfinite().all()):
+            raise ValueError(f"{path}: {key} holds values that are not finite numbers")
     module.load_state_dict(state)
 
 
@@ -544,6 +550,8 @@ def load_teacher(name, weights=None, device="cpu", dtype=torch.float32):
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(0)      # the CPU's only: GPUs' generators are not restored
         teacher = build(name, find_weights(name, weights))
+    if dtype != torch.float32:
+        teacher.hash_before_cast = teacher.weights_hash()
     return teacher.to(device, dtype).eval().requires_grad_(False)
 
 

@@ -153,6 +153,20 @@ def test_students_need_pytorch_alone(tmp_path):
     assert [row["model"] for row in json.loads((tmp_path / "out/bench/bench.json").read_text())["rows"]] == ["tiny", "ltx"]
 
 
+def test_half_written_packages_and_folders_that_cannot_be_written(tmp_path, monkeypatch):
+    (tmp_path / "out/.123.tiny.mlpackage").mkdir(parents=True)
+    (tmp_path / "file").touch()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "platform", "darwin")
+    monkeypatch.setattr(sys, "argv", ["bench.py", "--mlpackage"])
+    with pytest.raises(FileNotFoundError, match="no such package, or none in it"):
+        module.main()
+    monkeypatch.setattr(sys, "argv", ["bench.py", "--out", "file"])
+    monkeypatch.setattr(module, "find_student", None)
+    with pytest.raises(OSError, match="nothing can be written to file"):
+        module.main()
+
+
 def test_a_missing_package_is_one_line(tmp_path):
     result = with_pytorch_alone(tmp_path)
     assert result.returncode == 1 and "Traceback" not in result.stderr
@@ -179,7 +193,26 @@ def test_the_training_step_against_a_plain_one(tmp_path):
         assert row["samples_per_s"] == pytest.approx(1000 / row["milliseconds"])
 
 
+def test_the_student_asked_for_is_timed_and_labelled_by_what_is_decoded(tmp_path, monkeypatch, capsys):
+    model = TurboVAED(CONFIGS["wan21"])
+    torch.save(model.state_dict(), tmp_path / "plain.pth")
+    loaded = []
+    load = TurboVAED.from_pretrained.__func__
+    monkeypatch.setattr(TurboVAED, "from_pretrained", classmethod(lambda cls, *how: loaded.append(how) or load(cls, *how)))
+    monkeypatch.setattr(sys, "argv", ["bench.py", "--student", str(tmp_path / "plain.pth"), "--config", "wan21", "--no-teacher", "--no-compile",
+                                      "--size", "20x9", "--frames", "8", "--rounds", "1", "--device", "cpu", "--out", str(tmp_path)])
+    module.main()
+    row, = json.loads((tmp_path / "bench.json").read_text())["rows"]
+    assert loaded == [(str(tmp_path / "plain.pth"), "wan21")]
+    assert (row["frames"], row["height"], row["width"]) == (5, 24, 16) and "5x24x16" in capsys.readouterr().out
+    for flags, words in ((["--frames", "3"], "--frames 3: tiny decodes 4 or more"), (["--frames", "0"], "at least 1")):
+        result = bench(tmp_path, *flags)
+        assert result.returncode and words in result.stderr.splitlines()[-1]
+
+
 @pytest.mark.parametrize("flags, words", [
+    (["--student", "x", "--config", "tiny", "ltx"], "one --config"), (["--student", "x", "--blocks"], "without --blocks"),
+    (["--student", "x", "--train"], "without --train"), (["--device", "cuda:99"], "cuda:99"),
     (["--size", "512"], "HEIGHTxWIDTH"), (["--rounds", "0"], "at least 1"), (["--device", "mps"], "cuda"), (["--iphone"], "--team")])
 def test_wrong_flags_are_one_line(monkeypatch, capsys, flags, words):
     monkeypatch.setattr(sys, "argv", ["bench.py", *flags])

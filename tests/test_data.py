@@ -331,6 +331,13 @@ def test_nothing_to_read_is_one_clear_line(tmp_path):
         VideoClips(tmp_path, 0, 16)
 
 
+def test_hidden_files_are_nobodys_video(tmp_path):
+    write(tmp_path / "clip.mkv", greys(3))
+    for hidden in ("._clip.mkv", ".clip.1234.mkv"):         # what macOS leaves on other disks, and half-written ones
+        shutil.copy(tmp_path / "clip.mkv", tmp_path / hidden)
+    assert VideoClips(tmp_path, 3, 16).files == ["clip.mkv"]
+
+
 def test_one_file_is_a_folder_of_one(tmp_path):
     path = write(tmp_path / "v.mkv", greys(6))
     (tmp_path / "empty.mp4").touch()

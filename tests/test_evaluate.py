@@ -5,6 +5,7 @@ import math
 import os
 import subprocess
 import sys
+import time
 from fractions import Fraction
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import pytest
 import torch
 from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 
+import data
 import evaluate
 from data import VideoClips
 from evaluate import frechet_distance, psnr, ssim, temporal_error
@@ -231,6 +233,10 @@ def test_lpips_is_the_packages(tmp_path, clips):
         assert torch.allclose(evaluate.load_lpips(tmp_path / "alexnet.pth", "cpu")(a, b), want, atol=1e-6)
     with pytest.raises(OSError, match="no AlexNet weights .* --lpips-weights"):
         evaluate.load_lpips(tmp_path / "nowhere.pth", "cpu")
+    alexnet.features[0].bias.data.fill_(math.nan)
+    torch.save(alexnet.state_dict(), tmp_path / "alexnet.pth")
+    with pytest.raises(OSError, match="not finite"):
+        evaluate.load_lpips(tmp_path / "alexnet.pth", "cpu")
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -249,10 +255,10 @@ def run(tmp_path, monkeypatch):
     # the machine's speed is not what is tested
     monkeypatch.setattr(evaluate, "ROUNDS", 1)
 
-    def run(*args, out="out/demo"):
+    def run(*args):
         monkeypatch.setattr(sys, "argv", ["evaluate.py", "--device", "cpu", *map(str, args)])
         evaluate.main()
-        return json.loads((tmp_path / out / "results.json").read_text())
+        return json.loads(max(tmp_path.rglob("results.json"), key=lambda file: file.stat().st_mtime_ns).read_text())
     return run
 
 
@@ -280,8 +286,10 @@ def test_a_run_on_made_up_video(student, run, tmp_path, capsys):
 
 
 def test_quality_does_not_depend_on_the_run(student, run):
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = True
     first, again = (run("--clips", 1, "--size", 64) for _ in range(2))       # finds the student under out/
     assert first["per_clip"] == again["per_clip"] and first["rows"][1]["model"] == "out/demo"
+    assert not torch.backends.cudnn.allow_tf32 and not torch.backends.cuda.matmul.allow_tf32
 
 
 def test_against_the_teacher(student, run):
@@ -301,24 +309,24 @@ def texture(n, height=64, width=96, seed=0):
     return [np.roll(base, 3 * k, 1).astype(np.uint8) for k in range(n)]
 
 
-def write_video(path, images, rate=25, stamps=None, pixels="yuv420p", turn=0, sound=None):
+def write_video(path, images, rate=25, stamps=None, pixels="yuv420p", turn=0, sound=None, sound_rate=16000):
     """H.264 with one frame at each time stamp (in 1/rate seconds); sound: a codec, for a tone as long as the video."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with av.open(str(path), "w") as container:
+    with av.open(f"file:{path}", "w") as container:
         stream = container.add_stream("libx264", rate=rate, options={"crf": "10"})
         stream.height, stream.width, stream.pix_fmt = *images[0].shape[:2], pixels
         if turn:
             stream.set_display_rotation(turn)
-        tone = container.add_stream(sound, rate=16000) if sound else None
+        tone = container.add_stream(sound, rate=sound_rate) if sound else None
         for n, image in enumerate(images):
             frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(image), format="rgb24")
             frame.pts, frame.time_base = stamps[n] if stamps else n, Fraction(1, rate)
             container.mux(stream.encode(frame))
         container.mux(stream.encode())
         if tone:
-            wave = (8000 * np.sin(np.arange(16000 * len(images) // rate) / 8)).astype(np.int16)[None]
+            wave = (8000 * np.sin(np.arange(sound_rate * len(images) // rate) / 8)).astype(np.int16)[None]
             samples = av.AudioFrame.from_ndarray(wave, format="s16", layout="mono")
-            samples.sample_rate, samples.pts = 16000, 0
+            samples.sample_rate, samples.pts = sound_rate, 0
             container.mux(tone.encode(samples))
             container.mux(tone.encode())
     return path
@@ -363,11 +371,20 @@ def test_the_same_numbers_by_any_batch_and_number_of_processes(student, run, vid
     flags = ["--data", "videos", "--size", "64x48", "--frames", "8", "--metrics", "psnr", "ssim", "temporal", "fvd", "--i3d", i3d]
     one, three = run(*flags), run(*flags, "--batch", 4, "--workers", 1)
     assert one["without"] == {}
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    shared = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", SCRIPT, "--device", "cpu", "--out", "shared",
+    (tmp_path / "two.py").write_text(
+        "import os, evaluate\n"
+        "def load_lpips(path, device):\n"
+        "    if os.environ['RANK'] == '1': raise OSError('no disk')\n"
+        "    return evaluate.psnr\n"
+        "evaluate.load_lpips = load_lpips\n"
+        "evaluate.main()\n")
+    flags.insert(flags.index("ssim"), "lpips")              # which one of two processes cannot load
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(SCRIPT.parent)}
+    shared = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "two.py", "--device", "cpu", "--out", "shared",
                              *map(str, flags)], cwd=tmp_path, capture_output=True, text=True, env=environment, timeout=300)
     assert shared.returncode == 0, shared.stderr
     shared = json.loads((tmp_path / "shared" / "results.json").read_text())
+    assert shared["without"] == {"lpips": "no disk"} and shared["rows"][1]["lpips"] is None
     assert len(shared["per_clip"]) == 6 and sorted(shared["skipped"]) == sorted(one["skipped"])
     for other in (three, shared):
         assert other["clips_hash"] == one["clips_hash"] and other["weights"] == one["weights"]
@@ -390,14 +407,43 @@ def test_rfvd_is_the_distance_of_the_detectors_features(student, run, videos, i3
     assert "rFVD: 6 clips are too few to mean much: I3D has 6 features" in capsys.readouterr().out
 
 
-def test_one_student_that_broke_does_not_cost_the_others(student, run, videos, i3d, tmp_path):
-    broken = TurboVAED(CONFIGS["tiny"])
-    broken.conv_out.conv.bias.data.fill_(math.nan)
-    results = run("--student", student, broken.save_pretrained(tmp_path / "broken.safetensors"), "--data", "videos", "--size", 64,
-                  "--metrics", "psnr", "fvd", "--i3d", i3d)
+@pytest.fixture
+def overflowing(tmp_path):
+    """A student of finite weights that gives infinite values."""
+    model = TurboVAED(CONFIGS["tiny"])
+    model.conv_out.conv.weight.data.fill_(3e38)
+    return model.save_pretrained(tmp_path / "broken.safetensors", {"teacher": "tiny"})
+
+
+def test_one_student_that_broke_does_not_cost_the_others(student, overflowing, run, videos, i3d, capsys):
+    results = run("--student", student, overflowing, "--data", "videos", "--size", 64, "--metrics", "psnr", "fvd", "--i3d", i3d)
     teacher, good, bad = results["rows"]
-    assert teacher["fvd"] > 0 and good["fvd"] > 0 and bad["fvd"] is None and bad["psnr"] is None
-    assert results["about_fvd"].startswith("broken.safetensors gave clips whose features are not finite")
+    assert teacher["fvd"] > 0 and good["fvd"] > 0 and bad["fvd"] is None and bad["psnr"] is None and bad["psnr_kept"] is None
+    assert results["broken"] == ["broken.safetensors"]
+    assert "broken.safetensors: every clip's video holds values that are not finite" in capsys.readouterr().out and results["clips"] == 6
+
+
+def test_one_bad_clip_is_named_and_costs_no_other(student, run, videos, i3d, monkeypatch, capsys):
+    flags = ["--data", "videos", "--size", 64, "--metrics", "psnr", "fvd", "--i3d", i3d]
+    good, forward, calls = run(*flags), TurboVAED.forward, []
+
+    def third_breaks(self, latents, *args, **kwargs):
+        calls.append(1)
+        return forward(self, latents, *args, **kwargs) * (math.nan if len(calls) == 3 else 1)
+    monkeypatch.setattr(TurboVAED, "forward", third_breaks)
+    capsys.readouterr()
+    results = run(*flags)
+    rest = [clip for clip in good["per_clip"] if clip["clip"] != "plain.mp4"]
+    assert results["per_clip"] == rest and results["skipped"].keys() - good["skipped"].keys() == {"plain.mp4"}
+    assert results["rows"][1]["psnr"] == pytest.approx(sum(clip["out/demo"]["psnr"] for clip in rest) / 5) and results["rows"][1]["fvd"] > 0
+    assert "skipping plain.mp4: out/demo gave values that are not finite" in capsys.readouterr().err
+
+
+def test_a_reconstruction_of_no_numbers_fails_and_leaves_nothing(overflowing, run, tmp_path, monkeypatch):
+    write_video(tmp_path / "in.mp4", texture(9))
+    with pytest.raises(ValueError, match="in.mp4 to out.mp4: .* not finite"):
+        run("--student", overflowing, "--reconstruct", "in.mp4", "out.mp4")
+    assert not list(tmp_path.glob("*out.*"))
 
 
 def test_without_weights_the_column_says_so(student, run, videos, tmp_path, capsys):
@@ -449,11 +495,130 @@ def test_windows_are_joined_in_order_and_colours_survive(tmp_path, frames):
             return video
     flat = [np.full((50, 66, 3), (200 - 4 * n, 40 + 3 * n, 60), np.uint8) for n in range(21)]
     source = write_video(tmp_path / "in.mp4", flat)
-    count, quality = evaluate.reconstruct(Nothing(), lambda latents: latents, source, tmp_path / "out.mkv", frames, torch.device("cpu"), torch.float32)
-    assert count == 21 and quality > 50
+    count, quality, lost = evaluate.reconstruct(Nothing(), lambda latents: latents, source, tmp_path / "out.mkv", frames, torch.device("cpu"), torch.float32)
+    assert count == 21 and quality > 50 and lost == 0
     read = lambda path: np.stack(list(evaluate.VideoClips(path, 21, (50, 66), train=False)[0].mul(127.5).add(127.5).numpy()), -1)
     before, after = read(source), read(tmp_path / "out.mkv")
     assert np.abs(before.mean((1, 2)) - after.mean((1, 2))).max() < 2
+
+
+class Same:
+    """A teacher and student in one that change nothing."""
+    compression = (4, 8, 8)
+    encode = staticmethod(lambda video, sample: video)
+
+    def __call__(self, latents):
+        return latents
+
+
+def same(source, target, frames=8):
+    return evaluate.reconstruct(Same(), Same(), source, target, frames, torch.device("cpu"), torch.float32)
+
+
+def film(path):
+    """[(frame, its colour in the middle)] of a video, by the tags that it has."""
+    with av.open(str(path)) as video:
+        return [(frame, frame.to_ndarray(format="rgb24", interpolation=evaluate.EXACT)[frame.height // 2, frame.width // 2]) for frame in video.decode(video=0)]
+
+
+def write_raw(path, values, height, width, look, pixels="yuv420p"):
+    """Three lossless frames of one (Y, U, V), tagged (matrix, primaries, transfer)."""
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("ffv1", rate=25)
+        stream.height, stream.width, stream.pix_fmt = height, width, pixels
+        codec = stream.codec_context
+        codec.colorspace, codec.color_primaries, codec.color_trc, codec.color_range = *look, 1
+        planes = [np.full(height * width // n, v, np.uint16 if "10" in pixels else np.uint8) for v, n in zip(values, (1, 4, 4))]
+        for n in range(3):
+            frame = av.VideoFrame.from_ndarray(np.concatenate(planes).reshape(-1, width), format=pixels)
+            frame.pts = n
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    return path
+
+
+@pytest.mark.parametrize("values, height, look, tags", [
+    ((80, 112, 198), 720, (2, 2, 2), (1, 1, 1)),           # [200, 40, 40] in BT.709, which players assume of HD without tags
+    ((91, 104, 198), 480, (2, 2, 2), (6, 6, 6)),           # and in BT.601, of less
+    ((91, 104, 198), 720, (5, 5, 6), (5, 5, 6)),           # tags decide where there are any
+    ((80, 112, 198), 480, (1, 1, 1), (1, 1, 1))])
+def test_colours_are_what_players_show(tmp_path, values, height, look, tags):
+    source = write_raw(tmp_path / "in.mkv", values, height, 64, look)
+    clip = VideoClips(source, 3, 64, train=False)[0]
+    assert (clip.mean((1, 2, 3)).add(1).mul(127.5) - torch.tensor([200, 40, 40])).abs().max() < 2
+    same(source, tmp_path / "out.mkv", frames=2)
+    for frame, colour in film(tmp_path / "out.mkv"):
+        assert (frame.colorspace, frame.color_primaries, frame.color_trc) == tags and np.abs(colour.astype(int) - [200, 40, 40]).max() <= 3
+
+
+@pytest.mark.parametrize("transfer, kind", [(18, "HLG"), (16, "PQ"), (14, "BT.2020")])
+def test_hdr_keeps_its_tags_and_training_is_told(tmp_path, transfer, kind, capfd):
+    look = 9, 9, transfer
+    source = write_raw(tmp_path / "in.mkv", (500, 400, 650), 64, 64, look, "yuv420p10le")
+    clips = VideoClips(source, 3, 64, train=False)
+    clips[0], clips[0]
+    assert capfd.readouterr().err == f"{source} is {kind} video: its values are taken as they are, not converted to BT.709's\n"
+    same(source, tmp_path / "out.mkv", frames=2)
+    for (before, a), (after, b) in zip(film(source), film(tmp_path / "out.mkv")):
+        assert (after.colorspace, after.color_primaries, after.color_trc) == look and np.abs(a.astype(int) - b).max() <= 3
+
+
+def test_a_matrix_that_nothing_undoes_is_said(tmp_path, capfd):
+    source = write_raw(tmp_path / "in.mkv", (80, 112, 198), 64, 64, (14, 9, 16))        # ICtCp
+    VideoClips(source, 3, 64, train=False)[0]
+    said = capfd.readouterr().err
+    data.warn_once.cache_clear()
+    same(source, tmp_path / "out.mkv", frames=2)
+    assert capfd.readouterr().err == said == f"{source}: its colours will be wrong: nothing here undoes matrix 14 (FFmpeg's number)\n"
+
+
+@pytest.mark.parametrize("suffix", [".mp4", ".mkv"])
+def test_frames_that_a_truncated_file_lacks_are_counted(student, run, tmp_path, monkeypatch, capsys, suffix):
+    source = write_video(tmp_path / f"whole{suffix}", texture(48))
+    if suffix == ".mp4":        # what says how many frames there are has to stand before them
+        with av.open(str(source)) as whole, av.open(str(tmp_path / "first.mp4"), "w", options={"movflags": "faststart"}) as out:
+            stream = out.add_stream_from_template(whole.streams.video[0])
+            for packet in whole.demux(video=0):
+                if packet.dts is not None:
+                    packet.stream = stream
+                    out.mux(packet)
+        source = tmp_path / "first.mp4"
+    content = source.read_bytes()
+    cut = tmp_path / f"cut{suffix}"
+    cut.write_bytes(content[:len(content) * 6 // 10])
+    assert same(source, tmp_path / "out.mp4")[0::2] == (48, 0)
+    count, _, lost = same(cut, tmp_path / "out.mp4")
+    assert count < 40 and count + lost == 48
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", "--device", "cpu", "--reconstruct", cut.name, "out.mp4"])
+    monkeypatch.chdir(tmp_path)
+    evaluate.main()
+    assert capsys.readouterr().err == f"cut{suffix} promises 48 frames: {lost} could not be read and are missing from out.mp4\n"
+
+
+def test_damage_in_the_middle_costs_its_frames_only(tmp_path):
+    source = write_video(tmp_path / "in.mp4", texture(48))
+    content = bytearray(source.read_bytes())
+    content[len(content) * 4 // 10:len(content) * 5 // 10] = b"\xff" * (len(content) * 5 // 10 - len(content) * 4 // 10)
+    source.write_bytes(content)
+    count, _, lost = same(source, tmp_path / "out.mp4")
+    assert 24 < count <= 48 and count + lost == 48
+
+
+def test_a_size_that_changes_on_the_way_is_brought_to_the_first(tmp_path):
+    """As broadcasts and streams have it: two encodings, one after the other."""
+    parts = [write_video(tmp_path / f"{n}.ts", texture(8, *size)) for n, size in enumerate([(64, 96), (96, 128)])]
+    (tmp_path / "in.ts").write_bytes(b"".join(part.read_bytes() for part in parts))
+    same(tmp_path / "in.ts", tmp_path / "out.mp4")
+    assert {(frame.height, frame.width) for frame, _ in film(tmp_path / "out.mp4")} == {(64, 96)} and len(film(tmp_path / "out.mp4")) == 16
+
+
+def test_a_rate_of_sound_that_aac_has_not_and_a_colon_in_the_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_video(Path("at 12:30.mkv"), texture(9), sound="pcm_s16le", sound_rate=37800)
+    same("at 12:30.mkv", "out: 12.mp4")
+    with av.open("file:out: 12.mp4") as video:
+        assert video.streams.audio[0].rate == 44100 and sum(frame.samples for frame in video.decode(audio=0)) >= 9 / 25 * 44100
+    assert len(VideoClips(Path("at 12:30.mkv"), 9, 32, train=False)[0][0]) == 9
 
 
 def test_a_broken_source_is_one_line_and_leaves_nothing(student, videos, tmp_path):
@@ -534,6 +699,88 @@ def test_latents_are_generated_and_evaluated(student, run, videos, pipeline, i3d
     assert "FVD to 6 real clips of videos" in capsys.readouterr().out
 
 
+def test_a_second_data_set_does_not_overwrite_the_results_of_the_first(student, run, videos, tmp_path):
+    flags = ["--size", 64, "--metrics", "psnr"]
+    made_up = run("--clips", 1, *flags)
+    assert run("--data", "videos", *flags)["data"] == "videos"
+    assert sorted(path.relative_to(tmp_path / "out/demo") for path in (tmp_path / "out").rglob("results.json")) == [Path("results.json"), Path("videos/results.json")]
+    assert json.loads((tmp_path / "out/demo/results.json").read_text()) == made_up
+    for other in (["--data", "videos"], ["--against", "teacher"], ["--student", evaluate.SHIPPED]):
+        with pytest.raises(ValueError, match="out/demo/results.json is of .*: name another folder with --out"):
+            run(*other, *flags, "--out", "out/demo")
+    run("--clips", 2, *flags)                               # the same again is no other's
+
+
+def test_what_is_missing_or_cannot_be_written_is_found_before_a_student_is_loaded(student, run, videos, tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    (tmp_path / "prompts.txt").write_text("\n \n")
+    monkeypatch.setattr(TurboVAED, "from_pretrained", None)
+    generate = ["--pipeline", "nowhere", "--latents", "latents"]
+    for flags, message in (
+            (["--out", "file"], "nothing can be written to file: .*no folder"), (["--out", "file/x"], "nothing can be written to file/x"),
+            (["--reconstruct", "nowhere.mp4", "out.mp4"], "no video nowhere.mp4"),
+            (["--reconstruct", "videos/plain.mp4", "file/out.mp4"], "nothing can be written to file"),
+            (["--reconstruct", "videos/empty.mp4", "out.mp4"], "empty.mp4: "),
+            (["--data", "nowhere"], "no videos called nowhere"), (["--latents", "nowhere"], "no latents in nowhere"),
+            (["--generate", "nowhere.txt", *generate], "no file nowhere.txt"), (["--generate", "prompts.txt", *generate], "holds no prompt")):
+        with pytest.raises((ValueError, OSError), match=message):
+            run(*flags)
+    assert not (tmp_path / "latents").exists()
+
+
+def test_a_run_called_input_is_not_the_input(run, tmp_path):
+    TurboVAED(CONFIGS["tiny"]).save_pretrained(tmp_path / "input", {"teacher": "tiny"})
+    rows = run("--student", "input", "--clips", 1, "--size", 64, "--metrics", "psnr")["rows"]
+    assert [row["model"] for row in rows] == ["tiny (teacher)", "./input"] and 5 < rows[1]["psnr"] < 30
+
+
+def test_saved_latents_of_the_shape_that_most_have_are_evaluated(student, run, tmp_path):
+    from safetensors.torch import save_file
+    (tmp_path / "latents").mkdir()
+    shapes = {"a": (1, 16, 2, 5, 4), "b": (1, 16, 2, 4, 4), "c": (1, 8, 2, 4, 4), "d": (1, 16, 2, 4, 4), "e": (1, 16, 0, 4, 4), ".hidden": (1, 16, 2, 4, 4)}
+    for name, shape in shapes.items():
+        save_file({"latents": torch.randn(shape)}, tmp_path / "latents" / f"{name}.safetensors")
+    results = run("--latents", "latents", "--metrics", "psnr")
+    assert [clip["clip"] for clip in results["per_clip"]] == ["b.safetensors", "d.safetensors"]
+    assert sorted(results["skipped"]) == ["a.safetensors", "c.safetensors", "e.safetensors"] and "no" not in results["skipped"]
+
+
+def test_memory_that_runs_out_is_one_line(tmp_path):
+    """On a CPU, where PyTorch's allocator raises a RuntimeError."""
+    code = ("import runpy, sys, torch; sys.argv = ['evaluate.py', '--clips', '1', '--device', 'cpu']\n"
+            "torch.nn.Module.__call__ = lambda *_, **__: torch.empty(1 << 50)\n"
+            f"runpy.run_path({str(SCRIPT)!r}, run_name='__main__')")
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(SCRIPT.parent)})
+    assert done.returncode == 1 and done.stderr == "error: out of memory: smaller --batch, --size or --frames, or --dtype bfloat16, need less\n"
+
+
+def test_speeds_on_a_mac_wait_for_its_gpu(monkeypatch):
+    waited = []
+    monkeypatch.setattr(torch.mps, "synchronize", lambda: waited.append(1))
+    latents = type("Latents", (), {"device": torch.device("mps")})()
+    evaluate.decode_speeds({"student": lambda latents: torch.zeros(1, 3, 4, 1, 1)}, latents)
+    assert len(waited) == 2 * (evaluate.WARM_UP + evaluate.ROUNDS)
+
+
+def test_a_picture_wider_than_h264_is_made_narrower(tmp_path):
+    evaluate.write_film(tmp_path / "film.mp4", [np.zeros((32, 16500, 3), np.uint8)], rate=1, seconds=1)
+    assert [(frame.height, frame.width) for frame, _ in film(tmp_path / "film.mp4")] == [(16, 8250)]
+    assert evaluate.tile(torch.full((1, 3, 40, 4000), 0.5)).shape == (1, 13, 1333, 3)       # and held small
+    with pytest.raises(ValueError, match="16384 pixels a side"):
+        evaluate.add_h264(None, 25, 32, 16500)
+
+
+def test_a_stop_leaves_no_half_film(student, tmp_path):
+    source = write_video(tmp_path / "in.mp4", texture(400))
+    process = subprocess.Popen([sys.executable, SCRIPT, "--device", "cpu", "--reconstruct", source, "out.mp4"], cwd=tmp_path,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while not list(tmp_path.glob(".out.*")):
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.02)
+    process.terminate()
+    assert process.wait(30) == 1 and process.stderr.read() == "error: stopped\n" and not list(tmp_path.glob("*out.*"))
+
+
 def test_wrong_input_gets_one_line(tmp_path):
     done = subprocess.run([sys.executable, SCRIPT, "--student", "nowhere"], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 1 and done.stdout == ""
@@ -544,7 +791,7 @@ def test_wrong_input_gets_one_line(tmp_path):
     (["--data", "davis"], "put them into the folder data/davis, .* or by --download"),
     (["--data", "synthetic", "--size", "64x32"], "made-up video is square"),
     (["--latents", "nowhere"], "no latents in nowhere"),
-    (["--device", "gpu"], "--device is cpu or cuda"),
+    (["--device", "gpu"], "--device gpu: PyTorch sees cpu"), (["--device", "cuda:99"], "--device cuda:99"),
     (["--student", "hustvl/Turbo-VAED"], "if it is a hub id, say which student"),
     (["--generate", "prompts.txt"], "--generate needs --pipeline"),
     (["--reconstruct", "a.mp4", "b.webm"], "writes .mp4, .mkv or .mov"),
@@ -560,14 +807,23 @@ def test_wrong_arguments_say_what_would_be_right(student, run, args, message):
     assert "\n" not in str(error.value)
 
 
-def test_a_student_of_other_latents_is_refused(student, run):
+def test_a_student_of_other_latents_is_refused_before_its_teacher_is_fetched(student, run, monkeypatch):
     other = TurboVAED(CONFIGS["hunyuan"]).save_pretrained(student.parent.parent / "hunyuan")
-    with pytest.raises(ValueError, match="out/hunyuan decodes .* not the latents of the tiny teacher"):
+    monkeypatch.setattr(evaluate, "load_teacher", None)
+    with pytest.raises(ValueError, match="out/hunyuan does not fit the tiny teacher: it drops first frames: 2 latent frames would be 5 frames, not 8"):
         run("--student", student, other)
+    with pytest.raises(ValueError, match="out/demo .* made for latents of tiny, not cog"):
+        run("--student", student, "--teacher", "cog")
+
+
+def test_a_student_that_does_not_say_whose_it_is_is_assumed_to_fit(student, run, tmp_path, capsys):
+    TurboVAED(CONFIGS["tiny"]).save_pretrained(tmp_path / "silent.safetensors")
+    run("--student", student, "silent.safetensors", "--clips", 1, "--size", 64)
+    assert "silent.safetensors does not say whose latents it was made for: assumed are those of the tiny teacher" in capsys.readouterr().out
 
 
 @pytest.mark.skipif(not evaluate.SHIPPED.is_file(), reason="no student is shipped yet")
 def test_without_a_run_the_shipped_student_is_evaluated(run, capsys):
-    results = run("--clips", 1, "--size", 64, out="out/evaluate")
+    results = run("--clips", 1, "--size", 64)
     assert "no student in out/: evaluating the shipped one" in capsys.readouterr().out.splitlines()[0]
     assert results["rows"][1]["model"].endswith("assets/tiny_student.safetensors")

@@ -1,6 +1,7 @@
 """Core ML packages: the graph made for phones computes what the student does, and a wrong package is found out."""
 import inspect
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -275,21 +276,30 @@ def test_core_mls_own_prediction_is_compared_on_a_mac(tiny, package, monkeypatch
     assert {"self", "data"} <= set(inspect.signature(ct.models.MLModel.predict).parameters)
 
     class MLModel:
-        def __init__(self, model):
+        def __init__(self, model, compute_units):
             assert model == str(package)
+            self.error = shift + (0.3 if compute_units == ct.ComputeUnit.CPU_AND_NE else 0)
 
         def predict(self, data):
             latents = data["latents"]
             assert latents.shape == (1, 16, 4, 4, 5) and latents.dtype == "float16"
             with torch.no_grad():
-                return {"video": (tiny(torch.from_numpy(latents).float()) + shift).numpy()}
+                return {"video": (tiny(torch.from_numpy(latents).float()) + self.error).numpy()}
 
     monkeypatch.setattr(sys, "platform", "darwin")
     monkeypatch.setattr(ct.models, "MLModel", MLModel)
     shift = 0
-    assert export.compare(package, tiny)["core_ml"]["worst_error"] < 0.01
+    results = export.compare(package, tiny)
+    assert results["core_ml"]["worst_error"] < 0.01 < 0.2 < results["neural_engine"]["worst_error"]
+    export.check(results)                               # a figure, no bound
     shift = 0.1
     with pytest.raises(ValueError, match="in core_ml"):
+        export.verify(package, tiny)
+
+    def fails(self, data):
+        raise RuntimeError("Error computing NN outputs.\nlong")
+    monkeypatch.setattr(MLModel, "predict", fails)
+    with pytest.raises(ValueError, match="Core ML cannot run it on CPU_ONLY: Error computing NN outputs"):
         export.verify(package, tiny)
 
 
@@ -316,6 +326,58 @@ def test_the_newest_student_is_exported_and_proven(tiny, tmp_path, command, caps
     assert saved["operations"] == sum(part["operations"] for part in saved["parts"].values()) == sum(saved["kinds"].values())
     command("--verify", str(path), "--student", str(ROOT / "assets/tiny_student.safetensors"))
     assert "rounded to fp16: worst error" in capsys.readouterr().out
+
+
+def test_a_package_that_fails_its_proof_is_not_put_in_the_place_of_a_good_one(tiny, tmp_path, command, monkeypatch):
+    tiny.save_pretrained(tmp_path / "out/run")
+    flags = ["--size", "16x16", "--latent-frames", "1"]
+    command(*flags)
+    files = lambda: {file: file.read_bytes() for file in (tmp_path / "out").rglob("*") if file.is_file()}
+    good = files()
+    monkeypatch.setattr(export, "FP16_BOUND", 0)
+    with pytest.raises(ValueError, match="the package is not the student"):
+        command(*flags)
+    assert files() == good
+    export.export(tiny, (16, 16), 1, tmp_path / "out/run/tiny_4x16x16.mlpackage")      # by hand, so nothing is proven of it
+    assert not (tmp_path / "out/run/tiny_4x16x16.json").exists() and not list((tmp_path / "out/run").glob(".*"))
+
+
+def test_two_students_of_one_teacher_do_not_share_a_package(tiny, tmp_path, command, capsys):
+    torch.manual_seed(0)
+    other = TurboVAED(tiny.config)
+    flags = ["--size", "16x16", "--latent-frames", "1"]
+    tiny.save_pretrained(tmp_path / "a.safetensors")
+    other.save_pretrained(tmp_path / "b.safetensors", {"teacher": "tiny"})
+    for name in "ab":
+        command("--student", f"{name}.safetensors", *flags)
+    assert {path.name for path in (tmp_path / "out/export").glob("*.mlpackage")} == {"tiny_a_4x16x16.mlpackage", "tiny_b_4x16x16.mlpackage"}
+    other.save_pretrained(tmp_path / "a.safetensors")
+    with pytest.raises(ValueError, match="tiny_a_4x16x16.mlpackage is another student's: name another folder"):
+        command("--student", "a.safetensors", *flags)
+    assert "does not say which teacher it was made for: the package is named after tiny" in capsys.readouterr().out
+
+
+def test_a_folder_that_cannot_be_written_is_found_at_once(tiny, tmp_path, command, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(export, "export", None)
+    with pytest.raises(OSError, match="nothing can be written to file/x: .*file is no folder"):
+        command("--config", "tiny", "--random", "--out", "file/x")
+
+
+def test_a_stop_leaves_no_half_package(tmp_path):
+    """SIGTERM, as schedulers send it, in the middle of an export."""
+    code = ("import runpy, sys, time; import coremltools as ct; save = ct.models.MLModel.save\n"
+            "def slow(self, path): save(self, path); print('saved', flush=True); time.sleep(60)\n"
+            f"ct.models.MLModel.save = slow; sys.argv = ['export.py', '--config', 'tiny', '--random', '--size', '16x16']\n"
+            f"runpy.run_path({str(ROOT / 'export.py')!r}, run_name='__main__')")
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                               env={**os.environ, "PYTHONPATH": str(ROOT)})
+    while process.stdout.readline().strip() != "saved":
+        assert process.poll() is None, process.stderr.read()
+    assert list((tmp_path / "out/export").iterdir())
+    process.terminate()
+    assert process.wait(30) != 0 and process.stderr.read().splitlines()[-1] == "error: stopped"
+    assert not list((tmp_path / "out/export").iterdir())
 
 
 def test_random_weights_say_so(tmp_path, command):

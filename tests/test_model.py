@@ -1,10 +1,12 @@
 """The student: the published decoders' numbers, the paper's ablations, checkpoints in and out, what compilers need."""
 
 import json
+import math
 import os
 import pickle
 import subprocess
 import sys
+import warnings
 import zlib
 from dataclasses import replace
 from functools import lru_cache, partial
@@ -257,6 +259,7 @@ def test_interpolation_keeps_the_upsampled_first_frame_single():
     ({"patch": 4, "widths": (8, 8, 8, 8, 24)}, ("patch 4", "width 24")), ({"patch": 3}, ("patch",)),
     ({"separable": ("up4",)}, ("up4",)), ({"kernel": 4}, ("odd", "4")), ({"upsampling": "nearest"}, ("nearest",)),
     ({"widths": (8, 8, 8)}, ("widths", "5")), ({"up": (None, (1, 1), None, None)}, ("at least",)),
+    *[({name: value}, (name,)) for name in TurboVAEDConfig.__dataclass_fields__ for value in ([None], "", {}, -1, 1.5, None, 10 ** 30, [[1] * 5])],
 ])
 def test_a_configuration_that_cannot_be_is_refused_in_one_line(change, says):
     with pytest.raises(ValueError) as error:
@@ -416,6 +419,40 @@ def test_plain_state_dicts_are_read(tmp_path, suffix, wrap):
     loaded = TurboVAED.from_pretrained(tmp_path / f"x{suffix}")
     assert loaded.config == CONFIGS["tiny"]
     assert all(torch.equal(a, b) for a, b in zip(loaded.state_dict().values(), model.state_dict().values()))
+
+
+def beside(names, prefix=""):
+    return {f"{prefix}{name}": torch.ones(2) for name in names}
+
+
+@pytest.mark.parametrize("wrap, left_out", [
+    (lambda s: {f"decoder.{k}": v for k, v in s.items()} | beside(["encoder.conv_in.conv.weight", "encoder.mid_block.x", "latents_mean"]),
+     "encoder, latents_mean"),
+    (lambda s: {"ema_state_dict": {f"module.decoder.{k}": v for k, v in s.items()}, "state_dict": {f"module.decoder.{k}": v + 1 for k, v in s.items()},
+                "optimizer": {"state": {0: {"step": torch.ones(1)}}}, "epoch": 3}, "optimizer.state.0, state_dict.module.decoder"),
+    (lambda s: s | beside(["heads.mid.0.weight", "proj.bias"]), "heads, proj"),
+    (lambda s: {f"student.{k}": v for k, v in s.items()} | beside(["heads.mid.0.weight"]), "heads"),
+    (lambda s: {"params_ema": s, "params": {k: v + 1 for k, v in s.items()}}, "params"),
+], ids=["vae", "wrapper", "heads", "student", "ema"])
+def test_the_decoder_is_taken_out_of_what_others_write(tmp_path, wrap, left_out, capsys):
+    model = seeded(CONFIGS["tiny"])
+    torch.save(wrap(model.state_dict()), tmp_path / "x.pth")
+    loaded = TurboVAED.from_pretrained(tmp_path / "x.pth")
+    assert all(torch.equal(a, b) for a, b in zip(loaded.state_dict().values(), model.state_dict().values()))
+    assert capsys.readouterr().err == f"{tmp_path / 'x.pth'}: left out what is not the decoder: {left_out}\n"
+
+
+@pytest.mark.parametrize("spoil, says", [
+    (lambda t: t.mul_(math.nan), "not finite"), (lambda t: t.index_fill(0, torch.tensor([1]), math.inf), "not finite"),
+    (lambda t: t.double().mul(1e300), "not finite"), (lambda t: t.long(), "floating-point"), (lambda t: t.to_sparse(), "plain tensor")])
+def test_weights_that_are_no_finite_numbers_are_refused_by_name(tmp_path, spoil, says):
+    state = seeded(CONFIGS["tiny"]).state_dict()
+    key = "up_blocks.1.conv_in.norm3.weight"
+    state[key] = spoil(state[key].clone())
+    torch.save(state, tmp_path / "x.pth")
+    with pytest.raises(ValueError) as error:
+        TurboVAED.from_pretrained(tmp_path / "x.pth")
+    one_line(error, "x.pth", key, says)
 
 
 @pytest.mark.parametrize("damage, says", [
@@ -616,6 +653,10 @@ def test_a_pipeline_decodes_through_the_student_and_back(name):
     assert torch.equal(frames, by_hand) and not torch.equal(frames, own)
     assert torch.equal(pipe.vae.decode(given[0]).sample, student(given[0]))
 
+    if name == "LTX-Video":                           # accelerate's hooks around it, though nothing can move without a GPU
+        pipe.enable_model_cpu_offload(device=torch.device("cpu"))
+        assert torch.equal(generate(), frames) and torch.equal(generate(), frames)
+        pipe.remove_all_hooks()
     use_student(pipe.vae, None)
     pipe.vae.disable_tiling()
     assert torch.equal(generate(), own)
@@ -623,15 +664,104 @@ def test_a_pipeline_decodes_through_the_student_and_back(name):
 
 def test_a_student_of_other_latents_is_refused_in_one_line():
     pytest.importorskip("diffusers")
-    from diffusers import AutoencoderKLWan
+    from diffusers import AutoencoderKLLTXVideo, AutoencoderKLWan
     vae = AutoencoderKLWan(base_dim=8, num_res_blocks=1)
-    with pytest.raises(ValueError) as error:
-        use_student(vae, on_meta(CONFIGS["ltx"]))
-    one_line(error, "128", "AutoencoderKLWan", "16")
-    assert "decode" not in vars(vae)
+    with torch.device("meta"):
+        ltx = AutoencoderKLLTXVideo()
+    hunyuan = on_meta(CONFIGS["hunyuan"])
+    hunyuan.metadata["teacher"] = "hunyuan"
+    for target, student, parts in (
+            (vae, on_meta(CONFIGS["ltx"]), ("128", "AutoencoderKLWan", "16", "(8, 32, 32)", "(4, 8, 8)")),
+            (vae, hunyuan, ("hunyuan", "wan21 or wan22")),                             # of the very same shape
+            (vae, on_meta(CONFIGS["tiny"]), ("keeps first frames", "8 frames, not 5")),
+            (ltx, on_meta(CONFIGS["dc"]), ("AutoencoderKLLTXVideo", "(4, 32, 32), not (8, 32, 32)"))):
+        with pytest.raises(ValueError) as error:
+            use_student(target, student)
+        one_line(error, *parts)
+        assert "decode" not in vars(target)
     with pytest.raises(TypeError) as error:
         use_student(object(), on_meta(CONFIGS["ltx"]))
     one_line(error, "object")
+
+
+def test_what_was_assumed_of_a_student_is_said(tmp_path):
+    pytest.importorskip("diffusers")
+    from diffusers import AutoencoderKLWan
+    vae, student = AutoencoderKLWan(base_dim=8, num_res_blocks=1), seeded(replace(CONFIGS["wan21"], widths=(8, 8, 8, 8, 8), resnets=(0,) * 5))
+    with pytest.warns(UserWarning, match="does not say whose latents"):
+        use_student(vae, student)
+    student.metadata["teacher"] = "wan21"
+    student = TurboVAED.from_pretrained(student.save_pretrained(tmp_path))             # what a file says is kept
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        use_student(vae, student)
+    torch.save(student.state_dict(), tmp_path / "plain.pth")
+    with pytest.raises(ValueError):                                                    # of a size that no preset has
+        TurboVAED.from_pretrained(tmp_path / "plain.pth", "wan21")
+    for name in ("hunyuan", "cog"):
+        assert TurboVAED.from_pretrained(published(name, tmp_path)).metadata["teacher"] == name
+
+
+def small_vae(**options):
+    """(an LTX VAE of random weights with 8 latent channels, a student of its latents)."""
+    pytest.importorskip("diffusers")
+    from diffusers import AutoencoderKLLTXVideo
+    vae = AutoencoderKLLTXVideo(latent_channels=8, block_out_channels=(8,) * 4, decoder_block_out_channels=(8,) * 4,
+                                layers_per_block=(1,) * 5, decoder_layers_per_block=(1,) * 5, **options)
+    student = seeded(replace(MICRO, latent_channels=8, up=(None, (2, 2), (2, 2), (2, 2)), patch=4, widths=(32, 32, 32, 32, 16)))
+    student.metadata["teacher"] = "ltx"
+    return vae, student
+
+
+@torch.no_grad()
+def test_the_callers_own_student_keeps_its_precision():
+    vae, student = small_vae()
+    z = torch.randn(1, 8, 1, 2, 2)
+    before = student(z)
+    use_student(vae, student).decode(z.bfloat16())
+    assert student.conv_in.conv.weight.dtype == torch.float32 and torch.equal(student(z), before)
+
+
+@pytest.mark.parametrize("how", ["model", "sequential"])
+@torch.no_grad()
+def test_accelerates_offloading_moves_the_student_as_it_moves_the_vae(how, monkeypatch):
+    """Without a GPU: the model that ran before lies on the meta device, so only where it is asked to go can be seen."""
+    accelerate = pytest.importorskip("accelerate")
+    vae, student = small_vae()
+    ran_before, moved, z = torch.nn.Linear(1, 1, device="meta"), [], torch.randn(1, 8, 1, 2, 2)
+    expected = student(z)
+    monkeypatch.setattr(ran_before, "to", lambda device: moved.append(("before", str(device))))
+    if how == "model":
+        _, hook = accelerate.cpu_offload_with_hook(torch.nn.Linear(1, 1), "cpu")
+        hook.model = ran_before
+        accelerate.cpu_offload_with_hook(vae, "cpu", prev_module_hook=hook)
+    else:
+        accelerate.cpu_offload(vae, "cpu")
+    use_student(vae, student)
+    to = TurboVAED.to
+    monkeypatch.setattr(TurboVAED, "to", lambda self, *where: moved.append(("student", str(where[0]))) or to(self, *where))
+    assert torch.equal(vae.decode(z).sample, expected)
+    assert moved[0] == ("before", "cpu") if how == "model" else True
+    assert moved[-2:] == [("student", "cpu")] * 2       # to the latents, and off
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@torch.no_grad()
+def test_offloading_leaves_nothing_on_the_gpu():
+    accelerate = pytest.importorskip("accelerate")
+    vae, student = small_vae()
+    ran_before, hook = accelerate.cpu_offload_with_hook(torch.nn.Linear(1, 1), "cuda")
+    ran_before(torch.ones(1, 1))
+    held = torch.cuda.memory_allocated()
+    accelerate.cpu_offload_with_hook(vae, "cuda", prev_module_hook=hook)
+    video = use_student(vae, student).decode(torch.randn(1, 8, 1, 2, 2, device="cuda")).sample
+    assert video.is_cuda and ran_before.weight.device.type == "cpu" and torch.cuda.memory_allocated() <= held + video.nbytes
+
+
+def test_a_pipeline_that_adds_noise_before_decoding_is_told():
+    vae, student = small_vae(timestep_conditioning=True)
+    with pytest.warns(UserWarning, match="decode_noise_scale=0.0"):
+        use_student(vae, student)
 
 
 def test_checkpointing_changes_memory_and_not_gradients():

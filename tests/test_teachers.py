@@ -499,7 +499,9 @@ KEY = "decoder.project_in.main.conv.bias"
     (lambda s: s.update({"decoder.gain": torch.ones(1)}), ("has besides", "decoder.gain")),
     (lambda s: s.update({KEY: torch.ones(5)}), ("another shape", KEY)),
     (lambda s: [s.pop(key) for key in list(s)[:5]], ("lacks", "and 4 more")),
-], ids=["missing", "extra", "shape", "many"])
+    (lambda s: s.update({KEY: s[KEY] * torch.nan}), (KEY, "not finite")),
+    (lambda s: s.update({KEY: s[KEY].int()}), (KEY, "not finite numbers")),
+], ids=["missing", "extra", "shape", "many", "nan", "int"])
 def test_weights_that_do_not_fit_say_where(tmp_path, damage, says):
     state = dict(tiny().vae.state_dict())
     damage(state)
@@ -507,6 +509,10 @@ def test_weights_that_do_not_fit_say_where(tmp_path, damage, says):
     with pytest.raises(ValueError) as error:
         load_teacher("tiny", weights=tmp_path / "x.safetensors")
     one_line(error, str(tmp_path / "x.safetensors"), *says)
+
+
+def test_the_hash_is_of_the_weights_in_whatever_precision_they_are_used():
+    assert load_teacher("tiny", dtype=torch.bfloat16).weights_hash() == load_teacher("tiny").weights_hash()
 
 
 def offline(*args, **kwargs):
