@@ -36,7 +36,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from model import BLOCKS, CONFIGS, OWN_FILE, UPSAMPLING, TurboVAED, check_fit, check_writable, out_of_memory, summary
+from model import BLOCKS, CONFIGS, OWN_FILE, UPSAMPLING, TurboVAED, check_fit, check_writable, number, out_of_memory, summary
 
 SHIPPED = Path(__file__).resolve().parent / "assets" / "tiny_student.safetensors"
 WARM_UP = 3     # rounds that do not count, in which caches fill, clocks rise and kernels are chosen
@@ -543,7 +543,8 @@ def picture(path, rows, blocks):
 # The command line.
 
 def parse():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     usage="%(prog)s [--config NAME | --student PATH] [options]; --help explains each")
     add = parser.add_argument
     add("--config", nargs="+", choices=CONFIGS, help="students of these configurations, with random weights; or that "
         "of --student, where its file does not say")
@@ -551,7 +552,7 @@ def parse():
         "the shipped one)")
     add("--size", nargs="+", metavar="HxW", help="of the video in pixels (default 512x512 and 720x1280 on a GPU, 256x256 on a "
         "CPU; --blocks 512x512 and 128x128; --train 256x256 and 128x128; --features 128x128)")
-    add("--frames", type=int, default=17, help="of a clip, or the most below that latents decode to (default 17)")
+    add("--frames", type=number(int, 1), default=17, help="of a clip, or the most below that latents decode to (default 17)")
     add("--teacher", action=argparse.BooleanOptionalAction, help="the teachers' decoders too (default: without --config)")
     add("--compile", action=argparse.BooleanOptionalAction, default=True, help="torch.compile too (default)")
     add("--blocks", action="store_true", help="latency by block with the three upsamplers, for --config (default ltx), eager")
@@ -560,12 +561,12 @@ def parse():
     add("--team", metavar="ID", help="the Apple development team for which Xcode signs the app that runs packages on the iPhone")
     add("--features", action="store_true", help="teachers: aligned features against a whole decode")
     add("--train", action="store_true", help="the training step against a plain one, for --config (default ltx)")
-    add("--batch", type=int, default=1, help="clips in --train's micro-batch (default 1)")
-    add("--lpips-frames", type=int, default=2, help="frames of a clip that --train's LPIPS sees (default 2, as train.py's)")
+    add("--batch", type=number(int, 1), default=1, help="clips in --train's micro-batch (default 1)")
+    add("--lpips-frames", type=number(int, 1), default=2, help="frames of a clip that --train's LPIPS sees (default 2, as train.py's)")
     add("--dtype", choices=("float32", "bfloat16", "float16"),
         help="(default float32 on a CPU, float16 on a GPU, --train there bfloat16)")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda (default cuda where there is one)")
-    add("--rounds", type=int, help="turns that count (default: as many as fit into 45 s, 5 to 200; packages: 10)")
+    add("--rounds", type=number(int, 1), help="turns that count (default: as many as fit into 45 s, 5 to 200; packages: 10)")
     add("--out", default="out/bench", help="folder for bench.json and bench.png (default out/bench)")
     args = parser.parse_args()
     gpu = args.device.split(":")[0] == "cuda"
@@ -580,8 +581,6 @@ def parse():
             raise ValueError
     except ValueError:
         parser.error(f"--size takes HEIGHTxWIDTH in pixels, such as 512x512, not {' '.join(sizes)}")
-    if min(1 if args.rounds is None else args.rounds, args.frames, args.batch, args.lpips_frames) < 1:
-        parser.error("--rounds, --frames, --batch and --lpips-frames must be at least 1")
     if args.iphone and not args.team:
         parser.error("--iphone needs --team ID: Xcode signs the app that runs the packages for an Apple development team")
     others = ("blocks", "train", "features", "iphone", "mlpackage")

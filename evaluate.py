@@ -43,13 +43,12 @@ from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm import tqdm
 
-from data import (BROKEN, CLIPS_PER_SCENE, DATA_SETS, EXACT, BadVideo, SyntheticClips, VideoClips, check_colours,
+from data import (BROKEN, CLIPS_PER_SCENE, DATA_SETS, EXACT, HELD_OUT_SEED, BadVideo, SyntheticClips, VideoClips, check_colours,
                   colours, download, find_clips, open_video, picture, video_stream, why)
-from model import CONFIGS, OWN_FILE, TurboVAED, check_fit, check_writable, find_checkpoint, out_of_memory
+from model import CONFIGS, OWN_FILE, TurboVAED, check_fit, check_writable, find_checkpoint, number, out_of_memory
 from teachers import TEACHERS, load_teacher
 
 SHIPPED = Path(__file__).resolve().parent / "assets" / "tiny_student.safetensors"
-HELD_OUT = 10_000               # seed of made-up clips that training, which counts its seeds from 0, does not see
 WARM_UP, ROUNDS = 2, 7          # of the speed measurement
 # name: (heading, decimals)
 METRICS = {"psnr": ("PSNR (dB)", 2), "ssim": ("SSIM", 4), "lpips": ("LPIPS", 4), "temporal": ("temporal error", 2), "fvd": ("rFVD", 2)}
@@ -769,7 +768,8 @@ def size_of(text):
 
 
 def parse():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     usage="%(prog)s [--data WHAT] [--student PATH] [options]; --help explains each")
     add = parser.add_argument
     add("--data", default="synthetic", help="davis, ucf101, vidgen or openvid, in data/<name>; a video or a folder of videos or of folders "
         "of frames; or synthetic, made-up video that no training sees (default)")
@@ -785,16 +785,17 @@ def parse():
     add("--metrics", nargs="+", choices=METRICS, help="default: psnr ssim temporal, and on real video lpips fvd, whose networks are downloaded")
     add("--lpips-weights", metavar="FILE", help=f"torchvision's {ALEXNET} (default: PyTorch's cache, or a download of 233 MB)")
     add("--i3d", metavar="FILE", help="i3d_torchscript.pt (default: PyTorch's cache, or a download of 51 MB)")
-    add("--clips", type=int, help="the first so many (default: all; 16 of made-up video)")
-    add("--frames", type=int, help="frames of a clip (default: 17; 16 for dc, 8 for tiny)")
+    add("--clips", type=number(int, 1), help="the first so many (default: all; 16 of made-up video)")
+    add("--frames", type=number(int, 1), help="frames of a clip (default: 17; 16 for dc, 8 for tiny)")
     add("--size", type=size_of, metavar="S|HxW", help="pixels (default: 512 for davis, 360x640 for openvid, else 256; 128 for tiny)")
-    add("--batch", type=int, default=1, help="clips at a time (default 1)")
-    add("--workers", type=int, default=0, help="processes that read clips ahead (default 0)")
-    add("--seed", type=int, default=HELD_OUT, help=f"of made-up video and of generation (default {HELD_OUT})")
+    add("--batch", type=number(int, 1), default=1, help="clips at a time (default 1)")
+    add("--workers", type=number(int, 0), default=0, help="processes that read clips ahead (default 0)")
+    add("--seed", type=number(int, 0, 2 ** 32 - 1), default=HELD_OUT_SEED, help="of made-up video and of generation "
+        f"(default {HELD_OUT_SEED}, which no training sees)")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu",
         help="cpu, cuda, cuda:1 ..., mps (default: cuda where there is one)")
     add("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="of teacher, students and pipeline (default float32)")
-    add("--threads", type=int, help="CPU threads (default: PyTorch's choice)")
+    add("--threads", type=number(int, 1), help="CPU threads (default: PyTorch's choice)")
     add("--out", metavar="DIR", help="folder for what is written (default: that of the first student's run, else out/evaluate)")
     add("--reconstruct", nargs=2, metavar=("IN", "OUT"), help="a video through encoder and first student, audio and time stamps kept; nothing else")
     add("--latents", metavar="DIR", help="evaluate on saved latents: students against teacher, and both against real video, if --data has any")
@@ -802,11 +803,6 @@ def parse():
     add("--pipeline", metavar="HUB_ID", help="a diffusers pipeline, or a folder with one")
     args = parser.parse_args()
     args.data = args.data.rstrip("/") or "/"
-    for name in ("clips", "frames", "threads", "batch"):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            raise ValueError(f"--{name} must be at least 1, not {getattr(args, name)}")
-    if min(args.seed, args.workers) < 0:
-        raise ValueError(f"--seed and --workers must be at least 0, not {args.seed} and {args.workers}")
     there = ["cpu", *["cuda"] * torch.cuda.is_available(), *(f"cuda:{n}" for n in range(torch.cuda.device_count())),
              *["mps"] * torch.backends.mps.is_available()]
     if args.device not in there:

@@ -35,7 +35,7 @@ import torch
 import torch.nn.functional as F
 
 from model import (BLOCKS, CONFIGS, OWN_FILE, ChannelNorm, Conv3d, Resnet, SeparableConv3d, TurboVAED, Upsampler,
-                   Upsampler2d, check_writable, out_of_memory, summary)
+                   Upsampler2d, check_writable, number, out_of_memory, summary)
 
 SHIPPED = Path(__file__).resolve().parent / "assets" / "tiny_student.safetensors"
 PARTS = ("conv_in", *BLOCKS, "out")
@@ -776,7 +776,8 @@ def prove(path, model, r, whole=False):
 # ---------------------------------------------------------------------------------------------------------------------
 
 def parse():
-    parser = argparse.ArgumentParser(description="Student to Core ML packages, each run operation by operation and compared "
+    parser = argparse.ArgumentParser(usage="%(prog)s [--student PATH] [options]; --help explains each",
+                                     description="Student to Core ML packages, each run operation by operation and compared "
                                      "with the student, and a report of what a phone will have to do.")
     parser.add_argument("--student", metavar="PATH", help="a run's folder, a file or a hub id (default: the newest under out/, "
                         "else the shipped one)")
@@ -784,7 +785,7 @@ def parse():
     parser.add_argument("--random", action="store_true", help="random weights for --config, to measure speed only")
     parser.add_argument("--size", nargs="+", metavar="HxW", help="of the video in pixels, one package each (default 512x512 "
                         "720x1280); what is no multiple of the compression is cropped in the graph")
-    parser.add_argument("--latent-frames", type=int, metavar="N", help="default: what makes 17 frames, 16 for students that "
+    parser.add_argument("--latent-frames", type=number(int, 1), metavar="N", help="default: what makes 17 frames, 16 for students that "
                         "keep first frames")
     parser.add_argument("--bits", type=int, choices=(8, 6, 4), help="palettise the weights (default: fp16)")
     parser.add_argument("--no-gather", dest="gather", action="store_false", help="repeat and reorder frames by split and "

@@ -50,7 +50,7 @@ from tqdm import tqdm
 from data import CLIPS_PER_SCENE, HELD_OUT_SEED, BadVideo, CachedClips, SyntheticClips, VideoClips, begin_worker, write_file
 from losses import (HEADS, LPIPS, Objective, PatchDiscriminator, StudentWithHeads, adaptive_weight, kl_loss,
                     last_layer_gradients, make_heads, sharpness)
-from model import CONFIGS, TurboVAED, number
+from model import CONFIGS, TurboVAED, check_writable, number, out_of_memory
 from teachers import TEACHERS, load_teacher
 
 # Section 4.2: AdamW, learning rate 2e-4, betas 0.9 and 0.95, effective batch 32, 17 (dc: 16) frames at 256x256.
@@ -892,13 +892,9 @@ def alone_in(out):
     """Makes the folder `out` and holds it for this process. Raises ValueError while another one does, OSError where it
     cannot be written to."""
     import fcntl
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        write_file(out / "writable", b"")
-        (out / "writable").unlink()
-        folder = os.open(out, os.O_RDONLY)
-    except OSError as error:
-        raise OSError(f"--out {out} cannot be written to ({error.strerror or error})") from None
+    check_writable(out)
+    out.mkdir(parents=True, exist_ok=True)
+    folder = os.open(out, os.O_RDONLY)
     try:
         fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield
@@ -1303,6 +1299,8 @@ def one_line(error):
     if "DataLoader worker" in message and ("killed by signal" in message or "exited unexpectedly" in message):
         return ("a loader process was killed, most likely since memory ran out: fewer --workers, a smaller "
                 "--micro-batch or smaller videos help; --resume goes on from the last checkpoint, if there is one")
+    if out_of_memory(error):
+        return "memory ran out: a smaller --micro-batch or --size, --checkpointing and --cache need less of it"
     if "/gloo/" in message:
         return "another process of this run has ended"
     if "DataLoader worker" in message:                        # the worker's own error is the last line of its traceback

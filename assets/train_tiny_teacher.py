@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from torch.utils.data import DataLoader
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from data import SyntheticClips          # noqa: E402
+from data import HELD_OUT_SEED, SyntheticClips          # noqa: E402
 from teachers import TINY, Downsample, GatedConv, LinearAttention, RMSNorm, ResBlock, Upsample, VideoDCAE  # noqa: E402
 from train import make_optimizers        # noqa: E402
 
@@ -86,7 +86,7 @@ for conv in (model.encoder.project_out["main"].op_list[0], model.decoder.project
     conv.forward = torch.autocast("cpu", enabled=False)(conv.forward)
 optimizers = make_optimizers(model, args.lr, args.muon_lr, weight_decay=1e-2)
 clips = SyntheticClips(args.frames, args.size, args.seed)
-held_out = SyntheticClips(args.frames, 128, seed=10_000)
+held_out = SyntheticClips(args.frames, 128, seed=HELD_OUT_SEED)
 held_out = [held_out[8 * i] for i in range(16)]
 loader = iter(DataLoader(clips, args.batch, num_workers=args.workers))
 start = time.time()

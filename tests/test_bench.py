@@ -213,7 +213,8 @@ def test_the_student_asked_for_is_timed_and_labelled_by_what_is_decoded(tmp_path
 @pytest.mark.parametrize("flags, words", [
     (["--student", "x", "--config", "tiny", "ltx"], "one --config"), (["--student", "x", "--blocks"], "without --blocks"),
     (["--student", "x", "--train"], "without --train"), (["--device", "cuda:99"], "cuda:99"),
-    (["--size", "512"], "HEIGHTxWIDTH"), (["--rounds", "0"], "at least 1"), (["--device", "mps"], "cuda"), (["--iphone"], "--team")])
+    (["--size", "512"], "HEIGHTxWIDTH"), (["--rounds", "0"], "at least 1"), (["--frames", "0"], "at least 1"),
+    (["--batch", "0"], "at least 1"), (["--lpips-frames", "-1"], "at least 1"), (["--device", "mps"], "cuda"), (["--iphone"], "--team")])
 def test_wrong_flags_are_one_line(monkeypatch, capsys, flags, words):
     monkeypatch.setattr(sys, "argv", ["bench.py", *flags])
     with pytest.raises(SystemExit) as error:

@@ -296,7 +296,7 @@ def test_against_the_teacher(student, run):
     rows = run("--clips", 2, "--size", 64, "--against", "teacher")["rows"]
     assert rows[0]["psnr"] is None and rows[0]["ssim"] is None and rows[1]["psnr_kept"] is None
     teacher = evaluate.load_teacher("tiny")
-    clips = evaluate.SyntheticClips(8, 64, seed=evaluate.HELD_OUT)
+    clips = evaluate.SyntheticClips(8, 64, seed=evaluate.HELD_OUT_SEED)
     with torch.no_grad():
         latents = teacher.encode(torch.stack([clips[0], clips[8]]))
         want = psnr(TurboVAED.from_pretrained(student)(latents), teacher.decode(latents)).mean().item()
@@ -670,7 +670,7 @@ def test_latents_are_generated_and_evaluated(student, run, videos, pipeline, i3d
     pipe = diffusers.LTXPipeline.from_pretrained(pipeline)
     given, decode = [], pipe.vae.decode
     pipe.vae.decode = lambda z, *args, **kwargs: given.append(z) or decode(z, *args, **kwargs)
-    pipe("a boat", generator=torch.Generator().manual_seed(evaluate.HELD_OUT), height=256, width=256, num_frames=9, output_type="pt")
+    pipe("a boat", generator=torch.Generator().manual_seed(evaluate.HELD_OUT_SEED), height=256, width=256, num_frames=9, output_type="pt")
     assert torch.allclose(made[0], given[0], atol=1e-5)
 
     files[1].unlink()
@@ -799,12 +799,19 @@ def test_wrong_input_gets_one_line(tmp_path):
     (["--data", "vidgen", "--download"], "--download fetches davis and ucf101; vidgen is to be had from"),
     (["--frames", "9"], "frames = 9"),
     (["--teacher", "dc", "--teacher-weights", "nowhere"], "no teacher weights"),
-    (["--clips", "0"], "--clips must be at least 1"),
 ])
 def test_wrong_arguments_say_what_would_be_right(student, run, args, message):
     with pytest.raises((ValueError, OSError), match=message) as error:
         run(*args)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("flags", ["--clips 0", "--frames 0", "--batch 0", "--workers -1", "--seed -1", "--threads 0", "--size 0", "--batch two"])
+def test_numbers_that_mean_nothing_are_refused_before_anything_is_loaded(run, capsys, flags):
+    with pytest.raises(SystemExit) as end:
+        run(*flags.split())
+    lines = capsys.readouterr().err.splitlines()
+    assert end.value.code == 2 and len(lines) == 2 and flags.split()[0] in lines[1]
 
 
 def test_a_student_of_other_latents_is_refused_before_its_teacher_is_fetched(student, run, monkeypatch):

@@ -862,6 +862,16 @@ def test_a_teacher_whose_psnr_is_not_finite_is_refused(tmp_path, here, monkeypat
         here(tmp_path, "--steps", 2)
 
 
+def test_memory_that_runs_out_is_told_with_what_helps(tmp_path, here, monkeypatch):
+    def backward(*args, **more):
+        torch.empty(2 ** 60)
+
+    monkeypatch.setattr(Objective, "backward", backward)
+    with pytest.raises(RuntimeError) as error:
+        here(tmp_path, "--steps", 2)
+    assert "a smaller --micro-batch" in train.one_line(error.value)
+
+
 def test_a_loader_process_that_is_killed_is_told_apart(tmp_path, here, monkeypatch):
     with_clips(monkeypatch, lambda n, clip: os.kill(os.getpid(), signal.SIGKILL))
     with pytest.raises(RuntimeError) as error:
@@ -886,7 +896,7 @@ def test_numbers_and_pairs_that_mean_nothing_are_refused_before_anything_is_load
 def test_a_folder_that_cannot_be_written_to_is_found_first(tmp_path, here, monkeypatch):
     (tmp_path / "file").touch()
     monkeypatch.setattr(train, "load_teacher", lambda *args: pytest.fail("loaded"))
-    with pytest.raises(OSError, match="--out .*file/run cannot be written to"):
+    with pytest.raises(OSError, match="nothing can be written to .*file/run"):
         here(tmp_path / "file" / "run", "--steps", 1)
     for device in ("cuda:9", "meta", "nonsense"):
         with pytest.raises(ValueError, match=f"--device {device} cannot be used here"):
