@@ -648,7 +648,7 @@ class CachedClips(Dataset):
             try:
                 with open(manifest) as file:
                     made = json.load(file)
-                made["blocks"]
+                " ".join(made["blocks"])
             except (ValueError, TypeError, KeyError):
                 raise ValueError(f"{manifest} is damaged: delete the cache, or name another folder") from None
             for key, value in settings.items():

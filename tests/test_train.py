@@ -225,7 +225,7 @@ def test_a_cache_serves_runs_that_align_less_and_refuses_those_that_align_more(t
         CachedClips(tmp_path / "other", 2, {})
     with pytest.raises(ValueError, match="file is a file: name an empty or a new folder"):
         CachedClips(tmp_path / "other" / "file", 2, {})
-    for held in ("[]", "{", "{}", ""):
+    for held in ("[]", "{", "{}", "", '{"blocks": [1]}', '{"blocks": 1}'):
         (tmp_path / "other" / "manifest.json").write_text(held)
         with pytest.raises(ValueError, match="manifest.json is damaged"):
             CachedClips(tmp_path / "other", 2, {})
