@@ -50,7 +50,7 @@ from tqdm import tqdm
 from data import CLIPS_PER_SCENE, HELD_OUT_SEED, BadVideo, CachedClips, SyntheticClips, VideoClips, begin_worker, write_file
 from losses import (HEADS, LPIPS, Objective, PatchDiscriminator, StudentWithHeads, adaptive_weight, kl_loss,
                     last_layer_gradients, make_heads, sharpness)
-from model import CONFIGS, TurboVAED, check_writable, number, out_of_memory
+from model import CONFIGS, TurboVAED, check_fit, check_writable, number, out_of_memory
 from teachers import TEACHERS, load_teacher
 
 # Section 4.2: AdamW, learning rate 2e-4, betas 0.9 and 0.95, effective batch 32, 17 (dc: 16) frames at 256x256.
@@ -1122,11 +1122,11 @@ def distil(args):
     autocast = teacher_autocast = lambda: torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
 
     # teacher and clips ---------------------------------------------------------------------------------------
-    teacher, config = load_teacher(args.teacher, args.teacher_weights, device), CONFIGS[args.config]
+    teacher = load_teacher(args.teacher, args.teacher_weights, device)
     teacher.check_clip(args.frames, args.size, args.size)
-    if config.latent_channels != teacher.latent_channels or config.compression != teacher.compression:
-        raise ValueError(f"student {args.config} decodes {config.latent_channels} channels at {config.compression}, "
-                         f"the {args.teacher} teacher has {teacher.latent_channels} at {teacher.compression}")
+    with torch.device("meta"):
+        check_fit(TurboVAED(CONFIGS[args.config]), f"the {args.teacher} teacher", (), teacher.latent_channels,
+                  tuple(teacher.compression), teacher.images, who=f"student {args.config}")
     held_out = []
 
     def find_clips():                                         # one process looks, since all must go by the same list

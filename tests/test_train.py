@@ -457,7 +457,8 @@ def log_lines(out):
     (["--frames", "9"], "8 or 12"),
     (["--batch", "3"], "cannot be divided"),
     (["--data", "nowhere"], "nowhere"),
-    (["--config", "ltx"], "teacher has 16"),
+    (["--config", "ltx"], "decodes 128 latent channels, not 16"),
+    (["--config", "hunyuan"], "drops first frames"),
     (["--resume"], "nothing to resume"),
     (["--align", "up9"], "up9"),
 ])
