@@ -6,6 +6,7 @@
     model = TurboVAED.from_pretrained("out/ltx")          # ours: a training run's folder, or one .safetensors
     model = TurboVAED.from_pretrained("hustvl/Turbo-VAED", config="ltx")      # published, from the hub
     video = model(latents)                                # (B, C, t, h, w) -> (B, 3, T, H, W) in about [-1, 1]
+    for frames in model.stream(chunks): ...               # the same frames, as soon as they are known, from chunks of latents
 
 Needs PyTorch, and safetensors where such a file is read or written. Section, figure and table numbers are those of the
 Turbo-VAED paper.
@@ -119,12 +120,46 @@ OWN_FILE = "student.safetensors"
 # ---------------------------------------------------------------------------------------------------------------------
 # Layers. Their attribute names are those of the published checkpoints' keys.
 
-def pad_time(x, n):
+class Context:
+    """Where a layer's frames stand in their clip, and what the layer keeps of the frames before them.
+
+    A clip may come in chunks. Whatever looks n frames ahead then gives its frames n late, and keeps those that it needs
+    again. `kept` is a queue: each place in a layer takes its frames from the front and puts the next ones at the end, so
+    that after each chunk all stand in the same order. A whole clip is one chunk, the first and the last: nothing is kept.
+    """
+
+    def __init__(self, first=True, last=True):
+        self.first, self.last, self.kept = first, last, []
+
+
+WHOLE = Context()
+
+
+def pad_time(x, n, context=WHOLE):
     """Repeat the first and the last frame n times each: (B, C, T, H, W) -> (B, C, T + 2n, H, W).
 
-    A cat of slices, because an expanded tensor among them would cost x its channels_last_3d layout.
+    In a stream this happens at its two ends only; elsewhere the last 2n frames before x come first. A cat of slices,
+    because an expanded tensor among them would cost x its channels_last_3d layout.
     """
-    return torch.cat([x[:, :, :1]] * n + [x] + [x[:, :, -1:]] * n, dim=2) if n else x
+    if not n:
+        return x
+    frames = [x[:, :, :1]] * n if context.first else [context.kept.pop(0)]
+    frames += [x] if x.shape[2] else []         # the end of a stream may bring no more frames
+    frames += [frames[-1][:, :, -1:]] * n if context.last else []
+    x = torch.cat(frames, dim=2)
+    if not context.last:
+        context.kept.append(x[:, :, -2 * n:].clone())
+    return x
+
+
+def wait_for(h, x, context):
+    """The frames of x that h has come to: h, computed from x, runs late in a stream, and the frames ahead of it are kept."""
+    if not context.first:
+        x = torch.cat([context.kept.pop(0), x], dim=2)
+    if context.last:
+        return x
+    context.kept.append(x[:, :, h.shape[2]:].clone())
+    return x[:, :, :h.shape[2]]
 
 
 def rms_norm(x):
@@ -135,6 +170,9 @@ def rms_norm(x):
     return x * torch.rsqrt(x.float().square().mean(1, keepdim=True) + 1e-8).to(x.dtype)
 
 
+# Every layer below says in `reach` how far it looks to each side: from r frames (axis 0) or pixels (axis 1) beside its
+# output to so many beside its input. Kernels are cubes, so time and space differ in the upsamplers only.
+
 class Conv3d(nn.Module):
     """3D convolution: zeros around each frame, first and last frame repeated in time (the decoder is not causal)."""
 
@@ -142,8 +180,11 @@ class Conv3d(nn.Module):
         super().__init__()
         self.conv = nn.Conv3d(c_in, c_out, kernel, padding=(0, kernel // 2, kernel // 2))
 
-    def forward(self, x):
-        return self.conv(pad_time(x, self.conv.kernel_size[0] // 2))
+    def forward(self, x, context=WHOLE):
+        return self.conv(pad_time(x, self.conv.kernel_size[0] // 2, context))
+
+    def reach(self, r, axis):
+        return r + self.conv.kernel_size[0] // 2
 
 
 class SeparableConv3d(nn.Module):
@@ -154,8 +195,11 @@ class SeparableConv3d(nn.Module):
         self.depthwise_conv = nn.Conv3d(c_in, c_in, kernel, padding=(0, kernel // 2, kernel // 2), groups=c_in)
         self.pointwise_conv = nn.Conv3d(c_in, c_out, 1)
 
-    def forward(self, x):
-        return self.pointwise_conv(self.depthwise_conv(pad_time(x, self.depthwise_conv.kernel_size[0] // 2)))
+    def forward(self, x, context=WHOLE):
+        return self.pointwise_conv(self.depthwise_conv(pad_time(x, self.depthwise_conv.kernel_size[0] // 2, context)))
+
+    def reach(self, r, axis):
+        return r + self.depthwise_conv.kernel_size[0] // 2
 
 
 class ChannelNorm(nn.LayerNorm):
@@ -177,12 +221,16 @@ class Resnet(nn.Module):
             self.norm3 = ChannelNorm(c_in, eps=1e-6)
             self.conv_shortcut = Conv3d(c_in, c_out, kernel=1)
 
-    def forward(self, x):
-        h = self.conv1(self.activation(rms_norm(x)))
-        h = self.conv2(F.silu(rms_norm(h)))
+    def forward(self, x, context=WHOLE):
+        h = self.conv1(self.activation(rms_norm(x)), context)
+        h = self.conv2(F.silu(rms_norm(h)), context)
         if hasattr(self, "conv_shortcut"):
             x = self.conv_shortcut(self.norm3(x))
+        x = wait_for(h, x, context)
         return h + x    # in this order the sum keeps h's memory format: ChannelNorm's output is always channels-last
+
+    def reach(self, r, axis):
+        return self.conv1.reach(self.conv2.reach(r, axis), axis)
 
 
 def layout(x):
@@ -224,16 +272,21 @@ class Upsampler(nn.Module):
         self.pixels = 1 if upsampling == "interpolate" else factors[0] * factors[1] ** 2   # that a shuffle makes of one
         self.conv = conv(width, width * self.pixels)
 
-    def forward(self, x):
+    def forward(self, x, context=WHOLE):
         r_t, r_s = self.factors
         if self.upsampling == "decoupled":
-            x = decoupled_pixel_shuffle(self.conv(x), r_t, r_s)
+            x = decoupled_pixel_shuffle(self.conv(x, context), r_t, r_s)
         elif self.upsampling == "pixel_shuffle_3d":
-            x = pixel_shuffle_3d(self.conv(x), r_t, r_s)
+            x = pixel_shuffle_3d(self.conv(x, context), r_t, r_s)
         else:
             x = F.interpolate(x, scale_factor=(r_t, r_s, r_s), mode="nearest")
-        x = x[:, :, self.drop:] if self.drop else x
-        return self.conv(x) if self.upsampling == "interpolate" else x
+        x = x[:, :, self.drop:] if self.drop and context.first else x
+        return self.conv(x, context) if self.upsampling == "interpolate" else x
+
+    def reach(self, r, axis):
+        if self.upsampling == "interpolate":
+            return -(-self.conv.reach(r, axis) // self.factors[axis])
+        return self.conv.reach(-(-r // self.factors[axis]), axis)
 
 
 class Block(nn.Module):
@@ -260,6 +313,9 @@ class Upsampler2d(nn.Module):
 
     def forward(self, x):
         return F.pixel_shuffle(self.conv(F.silu(rms_norm(x))), 2)
+
+    def reach(self, r, axis):
+        return -(-r // 2) + 1 if axis else r
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -321,8 +377,7 @@ class TurboVAED(nn.Module):
         the configuration keeps first frames. return_features=True also returns the blocks' outputs as a dict with the
         keys "mid", "up0" ... "up3"; a tuple of names returns those only. Raises ValueError on other shapes.
         """
-        if latents.ndim != 5 or latents.shape[1] != self.config.latent_channels:
-            raise ValueError(f"latents must be (B, {self.config.latent_channels}, t, h, w), got {tuple(latents.shape)}")
+        self.check(latents)
         wanted = BLOCKS if return_features is True else return_features or ()
         features = {}
         x = self.conv_in(latents)
@@ -330,14 +385,52 @@ class TurboVAED(nn.Module):
             x = checkpoint(block, x, use_reentrant=False) if self.checkpointing and torch.is_grad_enabled() else block(x)
             if name in wanted:
                 features[name] = x
-        if self.config.patch > 1:                        # frame by frame to full size
-            B = x.shape[0]
-            x = self.upsampler2d_1(x.transpose(1, 2).flatten(0, 1))
-            if self.config.patch > 2:
-                x = self.upsampler2d_2(x)
-            x = x.unflatten(0, (B, -1)).transpose(1, 2)
-        video = self.conv_out(F.silu(rms_norm(x)))
+        video = self.out(x)
         return (video, features) if return_features else video
+
+    def out(self, x, context=WHOLE):
+        """The last block's features to video."""
+        if self.config.patch > 1:                        # frame by frame to full size
+            B, x = x.shape[0], x.transpose(1, 2).flatten(0, 1)
+            for upsampler in self.upsamplers2d():
+                x = upsampler(x)
+            x = x.unflatten(0, (B, -1)).transpose(1, 2)
+        return self.conv_out(F.silu(rms_norm(x)), context)
+
+    def upsamplers2d(self):
+        return [getattr(self, f"upsampler2d_{i + 1}") for i in range(self.config.patch // 2)]
+
+    def check(self, latents):
+        if latents.ndim != 5 or latents.shape[1] != self.config.latent_channels:
+            raise ValueError(f"latents must be (B, {self.config.latent_channels}, t, h, w), got {tuple(latents.shape)}")
+
+    def layers(self):
+        """What forward runs through before `out`, one after the other."""
+        blocks = [layer for block in (self.mid_block, *self.up_blocks)
+                  for layer in (block.conv_in, *block.upsamplers, *block.resnets)]
+        return [self.conv_in, *(layer for layer in blocks if not isinstance(layer, nn.Identity))]
+
+    def reach(self, axis):
+        """How many latents to each side of its own a frame depends on (axis 0), or a pixel, in rows and columns (axis 1)."""
+        r = self.conv_out.reach(0, axis)
+        for layer in reversed([*self.layers(), *self.upsamplers2d()]):
+            r = layer.reach(r, axis)
+        return r
+
+    def stream(self, chunks):
+        """Decode a clip of any length that comes in chunks: an iterable of latents (B, C, n, h, w), any n of at least 1.
+
+        A generator of the frames (B, 3, m, H, W), each as soon as the latents that it depends on are there: all together
+        they are model(latents), without overlap, blending or recomputation, in memory that does not grow. No gradients.
+        """
+        stream = self.streamer()
+        for latents in chunks:
+            yield from stream.run(latents)
+        yield from stream.run(last=True)
+
+    def streamer(self):
+        """The same by hand: stream = model.streamer(); frames = stream(latents), as often as you like; stream.flush()."""
+        return Stream(self)
 
     def channels_last(self):
         """Lay the weights out for channels-last latents, the layout fast on GPUs, in place; returns the model.
@@ -409,6 +502,80 @@ class TurboVAED(nn.Module):
         model.load_state_dict({key: tensor.float() for key, tensor in state.items()}, assign=True)
         model.metadata = metadata
         return model
+
+
+class Stream:
+    """One clip on its way through a student, in chunks: what `student.streamer()` returns.
+
+    stream(latents) takes the next (B, C, n, h, w), n at least 1, and returns the frames (B, 3, m, H, W) that are known by
+    now, at first none: m = 0. stream.flush() ends the clip and returns the rest. Frames come `delay` latents late.
+    Raises ValueError on other shapes, and after the end.
+    """
+
+    def __init__(self, student):
+        self.student, self.delay, rate = student, student.reach(0), 1
+        self.latents, self.chunk, self.ended = None, 0, False       # none of the latest, as many as the longest chunk has
+        self.steps = []                 # (layer, frames that it looks ahead, its frames for one latent, its context)
+        for layer in student.layers():
+            self.steps.append((layer, layer.reach(0, 0), rate, Context(last=False)))
+            rate *= layer.factors[0] if isinstance(layer, Upsampler) else 1
+        self.steps.append((student.out, student.conv_out.reach(0, 0), rate, Context(last=False)))
+
+    def __call__(self, latents):
+        return self.join(self.run(latents))
+
+    def flush(self):
+        return self.join(self.run(last=True))
+
+    def join(self, frames):
+        frames = list(frames)
+        B, _, _, h, w = self.latents.shape
+        _, d_h, d_w = self.student.config.compression
+        return torch.cat(frames or [self.latents.new_empty(B, 3, 0, d_h * h, d_w * w)], dim=2)
+
+    def take(self, latents):
+        """The latents, if they can be the next; without any, none of the latest ones' shape."""
+        if self.ended or latents is self.latents is None:
+            raise ValueError("this stream has ended: each clip needs its own" if self.ended else "no latents were given")
+        if latents is None:
+            return self.latents
+        self.student.check(latents)
+        none = latents[:, :, :0]
+        if not latents.shape[2] or self.latents is not None and none.shape != self.latents.shape:
+            raise ValueError(f"the latents of a stream have one size and at least one frame; got {tuple(latents.shape)}"
+                             + (f" after {tuple(self.latents.shape)}" if self.latents is not None else ""))
+        self.latents, self.chunk = none, max(self.chunk, latents.shape[2])
+        return latents
+
+    @torch.no_grad()
+    def run(self, latents=None, last=False):
+        """Generate the frames that become known with these latents, about a chunk's worth at a time; last: they are the end.
+
+        A layer begins when it has enough for its first frame. From then on it gives as many frames as it gets, and with
+        the last ones those that it looks ahead as well. They go on in pieces of the usual length, each through all the
+        layers before the next one starts, so that the end needs no more memory than the middle.
+        """
+        work = [(0, self.take(latents), last)]          # (number of the step, frames for it, whether they are its last)
+        self.ended = last
+        while work:
+            i, x, last = work.pop()
+            if i == len(self.steps):
+                yield x
+                continue
+            layer, ahead, rate, context = self.steps[i]
+            length = self.chunk * rate
+            if context.first:
+                x, context.kept = torch.cat([*context.kept, x], dim=2), []
+                length += ahead
+                if x.shape[2] <= ahead and not last:
+                    context.kept = [x]
+                    continue
+            if x.shape[2] > length:
+                work.append((i, x[:, :, length:], last))
+                x, last = x[:, :, :length], False
+            context.last = last
+            work.append((i + 1, layer(x, context), last))
+            context.first = False
 
 
 # ---------------------------------------------------------------------------------------------------------------------
