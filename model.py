@@ -29,6 +29,7 @@ from torch.utils.checkpoint import checkpoint
 
 BLOCKS = ("mid", "up0", "up1", "up2", "up3")
 UPSAMPLING = ("decoupled", "pixel_shuffle_3d", "interpolate")
+ONEDNN = torch.backends.mkldnn.is_available()
 
 
 @dataclass(frozen=True)
@@ -170,6 +171,13 @@ def rms_norm(x):
     return x * torch.rsqrt(x.float().square().mean(1, keepdim=True) + 1e-8).to(x.dtype)
 
 
+def convolve(conv, x, context):
+    """conv(x); in a stream on a CPU by oneDNN, since PyTorch leaves small chunks to a kernel several times as slow."""
+    if context is WHOLE or not ONEDNN or x.device.type != "cpu" or x.dtype != torch.float32 or torch.compiler.is_compiling():
+        return conv(x)
+    return torch.mkldnn_convolution(x, conv.weight, conv.bias, conv.padding, conv.stride, conv.dilation, conv.groups)
+
+
 # Every layer below says in `reach` how far it looks to each side: from r frames (axis 0) or pixels (axis 1) beside its
 # output to so many beside its input. Kernels are cubes, so time and space differ in the upsamplers only.
 
@@ -181,7 +189,7 @@ class Conv3d(nn.Module):
         self.conv = nn.Conv3d(c_in, c_out, kernel, padding=(0, kernel // 2, kernel // 2))
 
     def forward(self, x, context=WHOLE):
-        return self.conv(pad_time(x, self.conv.kernel_size[0] // 2, context))
+        return convolve(self.conv, pad_time(x, self.conv.kernel_size[0] // 2, context), context)
 
     def reach(self, r, axis):
         return r + self.conv.kernel_size[0] // 2
@@ -196,7 +204,8 @@ class SeparableConv3d(nn.Module):
         self.pointwise_conv = nn.Conv3d(c_in, c_out, 1)
 
     def forward(self, x, context=WHOLE):
-        return self.pointwise_conv(self.depthwise_conv(pad_time(x, self.depthwise_conv.kernel_size[0] // 2, context)))
+        x = pad_time(x, self.depthwise_conv.kernel_size[0] // 2, context)
+        return convolve(self.pointwise_conv, convolve(self.depthwise_conv, x, context), context)
 
     def reach(self, r, axis):
         return r + self.depthwise_conv.kernel_size[0] // 2

@@ -17,8 +17,8 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
 import model as model_file
-from model import (BLOCKS, CONFIGS, PUBLISHED, Conv3d, SeparableConv3d, TurboVAED, TurboVAEDConfig, count_flops,
-                   count_parameters, decoupled_pixel_shuffle, pad_time, pixel_shuffle_3d, rms_norm, use_student)
+from model import (BLOCKS, CONFIGS, PUBLISHED, Context, Conv3d, Resnet, SeparableConv3d, TurboVAED, TurboVAEDConfig,
+                   count_flops, count_parameters, decoupled_pixel_shuffle, pad_time, pixel_shuffle_3d, rms_norm, use_student)
 
 ROOT = Path(__file__).parent.parent
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -333,6 +333,169 @@ def test_compiles_as_one_graph():
     video, features = compiled(latents, return_features=True)
     torch.testing.assert_close(video, model(latents))
     assert set(features) == set(BLOCKS)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Streaming.
+
+def narrow(name, **change):
+    """The configuration with few channels: what looks where in time and space stays as it is. Four are left at the last norm:
+    over a single one it would be a sign, which jumps."""
+    config = CONFIGS[name]
+    few = {w: 6 + 4 * i for i, w in enumerate(sorted(set(config.widths)))} | {config.widths[-1]: 4 * config.patch ** 2}
+    return replace(config, widths=[few[w] for w in config.widths], latent_channels=4, **change)
+
+
+def chunkings(t, n=2):
+    """One frame at a time, and `n` ways of a fixed random set."""
+    random = np.random.RandomState(t)
+    for _ in range(n):
+        yield np.diff([0, *np.flatnonzero(random.rand(t - 1) < 0.4) + 1, t]).tolist()
+    yield [1] * t
+
+
+def rough(config):
+    """A student whose biases and norms are no longer zeros and ones."""
+    model = seeded(config)
+    for p in model.parameters():
+        if p.ndim == 1:
+            torch.nn.init.normal_(p.data, std=0.1)
+    return model
+
+
+def check_streams(model, lengths, atol=1e-5, size=(1, 1), **chunks):
+    for t in lengths:
+        latents = torch.randn(1, model.config.latent_channels, t, *size)
+        whole = model(latents)
+        for sizes in chunkings(t, **chunks):
+            frames = list(model.stream(latents.split(sizes, dim=2)))
+            torch.testing.assert_close(torch.cat(frames, dim=2), whole, atol=atol, rtol=0)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@torch.no_grad()
+def test_every_student_streams_what_it_decodes_whole(name):
+    check_streams(rough(narrow(name)), range(1, 13))
+
+
+@pytest.mark.parametrize("upsampling", ["decoupled", "pixel_shuffle_3d", "interpolate"])
+@pytest.mark.parametrize("drop_first", [True, False])
+@torch.no_grad()
+def test_every_upsampler_streams(upsampling, drop_first):
+    for change in ({}, {"kernel": 1}, {"kernel": 7, "separable": BLOCKS}, {"up": ((3, 2), None, (2, 1), (4, 1))}):
+        check_streams(rough(replace(MICRO, upsampling=upsampling, drop_first=drop_first, **change)), range(1, 13), n=1)
+    for name in CONFIGS:
+        check_streams(rough(narrow(name, upsampling=upsampling, drop_first=drop_first)), (3,), n=1)
+
+
+@torch.no_grad()
+def test_one_chunk_is_the_whole_clip_bit_for_bit():
+    """float16, since there PyTorch takes the same kernel for any size."""
+    model, latents = rough(CONFIGS["tiny"]).half(), torch.randn(2, 16, 12, 2, 2).half()
+    whole, stream = model(latents), model.streamer()
+    assert torch.equal(torch.cat(list(stream.run(latents, last=True)), dim=2), whole)
+    assert torch.equal(torch.cat(list(model.stream(latents.split(1, dim=2))), dim=2), whole)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+@torch.no_grad()
+def test_streams_in_every_precision_batched_and_channels_last(dtype):
+    model, latents = rough(CONFIGS["tiny"]).to(dtype), torch.randn(3, 16, 5, 2, 3, dtype=dtype)
+    want = model(latents)
+    for twin in (latents, latents.contiguous(memory_format=torch.channels_last_3d)):
+        got = torch.cat(list(model.stream(twin.split([2, 1, 2], dim=2))), dim=2)
+        assert got.dtype == dtype and relative_error(got, want) < {torch.float64: 1e-6, torch.float16: 2e-3}.get(dtype, 2e-2)
+
+
+@torch.no_grad()
+def test_a_layer_streams_in_the_layout_of_its_frames():
+    layer, context, lost = Resnet(8, 8, Conv3d), Context(last=False), []
+    layer.conv2.register_forward_pre_hook(lambda module, inputs: lost.append(inputs[0]))
+    x = torch.randn(2, 8, 6, 4, 4).contiguous(memory_format=torch.channels_last_3d)
+    layer(x, context)
+    assert all(frames.is_contiguous(memory_format=torch.channels_last_3d) for frames in (*context.kept, lost[0]))
+
+
+@torch.no_grad()
+def test_streams_compiled():
+    model, latents = rough(MICRO), torch.randn(1, 3, 12, 1, 2)
+    want = model(latents)
+    for layer in model.layers():
+        layer.compile(fullgraph=True, backend="eager", dynamic=False)
+    model.out = torch.compile(model.out, fullgraph=True, backend="eager", dynamic=False)
+    with torch._dynamo.config.patch(recompile_limit=64):
+        got = torch.cat(list(model.stream(latents.split(2, dim=2))), dim=2)
+    torch.testing.assert_close(got, want, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@torch.no_grad()
+def test_frames_come_as_soon_as_they_can_be_known_and_as_late_as_said(name):
+    """What latents not yet seen could change is found by making them not-a-number."""
+    model = rough(narrow(name))
+    stream = model.streamer()
+    t = stream.delay + 2
+    latents = torch.randn(1, 4, t + 1, 1, 1)
+    come = sum(stream(x).shape[2] for x in latents[:, :, :t].split(1, dim=2))
+    latents[:, :, t:] = torch.nan
+    assert come == model(latents)[0, 0, :, 0, 0].isfinite().sum()
+    assert model.config.frames(t - stream.delay) <= come < model.config.frames(t - stream.delay + 1)
+    assert come + stream.flush().shape[2] == model.config.frames(t)
+
+
+def test_how_late_the_students_are():
+    assert {name: on_meta(config).streamer().delay for name, config in CONFIGS.items()} == {
+        "ltx": 20, "dc": 41, "hunyuan": 51, "cog": 51, "wan21": 37, "wan22": 52, "ltx2": 28, "tiny": 12}
+
+
+@torch.no_grad()
+def test_a_stream_keeps_as_much_after_many_frames_as_after_few():
+    """And no layer's frames ever become more than a chunk's and those that it looks ahead, the end included."""
+    model, most = rough(narrow("hunyuan")), {}
+    latents, lengths = torch.randn(1, 4, 2, 1, 1), []
+    stream = model.streamer()
+    for i, (layer, ahead, rate, context) in enumerate(stream.steps):
+        def watched(x, context, layer=layer, i=i, room=2 * rate + ahead):
+            most[i] = max(most.get(i, 0), x.shape[2] - room)
+            return layer(x, context)
+        stream.steps[i] = (watched, ahead, rate, context)
+    for n in range(90):
+        stream(latents)
+        lengths.append(sum(x.untyped_storage().nbytes() for *_, context in stream.steps for x in context.kept))
+    assert lengths[30] == lengths[-1] > 0
+    assert stream.flush().shape[2] > 0
+    assert len(most) == len(stream.steps) and max(most.values()) <= 0
+    assert not any(context.kept for *_, context in stream.steps)
+
+
+@torch.no_grad()
+def test_a_stream_says_what_it_cannot_take():
+    model, x = seeded(MICRO), torch.zeros(1, 3, 1, 2, 2)
+    for wrong in (torch.zeros(1, 4, 1, 2, 2), x[0], x[:, :, :0]):
+        with pytest.raises(ValueError) as error:
+            model.streamer()(wrong)
+        one_line(error, str(tuple(wrong.shape)))
+    stream = model.streamer()
+    with pytest.raises(ValueError) as error:
+        stream.flush()
+    one_line(error, "no latents")
+    assert stream(x).shape == (1, 3, 0, 16, 16)
+    for other in (torch.zeros(1, 3, 1, 2, 3), torch.zeros(2, 3, 1, 2, 2)):
+        with pytest.raises(ValueError) as error:
+            stream(other)
+        one_line(error, str(tuple(other.shape)))
+    assert stream.flush().shape[2] == model.config.frames(1)
+    for late in (lambda: stream(x), stream.flush):
+        with pytest.raises(ValueError) as error:
+            late()
+        one_line(error, "ended")
+    with pytest.raises(ValueError):
+        list(model.stream([]))
+
+
+def test_a_stream_keeps_no_gradients():
+    model = seeded(MICRO)
+    assert not any(frames.requires_grad for frames in model.stream([torch.randn(1, 3, 2, 1, 1)]))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
