@@ -7,6 +7,7 @@
     model = TurboVAED.from_pretrained("hustvl/Turbo-VAED", config="ltx")      # published, from the hub
     video = model(latents)                                # (B, C, t, h, w) -> (B, 3, T, H, W) in about [-1, 1]
     for frames in model.stream(chunks): ...               # the same frames, as soon as they are known, from chunks of latents
+    video = model.decode(latents, max_memory=8)           # the same video within 8 GB
 
 Needs PyTorch, and safetensors where such a file is read or written. Section, figure and table numbers are those of the
 Turbo-VAED paper.
@@ -18,8 +19,10 @@ import math
 import os
 import pickle
 import re
+import warnings
 from dataclasses import asdict, dataclass
 from functools import partial
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -30,6 +33,8 @@ from torch.utils.checkpoint import checkpoint
 BLOCKS = ("mid", "up0", "up1", "up2", "up3")
 UPSAMPLING = ("decoupled", "pixel_shuffle_3d", "interpolate")
 ONEDNN = torch.backends.mkldnn.is_available()
+LARGE = 2 ** 27         # numbers in a layer's output, above which `decode` streams if it is not told otherwise
+WORK = 13               # largest outputs that fit into what a layer needs while it runs, measured on CPUs (on GPUs 8 are live)
 
 
 @dataclass(frozen=True)
@@ -441,6 +446,69 @@ class TurboVAED(nn.Module):
         """The same by hand: stream = model.streamer(); frames = stream(latents), as often as you like; stream.flush()."""
         return Stream(self)
 
+    @torch.no_grad()
+    def decode(self, latents, chunk=None, tile=None, max_memory=None):
+        """model(latents) in bounded memory: (B, C, t, h, w) -> (B, 3, T, H, W). No gradients.
+
+        chunk: latent frames that are decoded at a time, as `stream` does it, so exactly; if nothing is given, as many as
+        keep the output of every layer below LARGE numbers. tile: how many latents are decoded at a time in space, (rows,
+        columns) or one number for both. The outer ones are a halo and are decoded again by the next tile; this is exact
+        too where a side has more than twice as many as `reach(1)`. Else the halo is a quarter of the tile on each side,
+        seams are near and not exact, and a warning says so. max_memory: GB (1e9 bytes) for the weights, the video and all
+        between; chooses the longest chunk, then the largest tile, by estimate. Raises ValueError where nothing fits.
+        """
+        self.check(latents)
+        B, _, t, h, w = latents.shape
+        if max_memory is not None:
+            if chunk or tile:
+                raise ValueError("max_memory chooses chunk and tile: give it alone")
+            chunk, tile = self.fit(latents, max_memory)
+        tile = (tile, tile) if isinstance(tile, int) else tile or (h, w)
+        if min(1 if chunk is None else chunk, *tile) < 1:
+            raise ValueError(f"chunk and tile are at least 1 latent, got {chunk} and {tile}")
+        chunk = chunk or max(1, LARGE // self.largest(B, 1, min(h, tile[0]), min(w, tile[1])))
+        reach, (_, d_h, d_w) = self.reach(1), self.config.compression
+        if any(side < n and side <= 2 * reach for side, n in zip(tile, (h, w))):
+            warnings.warn(f"tiles of {tile[0]}x{tile[1]} latents are not exact at their seams: above {2 * reach} they would be")
+        video = None
+        for (rows, kept_rows), (columns, kept_columns) in product(spans(h, tile[0], reach), spans(w, tile[1], reach)):
+            stream, done = self.streamer(), 0
+            for i in range(0, t, chunk):
+                for frames in stream.run(latents[:, :, i:i + chunk, rows, columns], last=i + chunk >= t):
+                    if video is None:
+                        video = frames.new_empty(B, 3, self.config.frames(t), d_h * h, d_w * w)
+                    frames = frames[..., pixels(kept_rows, d_h, rows.start), pixels(kept_columns, d_w, columns.start)]
+                    video[:, :, done:done + frames.shape[2], pixels(kept_rows, d_h), pixels(kept_columns, d_w)] = frames
+                    done += frames.shape[2]
+        return video
+
+    def largest(self, B, t, h, w):
+        """Numbers in the largest output of a layer, for t latent frames within a longer clip."""
+        more, fewer = ([math.prod(self.config.feature_shape(block, (B, 0, n, h, w))) for block in BLOCKS] for n in (t + 1, 1))
+        return max(m - f for m, f in zip(more, fewer))
+
+    def fit(self, latents, max_memory):
+        """(chunk, tile) with which `decode` needs no more than that many GB: the largest chunk, else the largest tile."""
+        B, C, t, h, w = latents.shape
+        with torch.device("meta"):          # what a stream in the middle of its clip keeps for one latent of a frame
+            stream = TurboVAED(self.config).streamer()
+            stream(torch.empty(1, C, stream.delay + 1, 1, 1))
+        kept = sum(x.numel() for *_, context in stream.steps for x in context.kept)
+        size = latents.element_size()
+        held = 2 * sum(p.nbytes for p in self.parameters())         # oneDNN orders them anew
+        held += size * B * 3 * math.prod(self.config.compression) * t * h * w
+        work = WORK * (4 if latents.device.type == "cpu" else size)         # oneDNN computes half precision in float32
+
+        def need(chunk, h, w):      # a layer's frames are those of the chunk and a few that it looks ahead
+            return (held + work * self.largest(B, chunk + 1, h, w) + (size * B * kept * h * w if chunk < t else 0)) / 1e9
+
+        for side in range(max(h, w), 0, -1):
+            tile = min(side, h), min(side, w)
+            if need(1, *tile) <= max_memory or need(t, *tile) <= max_memory:
+                return max(chunk for chunk in range(1, t + 1) if need(chunk, *tile) <= max_memory), tile
+        raise ValueError(f"these latents need at least {need(1, 1, 1):.2f} GB, of which {held / 1e9:.2f} are the weights and the "
+                         f"video, not {max_memory}; `stream` gives the video piece by piece")
+
     def channels_last(self):
         """Lay the weights out for channels-last latents, the layout fast on GPUs, in place; returns the model.
 
@@ -511,6 +579,25 @@ class TurboVAED(nn.Module):
         model.load_state_dict({key: tensor.float() for key, tensor in state.items()}, assign=True)
         model.metadata = metadata
         return model
+
+
+def spans(n, tile, reach):
+    """Tiles along a side of n latents: [(latents read, latents kept)], slices; at most `tile` are read, all are kept once."""
+    if tile >= n:
+        return [(slice(0, n), slice(0, n))]
+    halo, kept, spans = reach if tile > 2 * reach else tile // 4, 0, []
+    while kept < n:
+        start = max(0, kept - halo)
+        stop = min(start + tile, n)
+        end = stop - halo if stop < n else n
+        spans.append((slice(start, stop), slice(kept, end)))
+        kept = end
+    return spans
+
+
+def pixels(latents, size, start=0):
+    """The slice of pixels that a slice of latents, counted from `start`, becomes."""
+    return slice(size * (latents.start - start), size * (latents.stop - start))
 
 
 class Stream:

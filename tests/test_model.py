@@ -5,6 +5,8 @@ import os
 import pickle
 import subprocess
 import sys
+import warnings
+import weakref
 import zlib
 from dataclasses import replace
 from functools import lru_cache, partial
@@ -15,10 +17,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import model as model_file
 from model import (BLOCKS, CONFIGS, PUBLISHED, Context, Conv3d, Resnet, SeparableConv3d, TurboVAED, TurboVAEDConfig,
-                   count_flops, count_parameters, decoupled_pixel_shuffle, pad_time, pixel_shuffle_3d, rms_norm, use_student)
+                   count_flops, count_parameters, decoupled_pixel_shuffle, pad_time, pixel_shuffle_3d, rms_norm, spans, use_student)
 
 ROOT = Path(__file__).parent.parent
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -496,6 +499,124 @@ def test_a_stream_says_what_it_cannot_take():
 def test_a_stream_keeps_no_gradients():
     model = seeded(MICRO)
     assert not any(frames.requires_grad for frames in model.stream([torch.randn(1, 3, 2, 1, 1)]))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Bounded memory.
+
+# Few layers, so that tiles wider than what a pixel depends on stay small.
+SHORT = replace(MICRO, resnets=(0, 0, 0, 0, 1), separable=())
+
+
+class Live(TorchDispatchMode):
+    """Counts the bytes of all tensors that come into being under it, on any device, meta included."""
+    now = most = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **kwargs or {})
+        if isinstance(out, torch.Tensor) and func._schema.returns[0].alias_info is None:
+            storage = out.untyped_storage()
+            if all(storage._cdata != x.untyped_storage()._cdata for x in args if isinstance(x, torch.Tensor)):
+                weakref.finalize(storage, self.grow, -storage.nbytes())
+                self.grow(storage.nbytes())
+        return out
+
+    def grow(self, n):
+        self.now += n
+        self.most = max(self.most, self.now)
+
+
+@torch.no_grad()
+def test_decoding_in_chunks_is_decoding_whole():
+    model, latents = rough(MICRO), torch.randn(2, 3, 7, 2, 3)
+    want = model(latents)
+    for chunk in (None, 1, 2, 3, 7, 50):
+        torch.testing.assert_close(model.decode(latents, chunk=chunk), want, atol=1e-5, rtol=0)
+
+
+@torch.no_grad()
+def test_decodes_in_chunks_by_itself_where_a_layer_would_be_large(monkeypatch):
+    model, latents, most = seeded(MICRO), torch.randn(1, 3, 9, 2, 2), []
+    model.conv_out.register_forward_hook(lambda module, inputs, output: most.append(output.shape[2]))
+    model.decode(latents)
+    assert most == [model.config.frames(9)]
+    monkeypatch.setattr(model_file, "LARGE", 3 * model.largest(1, 1, 2, 2))
+    model.decode(latents)
+    assert len(most) > 2 and max(most[1:]) <= 3 * 4 + 1
+
+
+@pytest.mark.parametrize("upsampling", ["decoupled", "interpolate"])
+@torch.no_grad()
+def test_tiles_are_exact_where_their_halo_covers_what_a_pixel_depends_on(upsampling, recwarn):
+    model = rough(replace(SHORT, upsampling=upsampling))
+    n = 2 * model.reach(1)
+    latents = torch.randn(2, 3, 2, n + 5, n + 2)
+    want = model(latents)
+    for tile in (n + 1, (n + 4, n + 3), (n + 20, n + 1), (n + 5, n + 2)):
+        torch.testing.assert_close(model.decode(latents, tile=tile, chunk=1), want, atol=1e-5, rtol=0)
+    assert not recwarn.list
+    with pytest.warns(UserWarning, match=f"not exact.*above {n}"):
+        near = model.decode(latents, tile=n)
+    assert 1e-5 < (near - want).abs().max() and relative_error(near, want) < 0.2
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@torch.no_grad()
+def test_a_pixel_depends_on_as_many_latents_as_said(name):
+    """On no more, or tiles would not be exact, and on no fewer, or they would be larger than they need to be."""
+    model = rough(narrow(name))
+    reach, d_w = model.reach(1), model.config.compression[2]
+    latents = torch.randn(1, 4, 1, 1, 2 * reach + 5)
+    latents[..., reach + 2] = torch.nan
+    touched = model(latents)[0, 0, 0, 0].isnan().nonzero().flatten()
+    assert touched[0] // d_w == 2 and touched[-1] // d_w == 2 * reach + 2
+
+
+@pytest.mark.parametrize("n, tile, reach", [(20, 30, 4), (20, 20, 4), (20, 19, 4), (20, 9, 4), (21, 8, 4), (5, 1, 4), (9, 3, 7)])
+def test_tiles_cover_a_side_once(n, tile, reach):
+    tiles = spans(n, tile, reach)
+    assert [i for _, kept in tiles for i in range(n)[kept]] == list(range(n))
+    for read, kept in tiles:
+        assert read.stop - read.start <= tile and 0 <= read.start <= kept.start < kept.stop <= read.stop <= n
+        if tile > 2 * reach:
+            assert kept.start - read.start >= min(reach, kept.start) and read.stop - kept.stop >= min(reach, n - kept.stop)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_121_frames_of_720p_fit_in_8_gb(name):
+    model = on_meta(CONFIGS[name]).half()
+    t = next(t for t in range(1, 32) if model.config.frames(t) >= 120)
+    shape = (-(-size // d) for size, d in zip((720, 1280), model.config.compression[1:]))
+    with Live() as live:
+        video = model.decode(torch.empty(1, model.config.latent_channels, t, *shape, dtype=torch.float16, device="meta"))
+    assert video.nbytes < live.now + 1 and live.most + sum(p.nbytes for p in model.parameters()) < 8e9
+
+
+def test_as_much_memory_as_allowed_is_used_and_no_more():
+    model = on_meta(CONFIGS["ltx"]).half()
+    latents, used = torch.empty(1, 128, 24, 45, 80, dtype=torch.float16, device="meta"), []
+    for allowed in (10, 20, 50):
+        with Live() as live:
+            model.decode(latents, max_memory=allowed)
+        used.append(live.most / 1e9 + 0.084)
+        assert 0.4 * allowed < used[-1] <= allowed
+    assert model.fit(latents, 400) == (24, (45, 80))
+    chunk, tile = model.fit(latents, 8)
+    assert chunk == 1 and 40 < tile[1] < 80
+    with pytest.raises(ValueError) as error:
+        model.decode(latents, max_memory=4)
+    one_line(error, "at least 4.", "not 4", "stream")
+
+
+def test_what_cannot_be_decoded_in_pieces_is_one_line():
+    model, latents = seeded(MICRO), torch.zeros(1, 3, 2, 2, 2)
+    for wrong, says in (({"chunk": -1}, "at least 1"), ({"tile": (0, 4)}, "at least 1"), ({"chunk": 1, "max_memory": 8}, "alone")):
+        with pytest.raises(ValueError) as error:
+            model.decode(latents, **wrong)
+        one_line(error, says)
+    with pytest.raises(ValueError) as error:
+        model.decode(latents[0])
+    one_line(error, "(B, 3, t, h, w)")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
