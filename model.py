@@ -6,7 +6,7 @@
     model = TurboVAED.from_pretrained("out/ltx")          # ours: a training run's folder, or one .safetensors
     model = TurboVAED.from_pretrained("hustvl/Turbo-VAED", config="ltx")      # published, from the hub
     video = model(latents)                                # (B, C, t, h, w) -> (B, 3, T, H, W) in about [-1, 1]
-    for frames in model.stream(chunks): ...               # the same frames, as soon as they are known, from chunks of latents
+    for frames in model.stream(chunks): ...               # the same frames, as soon as they are known; chunks of latents
     video = model.decode(latents, max_memory=8)           # the same video within 8 GB
 
 Needs PyTorch, and safetensors where such a file is read or written. Section, figure and table numbers are those of the
@@ -34,7 +34,7 @@ BLOCKS = ("mid", "up0", "up1", "up2", "up3")
 UPSAMPLING = ("decoupled", "pixel_shuffle_3d", "interpolate")
 ONEDNN = torch.backends.mkldnn.is_available()
 LARGE = 2 ** 27         # numbers in a layer's output, above which `decode` streams if it is not told otherwise
-WORK = 13               # largest outputs that fit into what a layer needs while it runs, measured on CPUs (on GPUs 8 are live)
+WORK = 13               # largest outputs that fit into what a layer needs while it runs: measured on CPUs; 8 are live
 
 
 @dataclass(frozen=True)
@@ -159,7 +159,7 @@ def pad_time(x, n, context=WHOLE):
 
 
 def wait_for(h, x, context):
-    """The frames of x that h has come to: h, computed from x, runs late in a stream, and the frames ahead of it are kept."""
+    """The frames of x that h, made from x, has come to: in a stream h runs late, and the frames ahead of it are kept."""
     if not context.first:
         x = torch.cat([context.kept.pop(0), x], dim=2)
     if context.last:
@@ -178,7 +178,8 @@ def rms_norm(x):
 
 def convolve(conv, x, context):
     """conv(x); in a stream on a CPU by oneDNN, since PyTorch leaves small chunks to a kernel several times as slow."""
-    if context is WHOLE or not ONEDNN or x.device.type != "cpu" or x.dtype != torch.float32 or torch.compiler.is_compiling():
+    onednn = ONEDNN and x.device.type == "cpu" and x.dtype == torch.float32 and not torch.compiler.is_compiling()
+    if context is WHOLE or not onednn:
         return conv(x)
     return torch.mkldnn_convolution(x, conv.weight, conv.bias, conv.padding, conv.stride, conv.dilation, conv.groups)
 
@@ -680,8 +681,9 @@ class Stream:
 def use_student(pipe_or_vae, student):
     """Put `student` in the place of the decoder of a diffusers pipeline or VAE, so that `pipe(...)` decodes through it.
 
-    Only `vae.decode` changes: it hands the latents that it is given to the student, whole (no tiling or slicing), in the
-    latents' own precision and on their device. student None puts the VAE's own decoder back. Returns pipe_or_vae.
+    Only `vae.decode` changes: it hands the latents that it is given to the student's `decode`, in the latents' own precision
+    and on their device. Large clips are decoded in chunks of time, and all are, one latent frame at a time, after
+    `vae.enable_tiling()`; both are exact. student None puts the VAE's own decoder back. Returns pipe_or_vae.
     Raises ValueError if the student decodes other latents than this VAE's, TypeError if there is no VAE.
     """
     vae = getattr(pipe_or_vae, "vae", pipe_or_vae)
@@ -697,7 +699,7 @@ def use_student(pipe_or_vae, student):
 
     @torch.no_grad()
     def decode(z, *conditioning, return_dict=True, **more):      # a timestep, a generator: the student needs neither
-        video = student.to(z.device, z.dtype).eval()(z)
+        video = student.to(z.device, z.dtype).eval().decode(z, chunk=1 if getattr(vae, "use_tiling", False) else None)
         if not return_dict:
             return (video,)
         from diffusers.models.autoencoders.vae import DecoderOutput

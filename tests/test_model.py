@@ -884,12 +884,19 @@ def test_a_pipeline_decodes_through_the_student_and_back(name):
     del pipe.vae.decode
 
     assert use_student(pipe, student) is pipe
-    pipe.vae.enable_tiling()                          # which the student has no use for
-    frames = generate()
     by_hand = pipe.video_processor.postprocess_video(student(given[0]), output_type="pt")
-    assert frames.shape == own.shape == (1, 9, 3, 64, 96)
-    assert torch.equal(frames, by_hand) and not torch.equal(frames, own)
-    assert torch.equal(pipe.vae.decode(given[0]).sample, student(given[0]))
+    chunks = []
+    student.conv_in.register_forward_hook(lambda module, inputs, output: chunks.append(inputs[0].shape[2]))
+    for tiling in (False, True):
+        pipe.vae.enable_tiling() if tiling else pipe.vae.disable_tiling()
+        chunks.clear()
+        frames = generate()
+        t = given[0].shape[2]
+        assert chunks == ([2] + [1] * (t - 2) if tiling else [t])       # the first layer begins when it has two
+        assert frames.shape == own.shape == (1, 9, 3, 64, 96)
+        torch.testing.assert_close(frames, by_hand, atol=1e-5, rtol=0)
+        assert not torch.allclose(frames, own, atol=1e-2)
+        torch.testing.assert_close(pipe.vae.decode(given[0]).sample, student(given[0]), atol=1e-5, rtol=0)
 
     use_student(pipe.vae, None)
     pipe.vae.disable_tiling()
