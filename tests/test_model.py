@@ -860,7 +860,7 @@ def tiny_pipeline(name):
             in_channels=8, out_channels=8, num_attention_heads=2, attention_head_dim=8, cross_attention_dim=16, num_layers=1,
             caption_channels=16)
         pipe = diffusers.LTXPipeline(vae=vae, transformer=transformer, **parts)
-        config = replace(MICRO, latent_channels=8, up=(None, (2, 2), (2, 2), (2, 2)), patch=4, widths=(32, 32, 32, 32, 16))
+        config = replace(MICRO, latent_channels=8, up=(None, (2, 2), (2, 2), (2, 2)), patch=4, widths=(32, 32, 32, 32, 64))
         return pipe, common | dict(height=64, width=96, guidance_scale=1.0), TurboVAED(config)
     vae = diffusers.AutoencoderKLHunyuanVideo(latent_channels=4, block_out_channels=(8, 8, 16, 16), layers_per_block=1,
                                               norm_num_groups=4)
