@@ -8,6 +8,7 @@
     video = model(latents)                                # (B, C, t, h, w) -> (B, 3, T, H, W) in about [-1, 1]
     for frames in model.stream(chunks): ...               # the same frames, as soon as they are known; chunks of latents
     video = model.decode(latents, max_memory=8)           # the same video within 8 GB
+    model.optimize_for_inference()                        # compiled, and what else makes it fast
 
 Needs PyTorch, and safetensors where such a file is read or written. Section, figure and table numbers are those of the
 Turbo-VAED paper.
@@ -176,12 +177,24 @@ def rms_norm(x):
     return x * torch.rsqrt(x.float().square().mean(1, keepdim=True) + 1e-8).to(x.dtype)
 
 
+@torch.library.custom_op("turbo_vaed::onednn", mutates_args=())
+def onednn(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, padding: list[int], groups: int) -> torch.Tensor:
+    """A convolution by oneDNN at any size: left to itself, PyTorch hands small clips to a kernel several times as slow."""
+    return torch.mkldnn_convolution(x, weight, bias, padding, [1] * 3, [1] * 3, groups).contiguous()
+
+
+@onednn.register_fake
+def _(x, weight, bias, padding, groups):
+    return F.conv3d(x, weight, bias, 1, padding, 1, groups).contiguous()
+
+
 def convolve(conv, x, context):
-    """conv(x); in a stream on a CPU by oneDNN, since PyTorch leaves small chunks to a kernel several times as slow."""
-    onednn = ONEDNN and x.device.type == "cpu" and x.dtype == torch.float32 and not torch.compiler.is_compiling()
-    if context is WHOLE or not onednn:
+    """conv(x); in a stream on a CPU, and in whole clips once optimized for inference, by oneDNN."""
+    if context is WHOLE and not hasattr(conv, "optimized") or not ONEDNN:
         return conv(x)
-    return torch.mkldnn_convolution(x, conv.weight, conv.bias, conv.padding, conv.stride, conv.dilation, conv.groups)
+    if x.device.type != "cpu" or x.dtype != torch.float32 or not x.is_contiguous():
+        return conv(x)
+    return onednn(x, conv.weight, conv.bias, conv.padding, conv.groups)
 
 
 # Every layer below says in `reach` how far it looks to each side: from r frames (axis 0) or pixels (axis 1) beside its
@@ -471,6 +484,8 @@ class TurboVAED(nn.Module):
         reach, (_, d_h, d_w) = self.reach(1), self.config.compression
         if any(side < n and side <= 2 * reach for side, n in zip(tile, (h, w))):
             warnings.warn(f"tiles of {tile[0]}x{tile[1]} latents are not exact at their seams: above {2 * reach} they would be")
+        if chunk >= t and tile[0] >= h and tile[1] >= w:
+            return self(latents)
         video = None
         for (rows, kept_rows), (columns, kept_columns) in product(spans(h, tile[0], reach), spans(w, tile[1], reach)):
             stream, done = self.streamer(), 0
@@ -518,6 +533,23 @@ class TurboVAED(nn.Module):
         for p in self.parameters():
             if p.ndim > 3:
                 p.data = p.data.contiguous(memory_format=torch.channels_last_3d if p.ndim == 5 else torch.channels_last)
+        return self
+
+    def optimize_for_inference(self, dtype=None, compile=True):
+        """Make this student decode as fast as it can where it is, in place; returns it. It cannot be trained any more.
+
+        dtype: float16 or bfloat16, or None for its own. compile: model(latents), and with it `decode` of what it takes whole,
+        through torch.compile, anew for each size: minutes at first, then faster. Streams run uncompiled. On a CPU every
+        convolution in float32 is oneDNN's, on a GPU all are laid out channels-last.
+        """
+        self.to(dtype=dtype).eval().requires_grad_(False)
+        if next(self.parameters()).is_cuda:
+            self.channels_last()
+        for module in self.modules():
+            if isinstance(module, nn.Conv3d):
+                module.optimized = True
+        if compile:
+            self.compile(dynamic=False, fullgraph=True)
         return self
 
     def save_pretrained(self, path, metadata=None):

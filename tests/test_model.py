@@ -620,6 +620,43 @@ def test_what_cannot_be_decoded_in_pieces_is_one_line():
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Optimized for inference.
+
+@torch.no_grad()
+def test_optimized_is_the_same_decoder_without_the_slow_convolution():
+    def slow(run):          # but for 1x1x1 kernels, which are a matrix product there
+        with torch.profiler.profile(record_shapes=True) as profile:
+            run()
+        return [event for event in profile.events() if event.name == "aten::slow_conv3d" and event.input_shapes[1][2] > 1]
+    model, latents = rough(CONFIGS["tiny"]), torch.randn(1, 16, 2, 4, 4)
+    want = model(latents)
+    assert slow(lambda: model(latents)) and not slow(lambda: list(model.stream([latents])))
+    assert model.optimize_for_inference(compile=False) is model and not any(p.requires_grad for p in model.parameters())
+    assert not slow(lambda: model(latents))
+    torch.testing.assert_close(model(latents), want, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@torch.no_grad()
+def test_the_shipped_student_in_half_precision_is_50_db_from_itself(dtype):
+    model = TurboVAED.from_pretrained(ROOT / "assets" / "tiny_student.safetensors").eval()
+    latents = torch.randn(1, 16, 3, 8, 8)
+    want = model(latents)
+    got = model.optimize_for_inference(dtype, compile=False)(latents.to(dtype)).float()
+    assert 10 * torch.log10(4 / (got - want).square().mean()) > 50
+
+
+@torch.no_grad()
+def test_optimized_compiles_whole_and_decodes_through_it():
+    model, latents = rough(replace(MICRO, resnets=(0, 0, 1, 0, 0))), torch.randn(1, 3, 2, 2, 2)
+    want = model(latents)
+    model.optimize_for_inference()
+    for _ in range(2):
+        torch.testing.assert_close(model.decode(latents), want, atol=1e-5, rtol=0)
+    assert model._compiled_call_impl is not None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Files.
 
 @pytest.mark.parametrize("config", [CONFIGS["tiny"], replace(MICRO, upsampling="pixel_shuffle_3d", kernel=7)],
