@@ -47,7 +47,8 @@ COLUMNS = {     # of the table, where any row has them: header, text of a row's 
     "model": "{model}", "way": "{way}", "clip": "{frames}x{height}x{width}", "parameters": "{parameters:,}",
     "ms": "{milliseconds:.2f}", "spread": "{spread:.2f}", "FPS": "{fps:.1f}", "TFLOP/s": "{tflops:.3f}",
     "of matrix rate": "{of_matrix_rate:.1%}", "of copy rate": "{of_copy_rate:.1%}", "peak GB": "{peak_gb:.2f}",
-    "load ms": "{load_milliseconds:.0f}", "latents": "{latents}", "first frame ms": "{first_milliseconds:.0f}", "speed-up": "{speed_up:.2f}x"}
+    "load ms": "{load_milliseconds:.0f}", "latents": "{latents}", "first frame ms": "{first_milliseconds:.0f}",
+    "speed-up": "{speed_up:.2f}x"}
 BLOCK_COLUMNS = {key: COLUMNS[key] for key in ("model", "way", "clip", "ms", "spread", "speed-up")} | {
     part: f"{{blocks[{part}]:.2f}} {{shares[{part}]:.0%}}" for part in (*PARTS, "upsamplers")}
 
@@ -214,7 +215,7 @@ def bench_students(args, device, dtype):
 
 @torch.inference_mode()
 def bench_stream(args, device, dtype):
-    """Two rows for each student, size and length: streamed in chunks, and decoded whole if the machine's memory may hold that."""
+    """Two rows for each student, size and length: streamed in chunks, and whole if the machine's memory may hold it."""
     rows = []
     students = [(name, TurboVAED(CONFIGS[name])) for name in args.config] if args.config else [find_student(args.student)]
     for (name, student), (height, width), length in itertools.product(students, args.size, args.lengths):
@@ -251,7 +252,8 @@ def bench_stream(args, device, dtype):
                    **figures(spent, way, frames, "whole" if "whole" in runs else None),
                    **peak_memory(run, device, nbytes(student))}
             if way == "streamed":
-                row |= {"chunk": args.chunk, "delay": student.streamer().delay, "first_milliseconds": 1000 * statistics.median(firsts)}
+                row |= {"chunk": args.chunk, "delay": student.streamer().delay,
+                        "first_milliseconds": 1000 * statistics.median(firsts)}
             rows.append(row)
     return rows
 
@@ -590,7 +592,8 @@ def parse():
     add("--compile", action=argparse.BooleanOptionalAction, default=True, help="torch.compile too (default)")
     add("--decode", action="store_true", help="optimized for inference as well, and no teacher unless --teacher")
     add("--stream", action="store_true", help="streamed in chunks against whole, for clips of --lengths latent frames")
-    add("--lengths", type=int, nargs="+", default=[10, 100, 600], metavar="N", help="latent frames of --stream's clips (default 10 100 600)")
+    add("--lengths", type=int, nargs="+", default=[10, 100, 600], metavar="N",
+        help="latent frames of --stream's clips (default 10 100 600)")
     add("--chunk", type=int, default=4, help="latent frames that --stream decodes at a time (default 4)")
     add("--blocks", action="store_true", help="latency by block with the three upsamplers, for --config (default ltx), eager")
     add("--mlpackage", nargs="*", metavar="PATH", help="Core ML packages, on a Mac (default: all under out/)")
@@ -610,14 +613,16 @@ def parse():
     if args.device != "cpu" and not (gpu and torch.cuda.is_available()):
         parser.error(f"--device is cpu or, where there is one, cuda; not {args.device}")
     sizes = args.size or (["128x128"] if args.features else ["256x256" if gpu else "128x128"] if args.train else
-                          ["512x512" if gpu else "128x128"] if args.blocks or args.stream else ["512x512", "720x1280"] if gpu else ["256x256"])
+                          ["512x512" if gpu else "128x128"] if args.blocks or args.stream else
+                          ["512x512", "720x1280"] if gpu else ["256x256"])
     try:
         args.size = [tuple(map(int, size.split("x"))) for size in sizes]
         if any(len(size) != 2 or min(size) < 1 for size in args.size):
             raise ValueError
     except ValueError:
         parser.error(f"--size takes HEIGHTxWIDTH in pixels, such as 512x512, not {' '.join(sizes)}")
-    if min(1 if args.rounds is None else args.rounds, args.frames, args.batch, args.lpips_frames, args.chunk, *args.lengths) < 1:
+    counts = args.frames, args.batch, args.lpips_frames, args.chunk, *args.lengths
+    if min(1 if args.rounds is None else args.rounds, *counts) < 1:
         parser.error("--rounds, --frames, --batch, --lpips-frames, --chunk and --lengths must be at least 1")
     if args.iphone and not args.team:
         parser.error("--iphone needs --team ID: Xcode signs the app that runs the packages for an Apple development team")

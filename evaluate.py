@@ -606,10 +606,10 @@ def reconstruct(teacher, student, source, target, frames, device, dtype):
 
 @torch.inference_mode()
 def decode_latents(student, source, target, fps, device, dtype):
-    """Writes the latents saved in `source` as the video `target`; returns its frames. Memory does not grow with the length.
+    """Writes the latents saved in `source` as the video `target`; returns its frames. Memory does not grow with them.
 
     source: a .safetensors file with "latents", or with one tensor of any name, (C, t, h, w) or (1, C, t, h, w), as the
-    teacher's encoder gives them. Read and decoded a few latent frames at a time. ValueError for what cannot be read or written.
+    teacher's encoder gives them. Read and decoded a few at a time. ValueError for what cannot be read or written.
     """
     count = 0
 
@@ -619,8 +619,9 @@ def decode_latents(student, source, target, fps, device, dtype):
             names = list(file.keys())
             held = file.get_slice("latents" if "latents" in names or not names else names[0])
             shape = held.get_shape()
-            if len(names) > 1 and "latents" not in names or len(shape) not in (4, 5) or len(shape) == 5 and shape[0] != 1:
-                raise ValueError(f'{source} holds {", ".join(names)}, {shape}; "latents" (C, t, h, w) or (1, C, t, h, w) are needed')
+            if len(names) > 1 and "latents" not in names or len(shape) not in (4, 5) or shape[:-4] not in ([], [1]):
+                raise ValueError(f'{source} holds {", ".join(names)}, {shape}, but "latents" are needed, '
+                                 '(C, t, h, w) or (1, C, t, h, w)')
             chunks = (held[..., i:i + 4, :, :].to(device, dtype) for i in range(0, shape[-3], 4))
             stream = None
             for video in student.stream(chunk if chunk.ndim == 5 else chunk[None] for chunk in chunks):
@@ -726,7 +727,8 @@ def parse():
     add("--threads", type=int, help="CPU threads (default: PyTorch's choice)")
     add("--out", metavar="DIR", help="folder for what is written (default: that of the first student's run, else out/evaluate)")
     add("--reconstruct", nargs=2, metavar=("IN", "OUT"), help="a video through encoder and first student, audio and time stamps kept; nothing else")
-    add("--decode", nargs=2, metavar=("LATENTS", "OUT"), help="saved latents, a .safetensors file, through the first student; nothing else")
+    add("--decode", nargs=2, metavar=("LATENTS", "OUT"),
+        help="saved latents, a .safetensors file, through the first student; nothing else")
     add("--fps", type=int, default=24, help="frames per second of --decode's video (default 24)")
     add("--latents", metavar="DIR", help="evaluate on saved latents: students against teacher, and both against real video, if --data has any")
     add("--generate", metavar="PROMPTS", help="make --latents with --pipeline, a file a line; --size and --frames are the pipeline's")
@@ -780,7 +782,8 @@ def saved_latents(args, device):
     target.parent.mkdir(parents=True, exist_ok=True)
     start = time.perf_counter()
     count = decode_latents(student, source, target, args.fps, device, getattr(torch, args.dtype))
-    print(f"{target}: {count} frames by {name}, {count / (time.perf_counter() - start):.2f} frames per second, video encoding included")
+    print(f"{target}: {count} frames by {name}, {count / (time.perf_counter() - start):.2f} frames per second, "
+          "video encoding included")
 
 
 @torch.inference_mode()

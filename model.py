@@ -6,7 +6,7 @@
     model = TurboVAED.from_pretrained("out/ltx")          # ours: a training run's folder, or one .safetensors
     model = TurboVAED.from_pretrained("hustvl/Turbo-VAED", config="ltx")      # published, from the hub
     video = model(latents)                                # (B, C, t, h, w) -> (B, 3, T, H, W) in about [-1, 1]
-    for frames in model.stream(chunks): ...               # the same frames, as soon as they are known; chunks of latents
+    for frames in model.stream(chunks): ...               # the same, as soon as they are known, from chunks of latents
     video = model.decode(latents, max_memory=8)           # the same video within 8 GB
     model.optimize_for_inference()                        # compiled, and what else makes it fast
 
@@ -131,8 +131,8 @@ class Context:
     """Where a layer's frames stand in their clip, and what the layer keeps of the frames before them.
 
     A clip may come in chunks. Whatever looks n frames ahead then gives its frames n late, and keeps those that it needs
-    again. `kept` is a queue: each place in a layer takes its frames from the front and puts the next ones at the end, so
-    that after each chunk all stand in the same order. A whole clip is one chunk, the first and the last: nothing is kept.
+    again. `kept` is a queue: each place in a layer takes its frames from the front and puts the next ones at the end,
+    so that after each chunk all stand in the same order. A whole clip is one chunk, first and last: nothing is kept.
     """
 
     def __init__(self, first=True, last=True):
@@ -160,7 +160,7 @@ def pad_time(x, n, context=WHOLE):
 
 
 def wait_for(h, x, context):
-    """The frames of x that h, made from x, has come to: in a stream h runs late, and the frames ahead of it are kept."""
+    """The frames of x that h, made from x, has come to: in a stream h runs late, and the frames ahead are kept."""
     if not context.first:
         x = torch.cat([context.kept.pop(0), x], dim=2)
     if context.last:
@@ -179,7 +179,7 @@ def rms_norm(x):
 
 @torch.library.custom_op("turbo_vaed::onednn", mutates_args=())
 def onednn(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, padding: list[int], groups: int) -> torch.Tensor:
-    """A convolution by oneDNN at any size: left to itself, PyTorch hands small clips to a kernel several times as slow."""
+    """A convolution by oneDNN at any size: PyTorch itself hands small clips to a kernel several times as slow."""
     return torch.mkldnn_convolution(x, weight, bias, padding, [1] * 3, [1] * 3, groups).contiguous()
 
 
@@ -439,17 +439,17 @@ class TurboVAED(nn.Module):
         return [self.conv_in, *(layer for layer in blocks if not isinstance(layer, nn.Identity))]
 
     def reach(self, axis):
-        """How many latents to each side of its own a frame depends on (axis 0), or a pixel, in rows and columns (axis 1)."""
+        """How many latents to each side of its own a frame (axis 0) or, in rows and columns, a pixel (1) depends on."""
         r = self.conv_out.reach(0, axis)
         for layer in reversed([*self.layers(), *self.upsamplers2d()]):
             r = layer.reach(r, axis)
         return r
 
     def stream(self, chunks):
-        """Decode a clip of any length that comes in chunks: an iterable of latents (B, C, n, h, w), any n of at least 1.
+        """Decode a clip of any length that comes in chunks: an iterable of latents (B, C, n, h, w), any n from 1 on.
 
-        A generator of the frames (B, 3, m, H, W), each as soon as the latents that it depends on are there: all together
-        they are model(latents), without overlap, blending or recomputation, in memory that does not grow. No gradients.
+        A generator of the frames (B, 3, m, H, W), each as soon as the latents that it depends on are there: together
+        they are model(latents), without overlap, blending or recomputation, in memory that does not grow, no gradients.
         """
         stream = self.streamer()
         for latents in chunks:
@@ -457,19 +457,20 @@ class TurboVAED(nn.Module):
         yield from stream.run(last=True)
 
     def streamer(self):
-        """The same by hand: stream = model.streamer(); frames = stream(latents), as often as you like; stream.flush()."""
+        """The same by hand: stream = model.streamer(); frames = stream(latents), and so on; rest = stream.flush()."""
         return Stream(self)
 
     @torch.no_grad()
     def decode(self, latents, chunk=None, tile=None, max_memory=None):
         """model(latents) in bounded memory: (B, C, t, h, w) -> (B, 3, T, H, W). No gradients.
 
-        chunk: latent frames that are decoded at a time, as `stream` does it, so exactly; if nothing is given, as many as
-        keep the output of every layer below LARGE numbers. tile: how many latents are decoded at a time in space, (rows,
-        columns) or one number for both. The outer ones are a halo and are decoded again by the next tile; this is exact
-        too where a side has more than twice as many as `reach(1)`. Else the halo is a quarter of the tile on each side,
-        seams are near and not exact, and a warning says so. max_memory: GB (1e9 bytes) for the weights, the video and all
-        between; chooses the longest chunk, then the largest tile, by estimate. Raises ValueError where nothing fits.
+        chunk: latent frames that are decoded at a time, as `stream` does it, so exactly; if nothing is given, as many
+        as keep the output of every layer below LARGE numbers. tile: how many latents are decoded at a time in space,
+        (rows, columns) or one number for both. The outer ones are a halo and are decoded again by the next tile; this
+        is exact too where a side has more than twice as many as `reach(1)`. Else the halo is a quarter of the tile on
+        each side, seams are near and not exact, and a warning says so. max_memory: GB (1e9 bytes) for the weights, the
+        video and all between; chooses the longest chunk, else the largest tile, by estimate. Raises ValueError where
+        nothing fits.
         """
         self.check(latents)
         B, _, t, h, w = latents.shape
@@ -483,7 +484,7 @@ class TurboVAED(nn.Module):
         chunk = chunk or max(1, LARGE // self.largest(B, 1, min(h, tile[0]), min(w, tile[1])))
         reach, (_, d_h, d_w) = self.reach(1), self.config.compression
         if any(side < n and side <= 2 * reach for side, n in zip(tile, (h, w))):
-            warnings.warn(f"tiles of {tile[0]}x{tile[1]} latents are not exact at their seams: above {2 * reach} they would be")
+            warnings.warn(f"tiles of {tile[0]}x{tile[1]} latents are not exact at their seams: above {2 * reach} they are")
         if chunk >= t and tile[0] >= h and tile[1] >= w:
             return self(latents)
         video = None
@@ -500,11 +501,11 @@ class TurboVAED(nn.Module):
 
     def largest(self, B, t, h, w):
         """Numbers in the largest output of a layer, for t latent frames within a longer clip."""
-        more, fewer = ([math.prod(self.config.feature_shape(block, (B, 0, n, h, w))) for block in BLOCKS] for n in (t + 1, 1))
-        return max(m - f for m, f in zip(more, fewer))
+        numbers = lambda block, n: math.prod(self.config.feature_shape(block, (B, 0, n, h, w)))
+        return max(numbers(block, t + 1) - numbers(block, 1) for block in BLOCKS)
 
     def fit(self, latents, max_memory):
-        """(chunk, tile) with which `decode` needs no more than that many GB: the largest chunk, else the largest tile."""
+        """(chunk, tile) with which `decode` needs no more than so many GB: the longest chunk, else the largest tile."""
         B, C, t, h, w = latents.shape
         with torch.device("meta"):          # what a stream in the middle of its clip keeps for one latent of a frame
             stream = TurboVAED(self.config).streamer()
@@ -516,14 +517,15 @@ class TurboVAED(nn.Module):
         work = WORK * (4 if latents.device.type == "cpu" else size)         # oneDNN computes half precision in float32
 
         def need(chunk, h, w):      # a layer's frames are those of the chunk and a few that it looks ahead
-            return (held + work * self.largest(B, chunk + 1, h, w) + (size * B * kept * h * w if chunk < t else 0)) / 1e9
+            state = size * B * kept * h * w if chunk < t else 0
+            return (held + state + work * self.largest(B, chunk + 1, h, w)) / 1e9
 
         for side in range(max(h, w), 0, -1):
             tile = min(side, h), min(side, w)
             if need(1, *tile) <= max_memory or need(t, *tile) <= max_memory:
                 return max(chunk for chunk in range(1, t + 1) if need(chunk, *tile) <= max_memory), tile
-        raise ValueError(f"these latents need at least {need(1, 1, 1):.2f} GB, of which {held / 1e9:.2f} are the weights and the "
-                         f"video, not {max_memory}; `stream` gives the video piece by piece")
+        raise ValueError(f"these latents need at least {need(1, 1, 1):.2f} GB, of which {held / 1e9:.2f} are the weights "
+                         f"and the video, not {max_memory}; `stream` gives the video piece by piece")
 
     def channels_last(self):
         """Lay the weights out for channels-last latents, the layout fast on GPUs, in place; returns the model.
@@ -538,9 +540,9 @@ class TurboVAED(nn.Module):
     def optimize_for_inference(self, dtype=None, compile=True):
         """Make this student decode as fast as it can where it is, in place; returns it. It cannot be trained any more.
 
-        dtype: float16 or bfloat16, or None for its own. compile: model(latents), and with it `decode` of what it takes whole,
-        through torch.compile, anew for each size: minutes at first, then faster. Streams run uncompiled. On a CPU every
-        convolution in float32 is oneDNN's, on a GPU all are laid out channels-last.
+        dtype: float16 or bfloat16, or None for its own. compile: model(latents), and with it `decode` of what it takes
+        whole, through torch.compile, anew for each size: minutes at first, then faster. Streams run uncompiled. On a
+        CPU convolutions in float32 are oneDNN's, on a GPU all are laid out channels-last.
         """
         self.to(dtype=dtype).eval().requires_grad_(False)
         if next(self.parameters()).is_cuda:
@@ -615,7 +617,7 @@ class TurboVAED(nn.Module):
 
 
 def spans(n, tile, reach):
-    """Tiles along a side of n latents: [(latents read, latents kept)], slices; at most `tile` are read, all are kept once."""
+    """Tiles along a side of n latents: slices [(latents read, latents kept)]; reads at most `tile`, keeps all once."""
     if tile >= n:
         return [(slice(0, n), slice(0, n))]
     halo, kept, spans = reach if tile > 2 * reach else tile // 4, 0, []
@@ -636,14 +638,14 @@ def pixels(latents, size, start=0):
 class Stream:
     """One clip on its way through a student, in chunks: what `student.streamer()` returns.
 
-    stream(latents) takes the next (B, C, n, h, w), n at least 1, and returns the frames (B, 3, m, H, W) that are known by
-    now, at first none: m = 0. stream.flush() ends the clip and returns the rest. Frames come `delay` latents late.
+    stream(latents) takes the next (B, C, n, h, w), n at least 1, and returns the frames (B, 3, m, H, W) that are known
+    by now, at first none: m = 0. stream.flush() ends the clip and returns the rest. Frames come `delay` latents late.
     Raises ValueError on other shapes, and after the end.
     """
 
     def __init__(self, student):
         self.student, self.delay, rate = student, student.reach(0), 1
-        self.latents, self.chunk, self.ended = None, 0, False       # none of the latest, as many as the longest chunk has
+        self.latents, self.chunk, self.ended = None, 0, False       # none of the latest, frames of the longest chunk
         self.steps = []                 # (layer, frames that it looks ahead, its frames for one latent, its context)
         for layer in student.layers():
             self.steps.append((layer, layer.reach(0, 0), rate, Context(last=False)))
@@ -665,7 +667,7 @@ class Stream:
     def take(self, latents):
         """The latents, if they can be the next; without any, none of the latest ones' shape."""
         if self.ended or latents is self.latents is None:
-            raise ValueError("this stream has ended: each clip needs its own" if self.ended else "no latents were given")
+            raise ValueError("this stream has ended: each clip needs one" if self.ended else "no latents were given")
         if latents is None:
             return self.latents
         self.student.check(latents)
@@ -678,7 +680,7 @@ class Stream:
 
     @torch.no_grad()
     def run(self, latents=None, last=False):
-        """Generate the frames that become known with these latents, about a chunk's worth at a time; last: they are the end.
+        """Generate the frames that become known with these latents, about a chunk's worth at a time; last: the end.
 
         A layer begins when it has enough for its first frame. From then on it gives as many frames as it gets, and with
         the last ones those that it looks ahead as well. They go on in pieces of the usual length, each through all the
@@ -713,9 +715,9 @@ class Stream:
 def use_student(pipe_or_vae, student):
     """Put `student` in the place of the decoder of a diffusers pipeline or VAE, so that `pipe(...)` decodes through it.
 
-    Only `vae.decode` changes: it hands the latents that it is given to the student's `decode`, in the latents' own precision
-    and on their device. Large clips are decoded in chunks of time, and all are, one latent frame at a time, after
-    `vae.enable_tiling()`; both are exact. student None puts the VAE's own decoder back. Returns pipe_or_vae.
+    Only `vae.decode` changes: it hands the latents that it is given to the student's `decode`, in the latents' own
+    precision and on their device. Large clips are decoded in chunks of time, and all are, one latent frame at a time,
+    after `vae.enable_tiling()`; both are exact. student None puts the VAE's own decoder back. Returns pipe_or_vae.
     Raises ValueError if the student decodes other latents than this VAE's, TypeError if there is no VAE.
     """
     vae = getattr(pipe_or_vae, "vae", pipe_or_vae)
