@@ -3,6 +3,8 @@
     python bench.py                                        # the student in out/, else the shipped one, with its teacher
     python bench.py --config ltx dc --size 512x512 720x1280        # on a GPU, in float16; needs PyTorch alone
     python bench.py --config ltx --teacher                 # against the teacher, with random weights
+    python bench.py --config ltx --decode                  # plain, compiled, and optimized for inference
+    python bench.py --config ltx --stream                  # clips of any length: latency, frames per second, memory
     python bench.py --blocks                               # latency by block with the three upsamplers (Figure 3, Table 1)
     python bench.py --mlpackage PATH                       # on a Mac: export.py's package, on every choice of compute units
     python bench.py --iphone --team TEAM                   # the packages on the iPhone that is connected to this Mac
@@ -16,6 +18,7 @@ them. Writes bench.json and bench.png to --out.
 """
 import argparse
 import asyncio
+import copy
 import ctypes
 import itertools
 import json
@@ -46,7 +49,8 @@ COLUMNS = {     # of the table, where any row has them: header, text of a row's 
     "model": "{model}", "way": "{way}", "clip": "{frames}x{height}x{width}", "parameters": "{parameters:,}",
     "ms": "{milliseconds:.2f}", "spread": "{spread:.2f}", "FPS": "{fps:.1f}", "TFLOP/s": "{tflops:.3f}",
     "of matrix rate": "{of_matrix_rate:.1%}", "of copy rate": "{of_copy_rate:.1%}", "peak GB": "{peak_gb:.2f}",
-    "load ms": "{load_milliseconds:.0f}", "speed-up": "{speed_up:.2f}x"}
+    "load ms": "{load_milliseconds:.0f}", "latents": "{latents}", "first frame ms": "{first_milliseconds:.0f}",
+    "speed-up": "{speed_up:.2f}x"}
 BLOCK_COLUMNS = {key: COLUMNS[key] for key in ("model", "way", "clip", "ms", "spread", "speed-up")} | {
     part: f"{{blocks[{part}]:.2f}} {{shares[{part}]:.0%}}" for part in (*PARTS, "upsamplers")}
 
@@ -200,6 +204,9 @@ def bench_students(args, device, dtype):
                 runs["compiled"] = lambda: compiled(latents)
             except Exception as error:      # no C++ compiler, for one: the rest is still worth timing
                 print(f"{name} does not compile here: {type(error).__name__}: {summary(error)}", file=sys.stderr)
+        if args.decode:
+            modules["optimized"] = copy.deepcopy(student).optimize_for_inference(compile=args.compile)
+            runs["optimized"] = lambda: modules["optimized"](latents)
         if args.teacher:
             from teachers import TEACHERS, load_teacher
             if name not in TEACHERS:
@@ -209,13 +216,68 @@ def bench_students(args, device, dtype):
             check_fit(student, f"the {name} teacher", (name,), *shape)
             runs["teacher"], modules["teacher"] = lambda: teacher.decode(latents), teacher.vae.decoder
         limits, amounts = machine(device, dtype)
-        work = {way: count_work(run) for way, run in runs.items() if way != "compiled"}
+        work = {way: count_work(run) for way, run in runs.items() if way not in ("compiled", "optimized")}
         seconds = take_turns(runs | limits, device, args.rounds)
         rows += [{"model": name, "way": way, "frames": frames, "height": height, "width": width,
                   "parameters": count(modules[way]),
                   **figures(seconds, way, frames, "teacher" if args.teacher else "eager", work.get(way, work["eager"]), amounts),
                   **peak_memory(run, device, nbytes(modules[way]))} for way, run in runs.items()]
     return rows
+
+
+@torch.inference_mode()
+def bench_stream(args, device, dtype):
+    """Two rows for each student, size and length: streamed in chunks, and whole if the machine's memory may hold it."""
+    rows = []
+    students = [(name, TurboVAED(CONFIGS[name])) for name in args.config] if args.config else [find_student(args.student)]
+    for (name, student), (height, width), length in itertools.product(students, args.size, args.lengths):
+        student, firsts = placed(student, device, dtype), []
+        _, d_h, d_w = student.config.compression
+        shape = 1, student.config.latent_channels, -(-height // d_h), -(-width // d_w)
+        piece = torch.randn(*shape[:2], args.chunk, *shape[2:], device=device, dtype=dtype)
+        pieces = [piece] * (length // args.chunk) + ([piece[:, :, :length % args.chunk]] if length % args.chunk else [])
+
+        def stream():
+            start, first = now(device), None
+            for frames in student.stream(pieces):
+                first = first or now(device)
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            firsts.append(seconds_between(start, first))
+        runs, free = {"streamed": stream}, free_memory(device)
+        latents = torch.cat(pieces, dim=2)
+        try:
+            if student.fit(latents, free / 1e9)[0] >= length:
+                runs["whole"] = lambda: student(latents)
+        except ValueError:      # not even in pieces, with all of the video in memory
+            pass
+        spent = {}
+        for way, run in runs.items():
+            spent[way] = time.perf_counter()
+            run()
+            spent[way] = [time.perf_counter() - spent[way]]
+        if sum(map(sum, spent.values())) < 10 or args.rounds:
+            spent = take_turns(runs, device, args.rounds)
+        frames = student.config.frames(length)
+        for way, run in runs.items():
+            row = {"model": name, "way": way, "frames": frames, "height": height, "width": width, "latents": length,
+                   **figures(spent, way, frames, "whole" if "whole" in runs else None),
+                   **peak_memory(run, device, nbytes(student))}
+            if way == "streamed":
+                row |= {"chunk": args.chunk, "delay": student.streamer().delay,
+                        "first_milliseconds": 1000 * statistics.median(firsts)}
+            rows.append(row)
+    return rows
+
+
+def free_memory(device):
+    """Bytes that can still be had; without Linux or a GPU nobody says, and 8 GB are assumed."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        return 1024 * int(Path("/proc/meminfo").read_text().split("MemAvailable:")[1].split()[0])
+    except (OSError, IndexError):
+        return 8e9
 
 
 def mark_blocks(student, device):
@@ -551,10 +613,15 @@ def parse():
     add("--student", metavar="PATH", help="a run's folder, a file or a hub id (default: the newest under out/, else "
         "the shipped one)")
     add("--size", nargs="+", metavar="HxW", help="of the video in pixels (default 512x512 and 720x1280 on a GPU, 256x256 on a "
-        "CPU; --blocks 512x512 and 128x128; --train 256x256 and 128x128; --features 128x128)")
+        "CPU; --blocks and --stream 512x512 and 128x128; --train 256x256 and 128x128; --features 128x128)")
     add("--frames", type=number(int, 1), default=17, help="of a clip, or the most below that latents decode to (default 17)")
     add("--teacher", action=argparse.BooleanOptionalAction, help="the teachers' decoders too (default: without --config)")
     add("--compile", action=argparse.BooleanOptionalAction, default=True, help="torch.compile too (default)")
+    add("--decode", action="store_true", help="optimized for inference as well, and no teacher unless --teacher")
+    add("--stream", action="store_true", help="streamed in chunks against whole, for clips of --lengths latent frames")
+    add("--lengths", type=number(int, 1), nargs="+", default=[10, 100, 600], metavar="N",
+        help="latent frames of --stream's clips (default 10 100 600)")
+    add("--chunk", type=number(int, 1), default=4, help="latent frames that --stream decodes at a time (default 4)")
     add("--blocks", action="store_true", help="latency by block with the three upsamplers, for --config (default ltx), eager")
     add("--mlpackage", nargs="*", metavar="PATH", help="Core ML packages, on a Mac (default: all under out/)")
     add("--iphone", action="store_true", help="the packages on the iPhone that is connected to this Mac; needs --team")
@@ -574,7 +641,8 @@ def parse():
     if args.device not in ("cpu", *["cuda"] * bool(gpus), *(f"cuda:{n}" for n in gpus)):
         parser.error(f"--device is cpu or, where there is one, cuda, cuda:1 ...; not {args.device}")
     sizes = args.size or (["128x128"] if args.features else ["256x256" if gpu else "128x128"] if args.train else
-                          ["512x512" if gpu else "128x128"] if args.blocks else ["512x512", "720x1280"] if gpu else ["256x256"])
+                          ["512x512" if gpu else "128x128"] if args.blocks or args.stream else
+                          ["512x512", "720x1280"] if gpu else ["256x256"])
     try:
         args.size = [tuple(map(int, size.split("x"))) for size in sizes]
         if any(len(size) != 2 or min(size) < 1 for size in args.size):
@@ -588,7 +656,8 @@ def parse():
         parser.error(f"--student goes without --{other}")
     if args.student and len(args.config or ()) > 1:
         parser.error("--student goes with one --config at most: its own")
-    args.teacher = bool(args.student or not args.config) if args.teacher is None else args.teacher
+    if args.teacher is None:
+        args.teacher = bool(args.student or not args.config) and not args.decode
     args.dtype = args.dtype or ("float32" if not gpu else "bfloat16" if args.train else "float16")
     return args
 
@@ -618,6 +687,8 @@ def main():
         rows = bench_packages(args)
     elif args.blocks:
         rows = bench_blocks(args, device, dtype)
+    elif args.stream:
+        rows = bench_stream(args, device, dtype)
     elif args.features:
         rows = bench_features(args, device, dtype)
     elif args.train:

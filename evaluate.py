@@ -6,6 +6,7 @@
     python evaluate.py --data my_videos --size 480x832 --against teacher
 
     python evaluate.py --reconstruct in.mp4 out.mp4        # any video through encoder and student
+    python evaluate.py --decode latents.safetensors out.mp4 --fps 24       # saved latents of any length to video
 
     python evaluate.py --generate prompts.txt --pipeline Lightricks/LTX-Video --latents out/latents
     python evaluate.py --latents out/latents --data openvid        # Table 3's FVD: generated against real video
@@ -703,6 +704,41 @@ def reconstruct(teacher, student, source, target, frames, device, dtype):
     return len(errors), statistics.fmean(errors), max(0, promised - len(errors))
 
 
+@torch.inference_mode()
+def decode_latents(student, source, target, fps, device, dtype):
+    """Writes the latents saved in `source` as the video `target`; returns its frames. Memory does not grow with them.
+
+    source: a .safetensors file with "latents", or with one tensor of any name, (C, t, h, w) or (1, C, t, h, w), as the
+    teacher's encoder gives them. Read and decoded a few at a time. ValueError for what cannot be read or written.
+    """
+    count = 0
+
+    def write(path):
+        nonlocal count
+        with safe_open(source, "pt") as file, av.open(str(path), "w") as out:
+            names = list(file.keys())
+            held = file.get_slice("latents" if "latents" in names or not names else names[0])
+            shape = held.get_shape()
+            if len(names) > 1 and "latents" not in names or len(shape) not in (4, 5) or shape[:-4] not in ([], [1]):
+                raise ValueError(f'{source} holds {", ".join(names)}, {shape}, but "latents" are needed, '
+                                 '(C, t, h, w) or (1, C, t, h, w)')
+            chunks = (held[..., i:i + 4, :, :].to(device, dtype) for i in range(0, shape[-3], 4))
+            stream = None
+            for video in student.stream(chunk if chunk.ndim == 5 else chunk[None] for chunk in chunks):
+                if not video.isfinite().all():
+                    raise ValueError(f"what the student makes of it is not finite from frame {count} on")
+                for frame in frames_of(video):
+                    stream = stream or add_h264(out, fps, *frame.shape[1:])
+                    out.mux(stream.encode(to_frame(pixels(frame), stream)))
+                    count += 1
+            out.mux(stream.encode())
+    try:
+        replace(Path(target), write)
+    except (SafetensorError, *BROKEN) as error:
+        raise ValueError(f"{source} to {target}: {why(error)}") from None
+    return count
+
+
 def generate(args, device):
     """Writes what a diffusers pipeline hands to its VAE's decoder, one file for each line of args.generate.
 
@@ -798,6 +834,9 @@ def parse():
     add("--threads", type=number(int, 1), help="CPU threads (default: PyTorch's choice)")
     add("--out", metavar="DIR", help="folder for what is written (default: that of the first student's run, else out/evaluate)")
     add("--reconstruct", nargs=2, metavar=("IN", "OUT"), help="a video through encoder and first student, audio and time stamps kept; nothing else")
+    add("--decode", nargs=2, metavar=("LATENTS", "OUT"),
+        help="saved latents, a .safetensors file, through the first student; nothing else")
+    add("--fps", type=number(int, 1), default=24, help="frames per second of --decode's video (default 24)")
     add("--latents", metavar="DIR", help="evaluate on saved latents: students against teacher, and both against real video, if --data has any")
     add("--generate", metavar="PROMPTS", help="make --latents with --pipeline, a file a line; --size and --frames are the pipeline's")
     add("--pipeline", metavar="HUB_ID", help="a diffusers pipeline, or a folder with one")
@@ -809,8 +848,9 @@ def parse():
         raise ValueError(f"--device {args.device}: PyTorch sees {', '.join(there)} here")
     if args.generate and not (args.pipeline and args.latents):
         raise ValueError("--generate needs --pipeline HUB_ID and --latents DIR, for what it makes")
-    if args.reconstruct and Path(args.reconstruct[1]).suffix.lower() not in (".mp4", ".mkv", ".mov"):
-        raise ValueError(f"--reconstruct writes .mp4, .mkv or .mov, not {args.reconstruct[1]}")
+    for name, paths in (("reconstruct", args.reconstruct), ("decode", args.decode)):
+        if paths and Path(paths[1]).suffix.lower() not in (".mp4", ".mkv", ".mov"):
+            raise ValueError(f"--{name} writes .mp4, .mkv or .mov, not {paths[1]}")
     if args.reconstruct and Path(args.reconstruct[0]).resolve() == Path(args.reconstruct[1]).resolve():
         raise ValueError(f"--reconstruct cannot write over its source, {args.reconstruct[0]}")
     args.metrics = [m for m in METRICS if m in (args.metrics or (METRICS if args.data != "synthetic" or args.latents else ("psnr", "ssim", "temporal")))]
@@ -830,6 +870,13 @@ def check_inputs(args):
             raise ValueError(f"{source}: {why(error)}") from None
         if target.is_dir():
             raise OSError(f"--reconstruct cannot write {target}: it is a folder")
+        return check_writable(target.parent)
+    if args.decode:
+        source, target = map(Path, args.decode)
+        if not source.is_file():
+            raise FileNotFoundError(f"no file {source}")
+        if target.is_dir():
+            raise OSError(f"--decode cannot write {target}: it is a folder")
         return check_writable(target.parent)
     if args.generate:
         if not Path(args.generate).is_file():
@@ -875,12 +922,26 @@ def one_video(args, teacher, students, device):
     target.parent.mkdir(parents=True, exist_ok=True)
     frames, _, _ = clip_shape(args, teacher)
     start = time.perf_counter()
-    count, quality, lost = reconstruct(teacher, student, source, target, frames, device, getattr(torch, args.dtype))
+    count, quality, lost = reconstruct(teacher, student.decode, source, target, frames, device, getattr(torch, args.dtype))
     print(f"{target}: {count} frames through the {teacher.name} teacher's encoder and {name}, PSNR {quality:.2f} dB, "
           f"{count / (time.perf_counter() - start):.2f} frames per second, video decoding and encoding included")
     if lost:
         print(f"{source} promises {count + lost} frames: {lost} could not be read and are missing from {target}",
               file=sys.stderr)
+
+
+def saved_latents(args, files, device):
+    """--decode."""
+    source, target = map(Path, args.decode)
+    name, file = next(iter(files.items()))
+    student = TurboVAED.from_pretrained(file).to(device, getattr(torch, args.dtype)).eval()
+    if device.type == "cuda":
+        student.channels_last()
+    target.parent.mkdir(parents=True, exist_ok=True)
+    start = time.perf_counter()
+    count = decode_latents(student, source, target, args.fps, device, getattr(torch, args.dtype))
+    print(f"{target}: {count} frames by {name}, {count / (time.perf_counter() - start):.2f} frames per second, "
+          "video encoding included")
 
 
 @torch.inference_mode()
@@ -899,6 +960,8 @@ def evaluate(args):
     if args.generate:
         return generate(args, device)
     files = find_students(args.student, args.teacher)
+    if args.decode:
+        return saved_latents(args, files, device)
     out = None if args.reconstruct else results_folder(args, files)
     teacher, students = load_decoders(args, files, device)
     if not args.student and rank == 0:

@@ -6,6 +6,9 @@
     model = TurboVAED.from_pretrained("out/ltx")          # ours: a training run's folder, or one .safetensors
     model = TurboVAED.from_pretrained("hustvl/Turbo-VAED", config="ltx")      # published, from the hub
     video = model(latents)                                # (B, C, t, h, w) -> (B, 3, T, H, W) in about [-1, 1]
+    for frames in model.stream(chunks): ...               # the same, as soon as they are known, from chunks of latents
+    video = model.decode(latents, max_memory=8)           # the same video within 8 GB
+    model.optimize_for_inference()                        # compiled, and what else makes it fast
 
 Needs PyTorch, and safetensors where such a file is read or written. Section, figure and table numbers are those of the
 Turbo-VAED paper.
@@ -23,6 +26,7 @@ import warnings
 from collections import Counter
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -32,6 +36,9 @@ from torch.utils.checkpoint import checkpoint
 
 BLOCKS = ("mid", "up0", "up1", "up2", "up3")
 UPSAMPLING = ("decoupled", "pixel_shuffle_3d", "interpolate")
+ONEDNN = torch.backends.mkldnn.is_available()
+LARGE = 2 ** 27         # numbers in a layer's output, above which `decode` streams if it is not told otherwise
+WORK = 13               # largest outputs that fit into what a layer needs while it runs: measured on CPUs; 8 are live
 
 
 @dataclass(frozen=True)
@@ -140,12 +147,46 @@ IN_DECODER = re.compile(r"((?:[^.]+\.)*?)(?:conv_in|mid_block|up_blocks|upsample
 # ---------------------------------------------------------------------------------------------------------------------
 # Layers. Their attribute names are those of the published checkpoints' keys.
 
-def pad_time(x, n):
+class Context:
+    """Where a layer's frames stand in their clip, and what the layer keeps of the frames before them.
+
+    A clip may come in chunks. Whatever looks n frames ahead then gives its frames n late, and keeps those that it needs
+    again. `kept` is a queue: each place in a layer takes its frames from the front and puts the next ones at the end,
+    so that after each chunk all stand in the same order. A whole clip is one chunk, first and last: nothing is kept.
+    """
+
+    def __init__(self, first=True, last=True):
+        self.first, self.last, self.kept = first, last, []
+
+
+WHOLE = Context()
+
+
+def pad_time(x, n, context=WHOLE):
     """Repeat the first and the last frame n times each: (B, C, T, H, W) -> (B, C, T + 2n, H, W).
 
-    A cat of slices, because an expanded tensor among them would cost x its channels_last_3d layout.
+    In a stream this happens at its two ends only; elsewhere the last 2n frames before x come first. A cat of slices,
+    because an expanded tensor among them would cost x its channels_last_3d layout.
     """
-    return torch.cat([x[:, :, :1]] * n + [x] + [x[:, :, -1:]] * n, dim=2) if n else x
+    if not n:
+        return x
+    frames = [x[:, :, :1]] * n if context.first else [context.kept.pop(0)]
+    frames += [x] if x.shape[2] else []         # the end of a stream may bring no more frames
+    frames += [frames[-1][:, :, -1:]] * n if context.last else []
+    x = torch.cat(frames, dim=2)
+    if not context.last:
+        context.kept.append(x[:, :, -2 * n:].clone())
+    return x
+
+
+def wait_for(h, x, context):
+    """The frames of x that h, made from x, has come to: in a stream h runs late, and the frames ahead are kept."""
+    if not context.first:
+        x = torch.cat([context.kept.pop(0), x], dim=2)
+    if context.last:
+        return x
+    context.kept.append(x[:, :, h.shape[2]:].clone())
+    return x[:, :, :h.shape[2]]
 
 
 def rms_norm(x):
@@ -156,6 +197,29 @@ def rms_norm(x):
     return x * torch.rsqrt(x.float().square().mean(1, keepdim=True) + 1e-8).to(x.dtype)
 
 
+@torch.library.custom_op("turbo_vaed::onednn", mutates_args=())
+def onednn(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, padding: list[int], groups: int) -> torch.Tensor:
+    """A convolution by oneDNN at any size: PyTorch itself hands small clips to a kernel several times as slow."""
+    return torch.mkldnn_convolution(x, weight, bias, padding, [1] * 3, [1] * 3, groups).contiguous()
+
+
+@onednn.register_fake
+def _(x, weight, bias, padding, groups):
+    return F.conv3d(x, weight, bias, 1, padding, 1, groups).contiguous()
+
+
+def convolve(conv, x, context):
+    """conv(x); in a stream on a CPU, and in whole clips once optimized for inference, by oneDNN."""
+    if context is WHOLE and not hasattr(conv, "optimized") or not ONEDNN:
+        return conv(x)
+    if x.device.type != "cpu" or x.dtype != torch.float32 or not x.is_contiguous():
+        return conv(x)
+    return onednn(x, conv.weight, conv.bias, conv.padding, conv.groups)
+
+
+# Every layer below says in `reach` how far it looks to each side: from r frames (axis 0) or pixels (axis 1) beside its
+# output to so many beside its input. Kernels are cubes, so time and space differ in the upsamplers only.
+
 class Conv3d(nn.Module):
     """3D convolution: zeros around each frame, first and last frame repeated in time (the decoder is not causal)."""
 
@@ -163,8 +227,11 @@ class Conv3d(nn.Module):
         super().__init__()
         self.conv = nn.Conv3d(c_in, c_out, kernel, padding=(0, kernel // 2, kernel // 2))
 
-    def forward(self, x):
-        return self.conv(pad_time(x, self.conv.kernel_size[0] // 2))
+    def forward(self, x, context=WHOLE):
+        return convolve(self.conv, pad_time(x, self.conv.kernel_size[0] // 2, context), context)
+
+    def reach(self, r, axis):
+        return r + self.conv.kernel_size[0] // 2
 
 
 class SeparableConv3d(nn.Module):
@@ -175,8 +242,12 @@ class SeparableConv3d(nn.Module):
         self.depthwise_conv = nn.Conv3d(c_in, c_in, kernel, padding=(0, kernel // 2, kernel // 2), groups=c_in)
         self.pointwise_conv = nn.Conv3d(c_in, c_out, 1)
 
-    def forward(self, x):
-        return self.pointwise_conv(self.depthwise_conv(pad_time(x, self.depthwise_conv.kernel_size[0] // 2)))
+    def forward(self, x, context=WHOLE):
+        x = pad_time(x, self.depthwise_conv.kernel_size[0] // 2, context)
+        return convolve(self.pointwise_conv, convolve(self.depthwise_conv, x, context), context)
+
+    def reach(self, r, axis):
+        return r + self.depthwise_conv.kernel_size[0] // 2
 
 
 class ChannelNorm(nn.LayerNorm):
@@ -198,12 +269,16 @@ class Resnet(nn.Module):
             self.norm3 = ChannelNorm(c_in, eps=1e-6)
             self.conv_shortcut = Conv3d(c_in, c_out, kernel=1)
 
-    def forward(self, x):
-        h = self.conv1(self.activation(rms_norm(x)))
-        h = self.conv2(F.silu(rms_norm(h)))
+    def forward(self, x, context=WHOLE):
+        h = self.conv1(self.activation(rms_norm(x)), context)
+        h = self.conv2(F.silu(rms_norm(h)), context)
         if hasattr(self, "conv_shortcut"):
             x = self.conv_shortcut(self.norm3(x))
+        x = wait_for(h, x, context)
         return h + x    # in this order the sum keeps h's memory format: ChannelNorm's output is always channels-last
+
+    def reach(self, r, axis):
+        return self.conv1.reach(self.conv2.reach(r, axis), axis)
 
 
 def layout(x):
@@ -245,16 +320,21 @@ class Upsampler(nn.Module):
         self.pixels = 1 if upsampling == "interpolate" else factors[0] * factors[1] ** 2   # that a shuffle makes of one
         self.conv = conv(width, width * self.pixels)
 
-    def forward(self, x):
+    def forward(self, x, context=WHOLE):
         r_t, r_s = self.factors
         if self.upsampling == "decoupled":
-            x = decoupled_pixel_shuffle(self.conv(x), r_t, r_s)
+            x = decoupled_pixel_shuffle(self.conv(x, context), r_t, r_s)
         elif self.upsampling == "pixel_shuffle_3d":
-            x = pixel_shuffle_3d(self.conv(x), r_t, r_s)
+            x = pixel_shuffle_3d(self.conv(x, context), r_t, r_s)
         else:
             x = F.interpolate(x, scale_factor=(r_t, r_s, r_s), mode="nearest")
-        x = x[:, :, self.drop:] if self.drop else x
-        return self.conv(x) if self.upsampling == "interpolate" else x
+        x = x[:, :, self.drop:] if self.drop and context.first else x
+        return self.conv(x, context) if self.upsampling == "interpolate" else x
+
+    def reach(self, r, axis):
+        if self.upsampling == "interpolate":
+            return -(-self.conv.reach(r, axis) // self.factors[axis])
+        return self.conv.reach(-(-r // self.factors[axis]), axis)
 
 
 class Block(nn.Module):
@@ -281,6 +361,9 @@ class Upsampler2d(nn.Module):
 
     def forward(self, x):
         return F.pixel_shuffle(self.conv(F.silu(rms_norm(x))), 2)
+
+    def reach(self, r, axis):
+        return -(-r // 2) + 1 if axis else r
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -342,8 +425,7 @@ class TurboVAED(nn.Module):
         the configuration keeps first frames. return_features=True also returns the blocks' outputs as a dict with the
         keys "mid", "up0" ... "up3"; a tuple of names returns those only. Raises ValueError on other shapes.
         """
-        if latents.ndim != 5 or latents.shape[1] != self.config.latent_channels:
-            raise ValueError(f"latents must be (B, {self.config.latent_channels}, t, h, w), got {tuple(latents.shape)}")
+        self.check(latents)
         wanted = BLOCKS if return_features is True else return_features or ()
         features = {}
         x = self.conv_in(latents)
@@ -351,14 +433,119 @@ class TurboVAED(nn.Module):
             x = checkpoint(block, x, use_reentrant=False) if self.checkpointing and torch.is_grad_enabled() else block(x)
             if name in wanted:
                 features[name] = x
-        if self.config.patch > 1:                        # frame by frame to full size
-            B = x.shape[0]
-            x = self.upsampler2d_1(x.transpose(1, 2).flatten(0, 1))
-            if self.config.patch > 2:
-                x = self.upsampler2d_2(x)
-            x = x.unflatten(0, (B, -1)).transpose(1, 2)
-        video = self.conv_out(F.silu(rms_norm(x)))
+        video = self.out(x)
         return (video, features) if return_features else video
+
+    def out(self, x, context=WHOLE):
+        """The last block's features to video."""
+        if self.config.patch > 1:                        # frame by frame to full size
+            B, x = x.shape[0], x.transpose(1, 2).flatten(0, 1)
+            for upsampler in self.upsamplers2d():
+                x = upsampler(x)
+            x = x.unflatten(0, (B, -1)).transpose(1, 2)
+        return self.conv_out(F.silu(rms_norm(x)), context)
+
+    def upsamplers2d(self):
+        return [getattr(self, f"upsampler2d_{i + 1}") for i in range(self.config.patch // 2)]
+
+    def check(self, latents):
+        if latents.ndim != 5 or latents.shape[1] != self.config.latent_channels:
+            raise ValueError(f"latents must be (B, {self.config.latent_channels}, t, h, w), got {tuple(latents.shape)}")
+
+    def layers(self):
+        """What forward runs through before `out`, one after the other."""
+        blocks = [layer for block in (self.mid_block, *self.up_blocks)
+                  for layer in (block.conv_in, *block.upsamplers, *block.resnets)]
+        return [self.conv_in, *(layer for layer in blocks if not isinstance(layer, nn.Identity))]
+
+    def reach(self, axis):
+        """How many latents to each side of its own a frame (axis 0) or, in rows and columns, a pixel (1) depends on."""
+        r = self.conv_out.reach(0, axis)
+        for layer in reversed([*self.layers(), *self.upsamplers2d()]):
+            r = layer.reach(r, axis)
+        return r
+
+    def stream(self, chunks):
+        """Decode a clip of any length that comes in chunks: an iterable of latents (B, C, n, h, w), any n from 1 on.
+
+        A generator of the frames (B, 3, m, H, W), each as soon as the latents that it depends on are there: together
+        they are model(latents), without overlap, blending or recomputation, in memory that does not grow, no gradients.
+        """
+        stream = self.streamer()
+        for latents in chunks:
+            yield from stream.run(latents)
+        yield from stream.run(last=True)
+
+    def streamer(self):
+        """The same by hand: stream = model.streamer(); frames = stream(latents), and so on; rest = stream.flush()."""
+        return Stream(self)
+
+    @torch.no_grad()
+    def decode(self, latents, chunk=None, tile=None, max_memory=None):
+        """model(latents) in bounded memory: (B, C, t, h, w) -> (B, 3, T, H, W). No gradients.
+
+        chunk: latent frames that are decoded at a time, as `stream` does it, so exactly; if nothing is given, as many
+        as keep the output of every layer below LARGE numbers. tile: how many latents are decoded at a time in space,
+        (rows, columns) or one number for both. The outer ones are a halo and are decoded again by the next tile; this
+        is exact too where a side has more than twice as many as `reach(1)`. Else the halo is a quarter of the tile on
+        each side, seams are near and not exact, and a warning says so. max_memory: GB (1e9 bytes) for the weights, the
+        video and all between; chooses the longest chunk, else the largest tile, by estimate. Raises ValueError where
+        nothing fits.
+        """
+        self.check(latents)
+        B, _, t, h, w = latents.shape
+        if max_memory is not None:
+            if chunk or tile:
+                raise ValueError("max_memory chooses chunk and tile: give it alone")
+            chunk, tile = self.fit(latents, max_memory)
+        tile = (tile, tile) if isinstance(tile, int) else tile or (h, w)
+        if min(1 if chunk is None else chunk, *tile) < 1:
+            raise ValueError(f"chunk and tile are at least 1 latent, got {chunk} and {tile}")
+        chunk = chunk or max(1, LARGE // self.largest(B, 1, min(h, tile[0]), min(w, tile[1])))
+        reach, (_, d_h, d_w) = self.reach(1), self.config.compression
+        if any(side < n and side <= 2 * reach for side, n in zip(tile, (h, w))):
+            warnings.warn(f"tiles of {tile[0]}x{tile[1]} latents are not exact at their seams: above {2 * reach} they are")
+        if chunk >= t and tile[0] >= h and tile[1] >= w:
+            return self(latents)
+        video = None
+        for (rows, kept_rows), (columns, kept_columns) in product(spans(h, tile[0], reach), spans(w, tile[1], reach)):
+            stream, done = self.streamer(), 0
+            for i in range(0, t, chunk):
+                for frames in stream.run(latents[:, :, i:i + chunk, rows, columns], last=i + chunk >= t):
+                    if video is None:
+                        video = frames.new_empty(B, 3, self.config.frames(t), d_h * h, d_w * w)
+                    frames = frames[..., pixels(kept_rows, d_h, rows.start), pixels(kept_columns, d_w, columns.start)]
+                    video[:, :, done:done + frames.shape[2], pixels(kept_rows, d_h), pixels(kept_columns, d_w)] = frames
+                    done += frames.shape[2]
+        return video
+
+    def largest(self, B, t, h, w):
+        """Numbers in the largest output of a layer, for t latent frames within a longer clip."""
+        numbers = lambda block, n: math.prod(self.config.feature_shape(block, (B, 0, n, h, w)))
+        return max(numbers(block, t + 1) - numbers(block, 1) for block in BLOCKS)
+
+    def fit(self, latents, max_memory):
+        """(chunk, tile) with which `decode` needs no more than so many GB: the longest chunk, else the largest tile."""
+        B, C, t, h, w = latents.shape
+        with torch.device("meta"):          # what a stream in the middle of its clip keeps for one latent of a frame
+            stream = TurboVAED(self.config).streamer()
+            stream(torch.empty(1, C, stream.delay + 1, 1, 1))
+        kept = sum(x.numel() for *_, context in stream.steps for x in context.kept)
+        size = latents.element_size()
+        held = 2 * sum(p.nbytes for p in self.parameters())         # oneDNN orders them anew
+        held += size * B * 3 * math.prod(self.config.compression) * t * h * w
+        work = WORK * (4 if latents.device.type == "cpu" else size)         # oneDNN computes half precision in float32
+
+        def need(chunk, h, w):      # a layer's frames are those of the chunk and a few that it looks ahead
+            state = size * B * kept * h * w if chunk < t else 0
+            return (held + state + work * self.largest(B, chunk + 1, h, w)) / 1e9
+
+        for side in range(max(h, w), 0, -1):
+            tile = min(side, h), min(side, w)
+            if need(1, *tile) <= max_memory or need(t, *tile) <= max_memory:
+                return max(chunk for chunk in range(1, t + 1) if need(chunk, *tile) <= max_memory), tile
+        raise ValueError(f"these latents need at least {need(1, 1, 1):.2f} GB, of which {held / 1e9:.2f} are the weights "
+                         f"and the video, not {max_memory}; `stream` gives the video piece by piece")
 
     def channels_last(self):
         """Lay the weights out for channels-last latents, the layout fast on GPUs, in place; returns the model.
@@ -368,6 +555,23 @@ class TurboVAED(nn.Module):
         for p in self.parameters():
             if p.ndim > 3:
                 p.data = p.data.contiguous(memory_format=torch.channels_last_3d if p.ndim == 5 else torch.channels_last)
+        return self
+
+    def optimize_for_inference(self, dtype=None, compile=True):
+        """Make this student decode as fast as it can where it is, in place; returns it. It cannot be trained any more.
+
+        dtype: float16 or bfloat16, or None for its own. compile: model(latents), and with it `decode` of what it takes
+        whole, through torch.compile, anew for each size: minutes at first, then faster. Streams run uncompiled. On a
+        CPU convolutions in float32 are oneDNN's, on a GPU all are laid out channels-last.
+        """
+        self.to(dtype=dtype).eval().requires_grad_(False)
+        if next(self.parameters()).is_cuda:
+            self.channels_last()
+        for module in self.modules():
+            if isinstance(module, nn.Conv3d):
+                module.optimized = True
+        if compile:
+            self.compile(dynamic=False, fullgraph=True)
         return self
 
     def save_pretrained(self, path, metadata=None):
@@ -442,6 +646,99 @@ class TurboVAED(nn.Module):
         return model
 
 
+def spans(n, tile, reach):
+    """Tiles along a side of n latents: slices [(latents read, latents kept)]; reads at most `tile`, keeps all once."""
+    if tile >= n:
+        return [(slice(0, n), slice(0, n))]
+    halo, kept, spans = reach if tile > 2 * reach else tile // 4, 0, []
+    while kept < n:
+        start = max(0, kept - halo)
+        stop = min(start + tile, n)
+        end = stop - halo if stop < n else n
+        spans.append((slice(start, stop), slice(kept, end)))
+        kept = end
+    return spans
+
+
+def pixels(latents, size, start=0):
+    """The slice of pixels that a slice of latents, counted from `start`, becomes."""
+    return slice(size * (latents.start - start), size * (latents.stop - start))
+
+
+class Stream:
+    """One clip on its way through a student, in chunks: what `student.streamer()` returns.
+
+    stream(latents) takes the next (B, C, n, h, w), n at least 1, and returns the frames (B, 3, m, H, W) that are known
+    by now, at first none: m = 0. stream.flush() ends the clip and returns the rest. Frames come `delay` latents late.
+    Raises ValueError on other shapes, and after the end.
+    """
+
+    def __init__(self, student):
+        self.student, self.delay, rate = student, student.reach(0), 1
+        self.latents, self.chunk, self.ended = None, 0, False       # none of the latest, frames of the longest chunk
+        self.steps = []                 # (layer, frames that it looks ahead, its frames for one latent, its context)
+        for layer in student.layers():
+            self.steps.append((layer, layer.reach(0, 0), rate, Context(last=False)))
+            rate *= layer.factors[0] if isinstance(layer, Upsampler) else 1
+        self.steps.append((student.out, student.conv_out.reach(0, 0), rate, Context(last=False)))
+
+    def __call__(self, latents):
+        return self.join(self.run(latents))
+
+    def flush(self):
+        return self.join(self.run(last=True))
+
+    def join(self, frames):
+        frames = list(frames)
+        B, _, _, h, w = self.latents.shape
+        _, d_h, d_w = self.student.config.compression
+        return torch.cat(frames or [self.latents.new_empty(B, 3, 0, d_h * h, d_w * w)], dim=2)
+
+    def take(self, latents):
+        """The latents, if they can be the next; without any, none of the latest ones' shape."""
+        if self.ended or latents is self.latents is None:
+            raise ValueError("this stream has ended: each clip needs one" if self.ended else "no latents were given")
+        if latents is None:
+            return self.latents
+        self.student.check(latents)
+        none = latents[:, :, :0]
+        if not latents.shape[2] or self.latents is not None and none.shape != self.latents.shape:
+            raise ValueError(f"the latents of a stream have one size and at least one frame; got {tuple(latents.shape)}"
+                             + (f" after {tuple(self.latents.shape)}" if self.latents is not None else ""))
+        self.latents, self.chunk = none, max(self.chunk, latents.shape[2])
+        return latents
+
+    @torch.no_grad()
+    def run(self, latents=None, last=False):
+        """Generate the frames that become known with these latents, about a chunk's worth at a time; last: the end.
+
+        A layer begins when it has enough for its first frame. From then on it gives as many frames as it gets, and with
+        the last ones those that it looks ahead as well. They go on in pieces of the usual length, each through all the
+        layers before the next one starts, so that the end needs no more memory than the middle.
+        """
+        work = [(0, self.take(latents), last)]          # (number of the step, frames for it, whether they are its last)
+        self.ended = last
+        while work:
+            i, x, last = work.pop()
+            if i == len(self.steps):
+                yield x
+                continue
+            layer, ahead, rate, context = self.steps[i]
+            length = self.chunk * rate
+            if context.first:
+                x, context.kept = torch.cat([*context.kept, x], dim=2), []
+                length += ahead
+                if x.shape[2] <= ahead and not last:
+                    context.kept = [x]
+                    continue
+            if x.shape[2] > length:
+                work.append((i, x[:, :, length:], last))
+                x, last = x[:, :, :length], False
+            context.last = last
+            work.append((i + 1, layer(x, context), last))
+            context.first = False
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Whose latents a student decodes.
 
@@ -477,12 +774,13 @@ def check_fit(student, what, teachers, channels, compression, images, who="the s
 def use_student(pipe_or_vae, student):
     """Put `student` in the place of the decoder of a diffusers pipeline or VAE, so that `pipe(...)` decodes through it.
 
-    Only `vae.decode` changes: it hands the latents that it is given to a copy of the student, whole (no tiling or
-    slicing), in the latents' own precision and on their device. Where accelerate offloads the pipeline's models, it
-    takes part: the model before it leaves the GPU, and so does the copy afterwards. student None puts the VAE's own
-    decoder back. Returns pipe_or_vae. Raises ValueError if the student decodes other latents than this VAE's, TypeError
-    if there is no VAE; warns where the student's file does not say whose latents it decodes, and where the pipeline
-    will mix noise into them.
+    Only `vae.decode` changes: it hands the latents that it is given to the `decode` of a copy of the student, in the
+    latents' own precision and on their device. Large clips are decoded in chunks of time, and all are, one latent frame
+    at a time, after `vae.enable_tiling()`; both are exact. Where accelerate offloads the pipeline's models, it takes
+    part: the model before it leaves the GPU, and so does the copy afterwards. student None puts the VAE's own decoder
+    back. Returns pipe_or_vae. Raises ValueError if the student decodes other latents than this VAE's, TypeError if there
+    is no VAE; warns where the student's file does not say whose latents it decodes, and where the pipeline will mix
+    noise into them.
     """
     vae = getattr(pipe_or_vae, "vae", pipe_or_vae)
     if not hasattr(vae, "decode"):
@@ -510,7 +808,7 @@ def use_student(pipe_or_vae, student):
         hook = getattr(vae, "_hf_hook", None)       # accelerate's, where models are offloaded; as diffusers' own decode
         if hook:
             hook.pre_forward(student)
-        video = student.to(z.device, z.dtype)(z)
+        video = student.to(z.device, z.dtype).decode(z, chunk=1 if getattr(vae, "use_tiling", False) else None)
         if hook:
             student.to("cpu")
         if not return_dict:

@@ -55,6 +55,28 @@ def test_eager_against_compiled_and_without_a_compiler(tmp_path, monkeypatch, ca
     assert capsys.readouterr().err.strip() == "tiny does not compile here: RuntimeError: no C++ compiler"
 
 
+def test_streamed_against_whole(tmp_path, monkeypatch):
+    def rows(*flags):
+        monkeypatch.setattr(sys, "argv", ["bench.py", "--config", "tiny", "--stream", "--device", "cpu", "--out", str(tmp_path), *flags])
+        module.main()
+        return json.loads((tmp_path / "bench.json").read_text())["rows"]
+    streamed, whole = rows("--size", "64x64", "--lengths", "25", "--chunk", "2", "--rounds", "1")
+    assert [streamed["way"], whole["way"], streamed["latents"], streamed["frames"]] == ["streamed", "whole", 25, 100]
+    assert streamed["delay"] == 12 and 0 < streamed["first_milliseconds"] < streamed["milliseconds"]
+    assert streamed["speed_up"] > 0 and streamed["peak_gb"] < whole["peak_gb"]
+    monkeypatch.setattr(module, "free_memory", lambda device: 1e6)
+    assert [row["way"] for row in rows("--size", "16x16", "--lengths", "3", "--rounds", "1")] == ["streamed"]
+
+
+def test_optimized_beside_plain_and_compiled(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["bench.py", "--config", "tiny", "--decode", "--no-compile", "--size", "16x16", "--rounds", "2",
+                                      "--device", "cpu", "--out", str(tmp_path)])
+    module.main()
+    eager, optimized = json.loads((tmp_path / "bench.json").read_text())["rows"]
+    assert [eager["way"], optimized["way"]] == ["eager", "optimized"] and optimized["compared_with"] == "eager"
+    assert optimized["flops"] == eager["flops"] and optimized["parameters"] == eager["parameters"]
+
+
 def test_speed_ups_survive_a_busy_machine():
     """The neighbour who slows a turn slows all of it: twice as fast stays twice as fast."""
     busy = [1, 1, 7, 3, 1, 9, 4]

@@ -13,6 +13,7 @@ import av
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 
 import data
@@ -796,6 +797,8 @@ def test_wrong_input_gets_one_line(tmp_path):
     (["--generate", "prompts.txt"], "--generate needs --pipeline"),
     (["--reconstruct", "a.mp4", "b.webm"], "writes .mp4, .mkv or .mov"),
     (["--reconstruct", "a.mp4", "a.mp4"], "cannot write over its source"),
+    (["--decode", "a.safetensors", "b.gif"], "--decode writes .mp4, .mkv or .mov"),
+    (["--decode", "a.safetensors", "b.mp4"], "no file a.safetensors"),
     (["--data", "vidgen", "--download"], "--download fetches davis and ucf101; vidgen is to be had from"),
     (["--frames", "9"], "frames = 9"),
     (["--teacher", "dc", "--teacher-weights", "nowhere"], "no teacher weights"),
@@ -806,7 +809,7 @@ def test_wrong_arguments_say_what_would_be_right(student, run, args, message):
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("flags", ["--clips 0", "--frames 0", "--batch 0", "--workers -1", "--seed -1", "--threads 0", "--size 0", "--batch two"])
+@pytest.mark.parametrize("flags", ["--clips 0", "--frames 0", "--batch 0", "--workers -1", "--seed -1", "--threads 0", "--size 0", "--batch two", "--fps 0"])
 def test_numbers_that_mean_nothing_are_refused_before_anything_is_loaded(run, capsys, flags):
     with pytest.raises(SystemExit) as end:
         run(*flags.split())
@@ -834,3 +837,34 @@ def test_without_a_run_the_shipped_student_is_evaluated(run, capsys):
     results = run("--clips", 1, "--size", 64)
     assert "no student in out/: evaluating the shipped one" in capsys.readouterr().out.splitlines()[0]
     assert results["rows"][1]["model"].endswith("assets/tiny_student.safetensors")
+
+
+@pytest.mark.parametrize("tensors", [{"latents": (1, 16, 11, 3, 4), "other": (2,)}, {"z": (16, 11, 3, 4)}])
+def test_saved_latents_become_a_video(tmp_path, monkeypatch, capsys, tensors):
+    torch.manual_seed(0)
+    saved = {name: torch.randn(shape) for name, shape in tensors.items()}
+    save_file(saved, tmp_path / "z.safetensors")
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", "--device", "cpu", "--student", str(evaluate.SHIPPED), "--fps", "30",
+                                      "--decode", str(tmp_path / "z.safetensors"), str(tmp_path / "new" / "out.mp4")])
+    evaluate.main()
+    assert "44 frames" in capsys.readouterr().out
+    with av.open(str(tmp_path / "new" / "out.mp4")) as container:
+        assert container.streams.video[0].average_rate == 30
+        got = torch.stack([torch.from_numpy(frame.to_ndarray(format="rgb24")) for frame in container.decode(video=0)])
+    latents = next(iter(saved.values())).reshape(1, 16, 11, 3, 4)
+    with torch.no_grad():
+        want = evaluate.frames_of(TurboVAED.from_pretrained(evaluate.SHIPPED)(latents))
+    assert got.shape == (44, 24, 32, 3)
+    errors = (got.permute(0, 3, 1, 2) / 255 - want).abs().mean((1, 2, 3))
+    others = (got.permute(0, 3, 1, 2) / 255 - want.roll(1, 0)).abs().mean((1, 2, 3))
+    assert errors.max() < 0.1 and (errors < others).all()
+
+
+@pytest.mark.parametrize("tensors, says", [({"latents": (2, 16, 1, 2, 2)}, "(1, C, t, h, w)"), ({"a": (16, 1, 2, 2), "b": (1,)}, "a, b"),
+                                           ({"latents": (8, 1, 2, 2)}, "(B, 16, t, h, w)"), (None, "z.safetensors")])
+def test_latents_that_are_none_are_one_line(tmp_path, tensors, says):
+    source, target = tmp_path / "z.safetensors", tmp_path / "out.mp4"
+    save_file({name: torch.zeros(shape) for name, shape in tensors.items()}, source) if tensors else source.write_text("no")
+    with pytest.raises(ValueError) as error:
+        evaluate.decode_latents(TurboVAED(CONFIGS["tiny"]), source, target, 24, torch.device("cpu"), torch.float32)
+    assert says in str(error.value) and "\n" not in str(error.value) and list(tmp_path.iterdir()) == [source]

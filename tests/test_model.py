@@ -7,6 +7,7 @@ import pickle
 import subprocess
 import sys
 import warnings
+import weakref
 import zlib
 from dataclasses import replace
 from functools import lru_cache, partial
@@ -17,10 +18,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import model as model_file
-from model import (BLOCKS, CONFIGS, PUBLISHED, Conv3d, SeparableConv3d, TurboVAED, TurboVAEDConfig, count_flops,
-                   count_parameters, decoupled_pixel_shuffle, pad_time, pixel_shuffle_3d, rms_norm, use_student)
+from model import (BLOCKS, CONFIGS, PUBLISHED, Context, Conv3d, Resnet, SeparableConv3d, TurboVAED, TurboVAEDConfig,
+                   count_flops, count_parameters, decoupled_pixel_shuffle, pixel_shuffle_3d, rms_norm, spans, use_student)
 
 ROOT = Path(__file__).parent.parent
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -339,6 +341,324 @@ def test_compiles_as_one_graph():
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Streaming.
+
+def narrow(name, **change):
+    """The configuration with few channels: what looks where in time and space stays as it is. Four are left at the last norm:
+    over a single one it would be a sign, which jumps."""
+    config = CONFIGS[name]
+    few = {w: 6 + 4 * i for i, w in enumerate(sorted(set(config.widths)))} | {config.widths[-1]: 4 * config.patch ** 2}
+    return replace(config, widths=[few[w] for w in config.widths], latent_channels=4, **change)
+
+
+def chunkings(t, n=2):
+    """One frame at a time, and `n` ways of a fixed random set."""
+    random = np.random.RandomState(t)
+    for _ in range(n):
+        yield np.diff([0, *np.flatnonzero(random.rand(t - 1) < 0.4) + 1, t]).tolist()
+    yield [1] * t
+
+
+def rough(config):
+    """A student whose biases and norms are no longer zeros and ones."""
+    model = seeded(config)
+    for p in model.parameters():
+        if p.ndim == 1:
+            torch.nn.init.normal_(p.data, std=0.1)
+    return model
+
+
+def check_streams(model, lengths, atol=1e-5, size=(1, 1), **chunks):
+    for t in lengths:
+        latents = torch.randn(1, model.config.latent_channels, t, *size)
+        whole = model(latents)
+        for sizes in chunkings(t, **chunks):
+            frames = list(model.stream(latents.split(sizes, dim=2)))
+            torch.testing.assert_close(torch.cat(frames, dim=2), whole, atol=atol, rtol=0)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@torch.no_grad()
+def test_every_student_streams_what_it_decodes_whole(name):
+    check_streams(rough(narrow(name)), range(1, 13))
+
+
+@pytest.mark.parametrize("upsampling", ["decoupled", "pixel_shuffle_3d", "interpolate"])
+@pytest.mark.parametrize("drop_first", [True, False])
+@torch.no_grad()
+def test_every_upsampler_streams(upsampling, drop_first):
+    for change in ({}, {"kernel": 1}, {"kernel": 7, "separable": BLOCKS}, {"up": ((3, 2), None, (2, 1), (4, 1))}):
+        check_streams(rough(replace(MICRO, upsampling=upsampling, drop_first=drop_first, **change)), range(1, 13), n=1)
+    for name in CONFIGS:
+        check_streams(rough(narrow(name, upsampling=upsampling, drop_first=drop_first)), (3,), n=1)
+
+
+@torch.no_grad()
+def test_one_chunk_is_the_whole_clip_bit_for_bit():
+    """float16, since there PyTorch takes the same kernel for any size."""
+    model, latents = rough(CONFIGS["tiny"]).half(), torch.randn(2, 16, 12, 2, 2).half()
+    whole, stream = model(latents), model.streamer()
+    assert torch.equal(torch.cat(list(stream.run(latents, last=True)), dim=2), whole)
+    assert torch.equal(torch.cat(list(model.stream(latents.split(1, dim=2))), dim=2), whole)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+@torch.no_grad()
+def test_streams_in_every_precision_batched_and_channels_last(dtype):
+    model, latents = rough(CONFIGS["tiny"]).to(dtype), torch.randn(3, 16, 5, 2, 3, dtype=dtype)
+    want = model(latents)
+    for twin in (latents, latents.contiguous(memory_format=torch.channels_last_3d)):
+        got = torch.cat(list(model.stream(twin.split([2, 1, 2], dim=2))), dim=2)
+        assert got.dtype == dtype and relative_error(got, want) < {torch.float64: 1e-6, torch.float16: 2e-3}.get(dtype, 2e-2)
+
+
+@torch.no_grad()
+def test_a_layer_streams_in_the_layout_of_its_frames():
+    layer, context, lost = Resnet(8, 8, Conv3d), Context(last=False), []
+    layer.conv2.register_forward_pre_hook(lambda module, inputs: lost.append(inputs[0]))
+    x = torch.randn(2, 8, 6, 4, 4).contiguous(memory_format=torch.channels_last_3d)
+    layer(x, context)
+    assert all(frames.is_contiguous(memory_format=torch.channels_last_3d) for frames in (*context.kept, lost[0]))
+
+
+@torch.no_grad()
+def test_streams_compiled():
+    model, latents = rough(MICRO), torch.randn(1, 3, 12, 1, 2)
+    want = model(latents)
+    for layer in model.layers():
+        layer.compile(fullgraph=True, backend="eager", dynamic=False)
+    model.out = torch.compile(model.out, fullgraph=True, backend="eager", dynamic=False)
+    with torch._dynamo.config.patch(recompile_limit=64):
+        got = torch.cat(list(model.stream(latents.split(2, dim=2))), dim=2)
+    torch.testing.assert_close(got, want, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@torch.no_grad()
+def test_frames_come_as_soon_as_they_can_be_known_and_as_late_as_said(name):
+    """What latents not yet seen could change is found by making them not-a-number."""
+    model = rough(narrow(name))
+    stream = model.streamer()
+    t = stream.delay + 2
+    latents = torch.randn(1, 4, t + 1, 1, 1)
+    come = sum(stream(x).shape[2] for x in latents[:, :, :t].split(1, dim=2))
+    latents[:, :, t:] = torch.nan
+    assert come == model(latents)[0, 0, :, 0, 0].isfinite().sum()
+    assert model.config.frames(t - stream.delay) <= come < model.config.frames(t - stream.delay + 1)
+    assert come + stream.flush().shape[2] == model.config.frames(t)
+
+
+def test_how_late_the_students_are():
+    assert {name: on_meta(config).streamer().delay for name, config in CONFIGS.items()} == {
+        "ltx": 20, "dc": 41, "hunyuan": 51, "cog": 51, "wan21": 37, "wan22": 52, "ltx2": 28, "tiny": 12}
+
+
+@torch.no_grad()
+def test_a_stream_keeps_as_much_after_many_frames_as_after_few():
+    """And no layer's frames ever become more than a chunk's and those that it looks ahead, the end included."""
+    model, most = rough(narrow("hunyuan")), {}
+    latents, lengths = torch.randn(1, 4, 2, 1, 1), []
+    stream = model.streamer()
+    for i, (layer, ahead, rate, context) in enumerate(stream.steps):
+        def watched(x, context, layer=layer, i=i, room=2 * rate + ahead):
+            most[i] = max(most.get(i, 0), x.shape[2] - room)
+            return layer(x, context)
+        stream.steps[i] = (watched, ahead, rate, context)
+    for n in range(90):
+        stream(latents)
+        lengths.append(sum(x.untyped_storage().nbytes() for *_, context in stream.steps for x in context.kept))
+    assert lengths[30] == lengths[-1] > 0
+    assert stream.flush().shape[2] > 0
+    assert len(most) == len(stream.steps) and max(most.values()) <= 0
+    assert not any(context.kept for *_, context in stream.steps)
+
+
+@torch.no_grad()
+def test_a_stream_says_what_it_cannot_take():
+    model, x = seeded(MICRO), torch.zeros(1, 3, 1, 2, 2)
+    for wrong in (torch.zeros(1, 4, 1, 2, 2), x[0], x[:, :, :0]):
+        with pytest.raises(ValueError) as error:
+            model.streamer()(wrong)
+        one_line(error, str(tuple(wrong.shape)))
+    stream = model.streamer()
+    with pytest.raises(ValueError) as error:
+        stream.flush()
+    one_line(error, "no latents")
+    assert stream(x).shape == (1, 3, 0, 16, 16)
+    for other in (torch.zeros(1, 3, 1, 2, 3), torch.zeros(2, 3, 1, 2, 2)):
+        with pytest.raises(ValueError) as error:
+            stream(other)
+        one_line(error, str(tuple(other.shape)))
+    assert stream.flush().shape[2] == model.config.frames(1)
+    for late in (lambda: stream(x), stream.flush):
+        with pytest.raises(ValueError) as error:
+            late()
+        one_line(error, "ended")
+    with pytest.raises(ValueError):
+        list(model.stream([]))
+
+
+def test_a_stream_keeps_no_gradients():
+    model = seeded(MICRO)
+    assert not any(frames.requires_grad for frames in model.stream([torch.randn(1, 3, 2, 1, 1)]))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Bounded memory.
+
+# Few layers, so that tiles wider than what a pixel depends on stay small.
+SHORT = replace(MICRO, resnets=(0, 0, 0, 0, 1), separable=())
+
+
+class Live(TorchDispatchMode):
+    """Counts the bytes of all tensors that come into being under it, on any device, meta included."""
+    now = most = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **kwargs or {})
+        if isinstance(out, torch.Tensor) and func._schema.returns[0].alias_info is None:
+            storage = out.untyped_storage()
+            if all(storage._cdata != x.untyped_storage()._cdata for x in args if isinstance(x, torch.Tensor)):
+                weakref.finalize(storage, self.grow, -storage.nbytes())
+                self.grow(storage.nbytes())
+        return out
+
+    def grow(self, n):
+        self.now += n
+        self.most = max(self.most, self.now)
+
+
+@torch.no_grad()
+def test_decoding_in_chunks_is_decoding_whole():
+    model, latents = rough(MICRO), torch.randn(2, 3, 7, 2, 3)
+    want = model(latents)
+    for chunk in (None, 1, 2, 3, 7, 50):
+        torch.testing.assert_close(model.decode(latents, chunk=chunk), want, atol=1e-5, rtol=0)
+
+
+@torch.no_grad()
+def test_decodes_in_chunks_by_itself_where_a_layer_would_be_large(monkeypatch):
+    model, latents, most = seeded(MICRO), torch.randn(1, 3, 9, 2, 2), []
+    model.conv_out.register_forward_hook(lambda module, inputs, output: most.append(output.shape[2]))
+    model.decode(latents)
+    assert most == [model.config.frames(9)]
+    monkeypatch.setattr(model_file, "LARGE", 3 * model.largest(1, 1, 2, 2))
+    model.decode(latents)
+    assert len(most) > 2 and max(most[1:]) <= 3 * 4 + 1
+
+
+@pytest.mark.parametrize("upsampling", ["decoupled", "interpolate"])
+@torch.no_grad()
+def test_tiles_are_exact_where_their_halo_covers_what_a_pixel_depends_on(upsampling, recwarn):
+    model = rough(replace(SHORT, upsampling=upsampling))
+    n = 2 * model.reach(1)
+    latents = torch.randn(2, 3, 2, n + 5, n + 2)
+    want = model(latents)
+    for tile in (n + 1, (n + 4, n + 3), (n + 20, n + 1), (n + 5, n + 2)):
+        torch.testing.assert_close(model.decode(latents, tile=tile, chunk=1), want, atol=1e-5, rtol=0)
+    assert not recwarn.list
+    with pytest.warns(UserWarning, match=f"not exact.*above {n}"):
+        near = model.decode(latents, tile=n)
+    assert 1e-5 < (near - want).abs().max() and relative_error(near, want) < 0.2
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@torch.no_grad()
+def test_a_pixel_depends_on_as_many_latents_as_said(name):
+    """On no more, or tiles would not be exact, and on no fewer, or they would be larger than they need to be."""
+    model = rough(narrow(name))
+    reach, d_w = model.reach(1), model.config.compression[2]
+    latents = torch.randn(1, 4, 1, 1, 2 * reach + 5)
+    latents[..., reach + 2] = torch.nan
+    touched = model(latents)[0, 0, 0, 0].isnan().nonzero().flatten()
+    assert touched[0] // d_w == 2 and touched[-1] // d_w == 2 * reach + 2
+
+
+@pytest.mark.parametrize("n, tile, reach", [(20, 30, 4), (20, 20, 4), (20, 19, 4), (20, 9, 4), (21, 8, 4), (5, 1, 4), (9, 3, 7)])
+def test_tiles_cover_a_side_once(n, tile, reach):
+    tiles = spans(n, tile, reach)
+    assert [i for _, kept in tiles for i in range(n)[kept]] == list(range(n))
+    for read, kept in tiles:
+        assert read.stop - read.start <= tile and 0 <= read.start <= kept.start < kept.stop <= read.stop <= n
+        if tile > 2 * reach:
+            assert kept.start - read.start >= min(reach, kept.start) and read.stop - kept.stop >= min(reach, n - kept.stop)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_121_frames_of_720p_fit_in_8_gb(name):
+    model = on_meta(CONFIGS[name]).half()
+    t = next(t for t in range(1, 32) if model.config.frames(t) >= 120)
+    shape = (-(-size // d) for size, d in zip((720, 1280), model.config.compression[1:]))
+    with Live() as live:
+        video = model.decode(torch.empty(1, model.config.latent_channels, t, *shape, dtype=torch.float16, device="meta"))
+    assert video.nbytes < live.now + 1 and live.most + sum(p.nbytes for p in model.parameters()) < 8e9
+
+
+def test_as_much_memory_as_allowed_is_used_and_no_more():
+    model = on_meta(CONFIGS["ltx"]).half()
+    latents, used = torch.empty(1, 128, 24, 45, 80, dtype=torch.float16, device="meta"), []
+    for allowed in (10, 20, 50):
+        with Live() as live:
+            model.decode(latents, max_memory=allowed)
+        used.append(live.most / 1e9 + 0.084)
+        assert 0.4 * allowed < used[-1] <= allowed
+    assert model.fit(latents, 400) == (24, (45, 80))
+    chunk, tile = model.fit(latents, 8)
+    assert chunk == 1 and 40 < tile[1] < 80
+    with pytest.raises(ValueError) as error:
+        model.decode(latents, max_memory=4)
+    one_line(error, "at least 4.", "not 4", "stream")
+
+
+def test_what_cannot_be_decoded_in_pieces_is_one_line():
+    model, latents = seeded(MICRO), torch.zeros(1, 3, 2, 2, 2)
+    for wrong, says in (({"chunk": -1}, "at least 1"), ({"tile": (0, 4)}, "at least 1"), ({"chunk": 1, "max_memory": 8}, "alone")):
+        with pytest.raises(ValueError) as error:
+            model.decode(latents, **wrong)
+        one_line(error, says)
+    with pytest.raises(ValueError) as error:
+        model.decode(latents[0])
+    one_line(error, "(B, 3, t, h, w)")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Optimized for inference.
+
+@torch.no_grad()
+def test_optimized_is_the_same_decoder_without_the_slow_convolution():
+    def slow(run):          # but for 1x1x1 kernels, which are a matrix product there
+        with torch.profiler.profile(record_shapes=True) as profile:
+            run()
+        return [event for event in profile.events() if event.name == "aten::slow_conv3d" and event.input_shapes[1][2] > 1]
+    model, latents = rough(CONFIGS["tiny"]), torch.randn(1, 16, 2, 4, 4)
+    want = model(latents)
+    assert slow(lambda: model(latents)) and not slow(lambda: list(model.stream([latents])))
+    assert model.optimize_for_inference(compile=False) is model and not any(p.requires_grad for p in model.parameters())
+    assert not slow(lambda: model(latents))
+    torch.testing.assert_close(model(latents), want, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@torch.no_grad()
+def test_the_shipped_student_in_half_precision_is_50_db_from_itself(dtype):
+    model = TurboVAED.from_pretrained(ROOT / "assets" / "tiny_student.safetensors").eval()
+    latents = torch.randn(1, 16, 3, 8, 8)
+    want = model(latents)
+    got = model.optimize_for_inference(dtype, compile=False)(latents.to(dtype)).float()
+    assert 10 * torch.log10(4 / (got - want).square().mean()) > 50
+
+
+@torch.no_grad()
+def test_optimized_compiles_whole_and_decodes_through_it():
+    model, latents = rough(replace(MICRO, resnets=(0, 0, 1, 0, 0))), torch.randn(1, 3, 2, 2, 2)
+    want = model(latents)
+    model.optimize_for_inference()
+    for _ in range(2):
+        torch.testing.assert_close(model.decode(latents), want, atol=1e-5, rtol=0)
+    assert model._compiled_call_impl is not None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Files.
 
 @pytest.mark.parametrize("config", [CONFIGS["tiny"], replace(MICRO, upsampling="pixel_shuffle_3d", kernel=7)],
@@ -622,7 +942,7 @@ def tiny_pipeline(name):
             in_channels=8, out_channels=8, num_attention_heads=2, attention_head_dim=8, cross_attention_dim=16, num_layers=1,
             caption_channels=16)
         pipe = diffusers.LTXPipeline(vae=vae, transformer=transformer, **parts)
-        config = replace(MICRO, latent_channels=8, up=(None, (2, 2), (2, 2), (2, 2)), patch=4, widths=(32, 32, 32, 32, 16))
+        config = replace(MICRO, latent_channels=8, up=(None, (2, 2), (2, 2), (2, 2)), patch=4, widths=(32, 32, 32, 32, 64))
         return pipe, common | dict(height=64, width=96, guidance_scale=1.0), TurboVAED(config)
     vae = diffusers.AutoencoderKLHunyuanVideo(latent_channels=4, block_out_channels=(8, 8, 16, 16), layers_per_block=1,
                                               norm_num_groups=4)
@@ -646,12 +966,19 @@ def test_a_pipeline_decodes_through_the_student_and_back(name):
     del pipe.vae.decode
 
     assert use_student(pipe, student) is pipe
-    pipe.vae.enable_tiling()                          # which the student has no use for
-    frames = generate()
     by_hand = pipe.video_processor.postprocess_video(student(given[0]), output_type="pt")
-    assert frames.shape == own.shape == (1, 9, 3, 64, 96)
-    assert torch.equal(frames, by_hand) and not torch.equal(frames, own)
-    assert torch.equal(pipe.vae.decode(given[0]).sample, student(given[0]))
+    chunks = []
+    student.conv_in.register_forward_hook(lambda module, inputs, output: chunks.append(inputs[0].shape[2]))
+    for tiling in (False, True):
+        pipe.vae.enable_tiling() if tiling else pipe.vae.disable_tiling()
+        chunks.clear()
+        frames = generate()
+        t = given[0].shape[2]
+        assert chunks == ([2] + [1] * (t - 2) if tiling else [t])       # the first layer begins when it has two
+        assert frames.shape == own.shape == (1, 9, 3, 64, 96)
+        torch.testing.assert_close(frames, by_hand, atol=1e-5, rtol=0)
+        assert not torch.allclose(frames, own, atol=1e-2)
+        torch.testing.assert_close(pipe.vae.decode(given[0]).sample, student(given[0]), atol=1e-5, rtol=0)
 
     if name == "LTX-Video":                           # accelerate's hooks around it, though nothing can move without a GPU
         pipe.enable_model_cpu_offload(device=torch.device("cpu"))
