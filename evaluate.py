@@ -715,7 +715,7 @@ def decode_latents(student, source, target, fps, device, dtype):
 
     def write(path):
         nonlocal count
-        with safe_open(source, "pt") as file, av.open(str(path), "w") as out:
+        with safe_open(source, "pt") as file, av.open(f"file:{path}", "w") as out:
             names = list(file.keys())
             held = file.get_slice("latents" if "latents" in names or not names else names[0])
             shape = held.get_shape()
