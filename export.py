@@ -25,6 +25,7 @@ import shutil
 import signal
 import sys
 import tempfile
+import tempfile
 import time
 from collections import Counter
 from dataclasses import asdict, dataclass
@@ -312,7 +313,12 @@ def export(model, size=(512, 512), latent_frames=None, path="student.mlpackage",
         raise ValueError(f"{path}: a Core ML package's name ends in .mlpackage")
     shape = latent_shape(config, size, latent_frames)
     with contextlib.redirect_stderr(sys.stderr if sys.stderr.isatty() else io.StringIO()):      # coremltools' progress bars
-        package = convert(copy.deepcopy(model).float().cpu(), tuple(size), shape, gather, plain)
+        try:
+            package = convert(copy.deepcopy(model).float().cpu(), tuple(size), shape, gather, plain)
+        except RuntimeError as error:
+            if "FileWriter" not in str(error):
+                raise
+            raise OSError(f"{path}: its weights cannot be written to {tempfile.gettempdir()}; is the disk full?") from None
         if bits:        # below 10,000 weights coremltools would want scikit-learn, and little is to be saved
             from coremltools.optimize import coreml as compress
             package = compress.palettize_weights(package, compress.OptimizationConfig(compress.OpPalettizerConfig(

@@ -583,9 +583,11 @@ class TurboVAED(nn.Module):
         """
         from safetensors.torch import save
         path = Path(path).expanduser()
-        if path.suffix in (".pth", ".pt", ".ckpt", ".bin"):
+        if path.suffix.lower() in (".pth", ".pt", ".ckpt", ".bin"):
             raise ValueError(f"{path}: students are written as .safetensors; name such a file, or a folder")
-        path = path if path.suffix == ".safetensors" else path / OWN_FILE
+        if not all(isinstance(text, str) for pair in (metadata or {}).items() for text in pair):
+            raise ValueError(f"metadata is text by names, not {metadata}")
+        path = path if path.suffix.lower() == ".safetensors" else path / OWN_FILE
         path.parent.mkdir(parents=True, exist_ok=True)
         state = {key: tensor.detach().cpu().contiguous() for key, tensor in self.state_dict().items()}
         partial_file = path.with_name(f"{path.name}.partial")
@@ -765,7 +767,10 @@ def check_fit(student, what, teachers, channels, compression, images, who="the s
         wrong.append(f"was made for latents of {teacher}, not {' or '.join(teachers)}")
     if wrong:
         raise ValueError(f"{who} does not fit {what}: it {', it '.join(wrong)}")
-    return None if teacher else f"{who} does not say whose latents it was made for: assumed are those of {what}"
+    if teacher and teachers:
+        return None
+    said = f"was made for latents of {teacher}" if teacher else "does not say whose latents it was made for"
+    return f"{who} {said}: assumed are those of {what}"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -785,9 +790,11 @@ def use_student(pipe_or_vae, student):
     vae = getattr(pipe_or_vae, "vae", pipe_or_vae)
     if not hasattr(vae, "decode"):
         raise TypeError(f"a {type(pipe_or_vae).__name__} has no VAE whose decoder could be replaced")
-    vars(vae).pop("decode", None)
     if student is None:
+        vars(vae).pop("decode", None)
         return pipe_or_vae
+    if not isinstance(student, TurboVAED):
+        raise TypeError(f"a TurboVAED can take the decoder's place, or None its own; not a {type(student).__name__}")
     kinds = next((VAES[kind.__name__] for kind in type(vae).__mro__ if kind.__name__ in VAES), ())
     get = lambda *names: next((v for n in names for v in (vae.config.get(n), vars(vae).get(n)) if v), None)
     time = get("scale_factor_temporal", "temporal_compression_ratio")
@@ -877,11 +884,11 @@ def find_checkpoint(path, config):
 
 def read_checkpoint(file):
     """(state dict, metadata) of a .safetensors file or a PyTorch one, which is never unpickled beyond plain tensors."""
-    if file.suffix == ".safetensors":
+    if file.suffix.lower() == ".safetensors":
         from safetensors import safe_open
     metadata = {}
     try:
-        if file.suffix == ".safetensors":
+        if file.suffix.lower() == ".safetensors":
             with safe_open(file, framework="pt") as f:
                 metadata = dict(f.metadata() or {})
                 state = {key: f.get_tensor(key) for key in f.keys()}
@@ -894,7 +901,10 @@ def read_checkpoint(file):
     state = flat(state)
     if not state:
         raise ValueError(f"{file}: holds no state dict (names and tensors)")
-    state, left_out = take_decoder(state)
+    try:
+        state, left_out = take_decoder(state)
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from None
     if left_out:
         print(f"{file}: left out what is not the decoder: {', '.join(left_out)}", file=sys.stderr)
     plain = lambda t: t.is_floating_point() and not t.is_meta and t.layout == torch.strided
@@ -915,13 +925,19 @@ def flat(tree, path=()):
 def take_decoder(state):
     """(the decoder's tensors of a flat state dict under their own names, what was left out): out of a whole VAE, of a
     training script's wrapper, from beside projection heads; of several the EMA weights. All of it where there is no
-    decoder."""
-    words, others = lambda prefix: set(re.split(r"[._]", prefix)), {"encoder", "teacher", "discriminator"}
+    decoder. Raises ValueError where several would do."""
+    words = lambda prefix: set(re.split(r"[._]", prefix.lower()))
+    others = {"encoder", "teacher", "discriminator", "initial", "init"} | \
+        {"optim", "optimizer", "optimizers", "exp", "momentum", "grad", "grads", "gradients"}       # as large as the weights
     matches = [m for m in map(IN_DECODER.match, state) if m and not words(m[1]) & others]
     found = Counter(m[1] for m in matches)
     if not found:
         return state, []
-    prefix = max(found, key=lambda p: ("ema" in words(p), bool(words(p) & {"decoder", "student"}), found[p]))
+    rank = lambda p: ("ema" in words(p), bool(words(p) & {"decoder", "student"}), found[p])
+    prefix, *more = sorted(found, key=rank, reverse=True)
+    if more and rank(more[0]) == rank(prefix):
+        raise ValueError(f"holds several decoders, {prefix or 'one at the top'} and {more[0] or 'one at the top'}: "
+                         f"save the one that is meant by itself")
     mine = {m.string: m.string[len(prefix):] for m in matches if m[1] == prefix}
     depth = lambda key: max(1, prefix.count(".") + key.startswith(prefix))
     left_out = sorted({".".join(key.split(".")[:depth(key)]) for key in state.keys() - mine.keys()})

@@ -380,6 +380,16 @@ def test_a_stop_leaves_no_half_package(tmp_path):
     assert not list((tmp_path / "out/export").iterdir())
 
 
+def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path):
+    """A limit on the size of files stands for it."""
+    import resource
+    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000,) * 2)
+    flags = ["--config", "tiny", "--random", "--size", "16x16", "--latent-frames", "1", "--out", str(tmp_path / "out")]
+    result = subprocess.run([sys.executable, str(ROOT / "export.py"), *flags], capture_output=True, text=True, preexec_fn=limit)
+    assert result.returncode == 1 and result.stderr.count("\n") == 1 and "disk full" in result.stderr
+    assert not any((tmp_path / "out").iterdir()) if (tmp_path / "out").exists() else True
+
+
 def test_random_weights_say_so(tmp_path, command):
     command("--config", "tiny", "--random", "--size", "16x16", "--latent-frames", "1", "--out", ".")
     assert "speed only" in export.Program(tmp_path / "tiny_random_4x16x16.mlpackage").metadata["note"]

@@ -708,6 +708,10 @@ def test_saving_refuses_the_name_of_another_format(tmp_path):
     with pytest.raises(ValueError) as error:
         seeded(MICRO).save_pretrained(tmp_path / "student.pth")
     one_line(error, "student.pth", ".safetensors")
+    assert seeded(MICRO).save_pretrained(tmp_path / "X.SAFETENSORS").is_file()
+    with pytest.raises(ValueError) as error:
+        seeded(MICRO).save_pretrained(tmp_path, {"step": 5})
+    one_line(error, "metadata is text")
 
 
 def published(name, folder):
@@ -753,13 +757,24 @@ def beside(names, prefix=""):
     (lambda s: s | beside(["heads.mid.0.weight", "proj.bias"]), "heads, proj"),
     (lambda s: {f"student.{k}": v for k, v in s.items()} | beside(["heads.mid.0.weight"]), "heads"),
     (lambda s: {"params_ema": s, "params": {k: v + 1 for k, v in s.items()}}, "params"),
-], ids=["vae", "wrapper", "heads", "student", "ema"])
+    (lambda s: {"model": {k: v + 1 for k, v in s.items()}, "EMA": s}, "model"),
+    (lambda s: {"optimizer": {"exp_avg": s}, "grads": s, "initial": s, "model": s}, "grads, initial, optimizer"),
+    (lambda s: {"model": s, "optim": {"state": {k: {"exp_avg": v, "exp_avg_sq": v, "step": torch.ones(1)} for k, v in s.items()}}}, "optim"),
+], ids=["vae", "wrapper", "heads", "student", "ema", "capitals", "gradients", "fsdp"])
 def test_the_decoder_is_taken_out_of_what_others_write(tmp_path, wrap, left_out, capsys):
     model = seeded(CONFIGS["tiny"])
     torch.save(wrap(model.state_dict()), tmp_path / "x.pth")
     loaded = TurboVAED.from_pretrained(tmp_path / "x.pth")
     assert all(torch.equal(a, b) for a, b in zip(loaded.state_dict().values(), model.state_dict().values()))
     assert capsys.readouterr().err == f"{tmp_path / 'x.pth'}: left out what is not the decoder: {left_out}\n"
+
+
+def test_of_several_decoders_none_is_guessed(tmp_path):
+    state = seeded(CONFIGS["tiny"]).state_dict()
+    torch.save({"last": state, "best": state}, tmp_path / "x.pth")
+    with pytest.raises(ValueError) as error:
+        TurboVAED.from_pretrained(tmp_path / "x.pth")
+    one_line(error, "x.pth", "several decoders", "last.", "best.")
 
 
 @pytest.mark.parametrize("spoil, says", [
@@ -965,10 +980,10 @@ def test_a_pipeline_decodes_through_the_student_and_back(name):
     own = generate()
     del pipe.vae.decode
 
-    assert use_student(pipe, student) is pipe
-    by_hand = pipe.video_processor.postprocess_video(student(given[0]), output_type="pt")
     chunks = []
     student.conv_in.register_forward_hook(lambda module, inputs, output: chunks.append(inputs[0].shape[2]))
+    assert use_student(pipe, student) is pipe                   # a copy of it, hook and all
+    by_hand = pipe.video_processor.postprocess_video(student(given[0]), output_type="pt")
     for tiling in (False, True):
         pipe.vae.enable_tiling() if tiling else pipe.vae.disable_tiling()
         chunks.clear()
@@ -1027,6 +1042,28 @@ def test_what_was_assumed_of_a_student_is_said(tmp_path):
         TurboVAED.from_pretrained(tmp_path / "plain.pth", "wan21")
     for name in ("hunyuan", "cog"):
         assert TurboVAED.from_pretrained(published(name, tmp_path)).metadata["teacher"] == name
+
+
+def test_a_vae_that_is_not_known_here_is_assumed_to_fit_with_a_warning():
+    """AutoencoderKLQwenImage's latents are of hunyuan's shape."""
+    pytest.importorskip("diffusers")
+    from diffusers import AutoencoderKLQwenImage
+    vae, student = AutoencoderKLQwenImage(base_dim=8, num_res_blocks=1), on_meta(CONFIGS["hunyuan"])
+    student.metadata["teacher"] = "hunyuan"
+    with pytest.warns(UserWarning, match="was made for latents of hunyuan: assumed are those of this AutoencoderKLQwenImage"):
+        use_student(vae, student)
+
+
+def test_a_refusal_leaves_the_student_that_was_there():
+    vae, student = small_vae()
+    before = vars(use_student(vae, student))["decode"]
+    for other in (on_meta(CONFIGS["dc"]), "out/ltx", vae):
+        with pytest.raises((ValueError, TypeError)) as error:
+            use_student(vae, other)
+        assert "\n" not in str(error.value)
+    assert vars(vae)["decode"] is before
+    use_student(vae, None)
+    assert "decode" not in vars(vae)
 
 
 def small_vae(**options):
