@@ -29,6 +29,7 @@ import warnings
 from collections import Counter, deque
 from contextlib import suppress
 from datetime import timedelta
+from heapq import heappop, heappush
 from importlib.metadata import version
 from itertools import chain
 from pathlib import Path
@@ -45,7 +46,7 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm import tqdm
 
 from data import (BROKEN, CLIPS_PER_SCENE, DATA_SETS, EXACT, HELD_OUT_SEED, BadVideo, SyntheticClips, VideoClips, check_colours,
-                  colours, download, find_clips, open_video, picture, video_stream, why)
+                  check_fields, colours, download, find_clips, header_frames, open_video, picture, video_stream, why)
 from model import CONFIGS, OWN_FILE, TurboVAED, check_fit, check_writable, find_checkpoint, number, out_of_memory
 from teachers import TEACHERS, load_teacher
 
@@ -575,14 +576,14 @@ def upright_frames(container, stream, tracks, other, seen):
     """Yields (image (H, W, 3) uint8 RGB, upright, its time stamp, its `colours`) of a video stream; other(packet) takes
     the tracks' packets. Frames of another size than the first are brought to it. Packets that cannot be decoded are
     left out, and where the file cannot be read on, it ends; seen["end"] is the time in seconds up to which there were
-    packets."""
+    packets. AVI's stamps are of packets, in the order of decoding: the frames shown take them in turn."""
     def packets():
         try:
             yield from container.demux()
         except av.FFmpegError:
             yield None          # the decoder still holds some frames
 
-    size, codec = {}, stream.codec_context
+    size, codec, stamps, avi = {}, stream.codec_context, [], container.format.name == "avi"
     for packet in packets():
         if packet and packet.pts is not None:
             seen["end"] = max(seen["end"], float((packet.pts + (packet.duration or 0)) * packet.time_base))
@@ -594,10 +595,41 @@ def upright_frames(container, stream, tracks, other, seen):
             frames = codec.decode(packet)
         except av.InvalidDataError:
             continue
+        if avi and packet and packet.size and packet.dts is not None:
+            heappush(stamps, packet.dts)
         for frame in frames:
             size = size or {"width": frame.width, "height": frame.height}
-            check_colours(container.name.removeprefix("file:"), frame, tagged=True)
-            yield picture(frame, **size), frame.pts, colours(frame)
+            name = container.name.removeprefix("file:")
+            check_colours(name, frame, tagged=True)
+            check_fields(name, frame)
+            yield picture(frame, **size), heappop(stamps) if stamps else frame.pts, colours(frame)
+
+
+def rising(film, step):
+    """Yields the (image, stamp, look) of `film` with stamps that rise from 0 or later; step: how long a frame lasts
+    where nothing says it.
+
+    A stamp that is no later than the one before goes between that and the next, and later frames keep theirs; where
+    the next is no later either, another recording begins, and follows the one before.
+    """
+    film = chain(film, [(None, None, None)])
+    image, stamp, look = next(film)
+    before, last, shift = -math.inf, -step, max(0, -(stamp or 0))      # before: as the file has it, last: as given out
+    for following in film:
+        after = -math.inf if following[1] is None else following[1]
+        if stamp is None:
+            given = last + step
+        elif stamp > before:
+            given, before = stamp + shift, stamp
+        elif after > before:
+            given = (last + after + shift) // 2
+        elif stamp == before:
+            given = last + step // 4
+        else:
+            given, before, shift = last + step, stamp, last + step - stamp
+        last = max(given, last + 1)
+        yield image, last, look
+        image, stamp, look = following
 
 
 def in_windows(source, through, length, overlap):
@@ -644,7 +676,7 @@ def reconstruct(teacher, student, source, target, frames, device, dtype):
             stream.thread_type = "AUTO"
             tracks = [audio for audio in container.streams.audio if audio.codec_context]        # None: no decoder knows it
             step = max(1, round(1 / (rate * stream.time_base)))
-            written, sounds, last = None, {}, -step
+            written, sounds = None, {}
 
             def open_streams(height, width, look):
                 written = add_h264(out, rate, height, width, look=look)
@@ -674,17 +706,14 @@ def reconstruct(teacher, student, source, target, frames, device, dtype):
                         out.mux(packet)
 
             film = upright_frames(container, stream, tracks, waiting.append, seen)
-            film = in_windows(film, through, frames, min(4, frames // 4))
+            film = in_windows(rising(film, step), through, frames, min(4, frames // 4))
             film = tqdm(film, total=stream.frames or None, unit="frame", disable=not sys.stderr.isatty(), leave=False)
             for image, original, stamp, look in film:
                 error = np.square(image.astype(np.float32) - original).mean() / 255 ** 2
                 errors.append(-10 * math.log10(max(error, 1e-10)))
                 written = written or open_streams(*image.shape[:2], look)
                 frame = to_frame(image, written)
-                if stamp is None or stamp <= last or container.format.name == "avi":      # which holds no stamps, only a rate
-                    stamp = last + step
-                last = frame.pts = stamp
-                frame.time_base = stream.time_base
+                frame.pts, frame.time_base = stamp, stream.time_base
                 out.mux(written.encode(frame))
                 mux_audio()
             if written is None:
@@ -696,7 +725,7 @@ def reconstruct(teacher, student, source, target, frames, device, dtype):
                     out.mux(sound.encode())
             # What a header counts; else by the time at which the file ends, with room for the last packets.
             early = ((container.duration or 0) + (container.start_time or 0)) / av.time_base - seen["end"]
-            promised = stream.frames or (len(errors) + round(early * rate) if early > 0.25 else 0)
+            promised = header_frames(container, stream) or (len(errors) + round(early * rate) if early > 0.25 else 0)
     try:
         replace(Path(target), write)
     except BROKEN as error:

@@ -310,11 +310,12 @@ def texture(n, height=64, width=96, seed=0):
     return [np.roll(base, 3 * k, 1).astype(np.uint8) for k in range(n)]
 
 
-def write_video(path, images, rate=25, stamps=None, pixels="yuv420p", turn=0, sound=None, sound_rate=16000):
-    """H.264 with one frame at each time stamp (in 1/rate seconds); sound: a codec, for a tone as long as the video."""
+def write_video(path, images, rate=25, stamps=None, pixels="yuv420p", turn=0, sound=None, sound_rate=16000,
+                codec="libx264", options={"crf": "10"}):
+    """A video with one frame at each time stamp (in 1/rate seconds); sound: a codec, for a tone as long as the video."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with av.open(f"file:{path}", "w") as container:
-        stream = container.add_stream("libx264", rate=rate, options={"crf": "10"})
+        stream = container.add_stream(codec, rate=rate, options=options)
         stream.height, stream.width, stream.pix_fmt = *images[0].shape[:2], pixels
         if turn:
             stream.set_display_rotation(turn)
@@ -594,6 +595,58 @@ def test_frames_that_a_truncated_file_lacks_are_counted(student, run, tmp_path, 
     monkeypatch.chdir(tmp_path)
     evaluate.main()
     assert capsys.readouterr().err == f"cut{suffix} promises 48 frames: {lost} could not be read and are missing from out.mp4\n"
+
+
+def times(path):
+    with av.open(str(path)) as video:
+        return [float(frame.time) for frame in video.decode(video=0)]
+
+
+@pytest.mark.parametrize("codec", ["mpeg4", "libx264"])
+def test_frames_that_an_avi_skips_take_time_and_are_none_that_is_lost(tmp_path, codec):
+    stamps = [0, 1, 2, 10, 11, 30, 31, 32, 50]
+    source = write_video(tmp_path / "in.avi", texture(9), stamps=stamps, codec=codec, options={"bf": "0"})
+    assert same(source, tmp_path / "out.mp4")[0::2] == (9, 0)
+    assert times(tmp_path / "out.mp4") == pytest.approx([n / 25 for n in stamps], abs=1e-3)
+    assert data.count_frames(source) == 9
+    content = source.read_bytes()
+    source.write_bytes(content[:content.index(b"00dc", content.index(b"movi") + 4 + 600)])      # and without the index
+    count, _, lost = same(source, tmp_path / "out.mp4")
+    assert 0 < count < 9 and 0 < lost <= 51 - count and data.count_frames(source) == 51     # what its header says
+
+
+@pytest.mark.parametrize("stamps, want", [
+    ([0, 40, 40, 80, 120, 160], [0, 40, 60, 80, 120, 160]), ([0, 40, 40, 40, 80], [0, 40, 50, 65, 80]),
+    ([0, 80, 40, 120, 160], [0, 80, 100, 120, 160]),
+    ([0, 40, 80, 0, 40, 80], [0, 40, 80, 120, 160, 200]),                       # two recordings, one after the other
+    ([None, None, None], [0, 40, 80]), ([-80, -40, 0], [0, 40, 80]), ([7, 40, None, 120], [7, 40, 80, 120])])
+def test_a_stamp_that_does_not_rise_costs_no_other_its_time(stamps, want):
+    assert [stamp for _, stamp, _ in evaluate.rising(((n, stamp, None) for n, stamp in enumerate(stamps)), 40)] == want
+
+
+def test_a_repeated_stamp_delays_no_later_frame(tmp_path):
+    source = write_video(tmp_path / "in.mkv", texture(9), stamps=[0, 1, 1, 2, 3, 4, 4, 5, 6], codec="libvpx", options={})
+    same(source, tmp_path / "out.mkv")
+    assert times(tmp_path / "out.mkv") == pytest.approx([0, 0.04, 0.06, 0.08, 0.12, 0.16, 0.18, 0.2, 0.24], abs=2e-3)
+
+
+def test_frames_that_an_edit_list_hides_are_none_that_is_lost(tmp_path, capfd):
+    source = write_video(tmp_path / "in.mp4", texture(20), stamps=range(-5, 15))
+    assert same(source, tmp_path / "out.mp4")[0::2] == (15, 0)
+    with pytest.raises(ValueError, match="no usable video"):
+        VideoClips(source, 16, 32, train=False)
+    assert "15 frames, 16 needed" in capfd.readouterr().err and len(VideoClips(source, 15, 32, train=False)[0][0]) == 15
+
+
+def test_interlaced_video_is_said_once(tmp_path, capfd):
+    source = write_video(tmp_path / "in.mp4", texture(9), options={"flags": "+ildct+ilme", "x264-params": "interlaced=1"})
+    line = f"{source} is interlaced: its frames are taken as they are, two fields in one picture\n"
+    clips = VideoClips(source, 3, 64, train=False)
+    clips[0], clips[0]
+    assert capfd.readouterr().err == line
+    data.warn_once.cache_clear()
+    same(source, tmp_path / "out.mp4")
+    assert capfd.readouterr().err == line
 
 
 def test_damage_in_the_middle_costs_its_frames_only(tmp_path):
