@@ -51,6 +51,10 @@ from model import CONFIGS, OWN_FILE, TurboVAED, check_fit, check_writable, find_
 from teachers import TEACHERS, load_teacher
 
 SHIPPED = Path(__file__).resolve().parent / "assets" / "tiny_student.safetensors"
+WRITTEN = ("compare.png", "compare.mp4", "results.md", "results.json")
+# What goes with the modes that evaluate nothing, beside --device, --dtype and --threads.
+TAKES = {"reconstruct": "student teacher teacher_weights frames", "decode": "student teacher fps",
+         "generate": "pipeline latents size frames seed"}
 WARM_UP, ROUNDS = 2, 7          # of the speed measurement
 # name: (heading, decimals)
 METRICS = {"psnr": ("PSNR (dB)", 2), "ssim": ("SSIM", 4), "lpips": ("LPIPS", 4), "temporal": ("temporal error", 2), "fvd": ("rFVD", 2)}
@@ -479,14 +483,21 @@ def markdown(rows, columns, compression, clips):
     return "\n".join("| " + " | ".join(line) + " |" for line in (header, ["---"] * len(header), *lines)) + f"\n\n{clips}\n"
 
 
-def replace(path, write):
-    """write(temporary file), then rename it to path: a crash leaves no half file."""
-    partial_file = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
+def replace(writes):
+    """{path: write}: each write(temporary file), then all are renamed to their paths, so that a crash leaves no half
+    file and a full disk all of the old ones. ValueError, naming the path, for what cannot be written."""
+    partial_files = {path: path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}") for path in writes}
     try:
-        write(partial_file)
-        os.replace(partial_file, path)
+        for path, write in writes.items():
+            try:
+                write(partial_files[path])
+            except (SafetensorError, *BROKEN) as error:
+                raise ValueError(f"{path}: {why(error)}") from None
+        for path, partial_file in partial_files.items():
+            os.replace(partial_file, path)
     finally:
-        partial_file.unlink(missing_ok=True)
+        for partial_file in partial_files.values():
+            partial_file.unlink(missing_ok=True)
 
 
 def pixels(frame):
@@ -552,14 +563,12 @@ def write_film(path, images, rate=12, seconds=4):
         size = width // by // 2 * 2, height // by // 2 * 2
         images = [np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BOX)) for image in images]
 
-    def write(file):
-        with av.open(f"file:{file}", "w") as container:
-            stream = add_h264(container, rate, *images[0].shape[:2], crf=22)
-            for _ in range(max(1, round(rate * seconds / len(images)))):
-                for image in images:
-                    container.mux(stream.encode(to_frame(image, stream)))
-            container.mux(stream.encode())
-    replace(path, write)
+    with av.open(f"file:{path}", "w") as container:
+        stream = add_h264(container, rate, *images[0].shape[:2], crf=22)
+        for _ in range(max(1, round(rate * seconds / len(images)))):
+            for image in images:
+                container.mux(stream.encode(to_frame(image, stream)))
+        container.mux(stream.encode())
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -727,9 +736,9 @@ def reconstruct(teacher, student, source, target, frames, device, dtype):
             early = ((container.duration or 0) + (container.start_time or 0)) / av.time_base - seen["end"]
             promised = header_frames(container, stream) or (len(errors) + round(early * rate) if early > 0.25 else 0)
     try:
-        replace(Path(target), write)
-    except BROKEN as error:
-        raise ValueError(f"{source} to {target}: {why(error)}") from None
+        replace({Path(target): write})
+    except ValueError as error:
+        raise ValueError(f"{source} to {error}") from None
     return len(errors), statistics.fmean(errors), max(0, promised - len(errors))
 
 
@@ -762,9 +771,9 @@ def decode_latents(student, source, target, fps, device, dtype):
                     count += 1
             out.mux(stream.encode())
     try:
-        replace(Path(target), write)
-    except (SafetensorError, *BROKEN) as error:
-        raise ValueError(f"{source} to {target}: {why(error)}") from None
+        replace({Path(target): write})
+    except ValueError as error:
+        raise ValueError(f"{source} to {error}") from None
     return count
 
 
@@ -816,7 +825,8 @@ def generate(args, device):
     for file, origin in tqdm(todo.items(), unit="prompt", disable=rank > 0 or not sys.stderr.isatty()):
         taken.clear()
         pipe(origin["prompt"], generator=torch.Generator().manual_seed(int(origin["seed"])), output_type="pt", **shape)
-        replace(file, lambda partial_file: save_file({"latents": torch.cat(taken).cpu().contiguous()}, partial_file, metadata=origin))
+        latents = {"latents": torch.cat(taken).cpu().contiguous()}
+        replace({file: lambda partial_file: save_file(latents, partial_file, metadata=origin)})
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -882,6 +892,14 @@ def parse():
             raise ValueError(f"--{name} writes .mp4, .mkv or .mov, not {paths[1]}")
     if args.reconstruct and Path(args.reconstruct[0]).resolve() == Path(args.reconstruct[1]).resolve():
         raise ValueError(f"--reconstruct cannot write over its source, {args.reconstruct[0]}")
+    given = [name for name, value in vars(args).items() if value != parser.get_default(name)]
+    for mode, options in TAKES.items():
+        for name in given:
+            if getattr(args, mode) and name not in (mode, *options.split(), "device", "dtype", "threads"):
+                raise ValueError(f"--{mode} goes without --{name.replace('_', '-')}")
+    for name, mode in (("fps", "decode"), ("pipeline", "generate")):
+        if name in given and not getattr(args, mode):
+            raise ValueError(f"--{name} is of --{mode} only")
     args.metrics = [m for m in METRICS if m in (args.metrics or (METRICS if args.data != "synthetic" or args.latents else ("psnr", "ssim", "temporal")))]
     return args
 
@@ -920,9 +938,22 @@ def check_inputs(args):
 
 
 def whose(args, files):
-    """What tells this evaluation's results from another's."""
+    """What tells this evaluation's results from another's, as far as it is known before anything is loaded."""
     return {"data": args.data, "root": args.root, "split": args.split, "latents": args.latents,
-            "compared_with": args.against, "students": list(files)}
+            "compared_with": args.against, "students": list(files), "dtype": args.dtype,
+            "seed": args.seed if args.data == "synthetic" and not args.latents else None}
+
+
+def check_same(out, mine):
+    """ValueError where the results in the folder `out` are not of `mine`, {setting: value}."""
+    try:
+        there = json.loads((out / "results.json").read_text())
+    except (OSError, ValueError):
+        return                      # none, or none that says anything
+    there = there if isinstance(there, dict) else {}
+    other = [f"{key} {there[key]} (now {value})" for key, value in mine.items() if there.get(key, value) != value]
+    if other:
+        raise ValueError(f"{out}/results.json is of {', '.join(other)}: name another folder with --out, or delete it")
 
 
 def results_folder(args, files):
@@ -933,14 +964,10 @@ def results_folder(args, files):
     if not args.out and (args.latents or args.data != "synthetic"):
         out = out / Path(args.latents or args.data).resolve().name
     check_writable(out)
-    try:
-        there = json.loads((out / "results.json").read_text())
-    except (OSError, ValueError):
-        return out                  # none, or none that says anything
-    there = there if isinstance(there, dict) else {}
-    other = [f"{key} {there[key]}" for key, mine in whose(args, files).items() if there.get(key, mine) != mine]
-    if other:
-        raise ValueError(f"{out}/results.json is of {', '.join(other)}: name another folder with --out, or delete it")
+    for name in WRITTEN:
+        if (out / name).is_dir():
+            raise OSError(f"nothing can be written to {out / name}: it is a folder")
+    check_same(out, whose(args, files))
     return out
 
 
@@ -979,6 +1006,8 @@ def evaluate(args):
     if args.threads:
         torch.set_num_threads(args.threads)
     rank, _ = process()
+    if rank and (args.reconstruct or args.decode):
+        return                      # one video is the first process's
     local = int(os.environ.get("LOCAL_RANK", 0))
     device = torch.device(f"cuda:{local}" if args.device == "cuda" and dist.is_initialized() else args.device)
     if device.type == "cuda":
@@ -1016,6 +1045,9 @@ def evaluate(args):
         items, numbers, name_of, skipped = open_clips(args, frames, height, width)
         reference, shape, without = {"input": "input", "teacher": label}[args.against], None, {}
         videos_of = lambda video: {"input": video, **decode(encode(video))}
+    settings = {"clips_chosen": len(numbers), "frames": frames, "height": height, "width": width, "teacher": teacher.name,
+                "teacher_weights": teacher.weights_hash()}
+    check_same(out, settings)
     functions, detector, without = load_metrics(args, frames, device, without)
     records, features, failed, broken = measure(items, numbers, args, videos_of, reference, functions, detector, device,
                                                 name_of, shape)
@@ -1068,17 +1100,14 @@ def evaluate(args):
     measured_by = {"AlexNet": Path(args.lpips_weights or cached(ALEXNET))} if "lpips" in functions else {}
     measured_by |= {"I3D": Path(args.i3d or cached("i3d_torchscript.pt"))} if detector else {}
     results = {
-        "rows": rows, **whose(args, files), "seed": args.seed if args.data == "synthetic" else None, "clips": len(done),
-        "against": reference, "frames": frames, "height": height, "width": width, "device": hardware, "threads": torch.get_num_threads(),
-        "timed_together": together, "dtype": args.dtype, "skipped": skipped, "broken": broken,
+        "rows": rows, **whose(args, files), **settings, "clips": len(done), "against": reference, "device": hardware,
+        "threads": torch.get_num_threads(), "timed_together": together, "skipped": skipped, "broken": broken,
         "without": without, "about_fvd": few, "command": ["python", *sys.argv],
         "versions": {"python": platform.python_version(), **{p: version(p) for p in ("torch", "torchvision", "torchmetrics", "lpips", "av")}},
-        "weights": {label: teacher.weights_hash(), **{name: digest(file.read_bytes()) for name, file in {**files, **measured_by}.items()}},
+        "weights": {label: settings["teacher_weights"], **{name: digest(file.read_bytes()) for name, file in {**files, **measured_by}.items()}},
         "clips_hash": digest(json.dumps([names, real]).encode()),
         "per_clip": [{"clip": name_of(n), **records[n]} for n in done]}
     finite = json.loads(json.dumps(results), parse_constant=lambda _: None)      # JSON has neither infinities nor NaN
-    replace(out / "results.json", lambda file: file.write_text(json.dumps(finite, indent=1) + "\n"))
-    replace(out / "results.md", lambda file: file.write_text(markdown(rows, columns, teacher.compression, what)))
 
     # The pictures' clips are decoded again: keeping all of them until it is known which ones would take memory.
     student = next(iter(students))
@@ -1095,9 +1124,11 @@ def evaluate(args):
         shown.append((f"{picks[n]}: {name_of(n)}", [*tiles, (f"|error| x4 of {student}", error)]))
         del videos          # before the next clip's are made
     sheets = [sheet(shown, t) for t in range(frames)]
-    replace(out / "compare.png", lambda file: Image.fromarray(sheets[frames // 2]).save(file))
-    write_film(out / "compare.mp4", sheets)
-    print("\n".join(short(out / name) for name in ("compare.png", "compare.mp4", "results.md", "results.json")))
+    replace(dict(zip((out / name for name in WRITTEN), (
+        lambda file: Image.fromarray(sheets[frames // 2]).save(file), lambda file: write_film(file, sheets),
+        lambda file: file.write_text(markdown(rows, columns, teacher.compression, what)),
+        lambda file: file.write_text(json.dumps(finite, indent=1) + "\n")))))
+    print("\n".join(short(out / name) for name in WRITTEN))
 
 
 def main():
