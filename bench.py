@@ -45,8 +45,9 @@ SHIPPED = Path(__file__).resolve().parent / "assets" / "tiny_student.safetensors
 WARM_UP = 3     # rounds that do not count, in which caches fill, clocks rise and kernels are chosen
 PARTS = ("conv_in", *BLOCKS, "out")
 UNITS = ("ALL", "CPU_AND_NE", "CPU_AND_GPU", "CPU_ONLY")      # Core ML's choices of compute units
-BELONGS = {"batch": ("train", 1), "lpips_frames": ("train", 2), "chunk": ("stream", 4), "lengths": ("stream", [10, 100, 600]),
-           "team": ("iphone", None)}        # option: (the mode that it goes with, its default there)
+# option: (the mode that it goes with, its default there)
+BELONGS = {"batch": ("train", 1), "lpips_frames": ("train", 2), "team": ("iphone", None),
+           "chunk": ("stream", 4), "lengths": ("stream", [10, 100, 600])}
 COLUMNS = {     # of the table, where any row has them: header, text of a row's cell
     "model": "{model}", "way": "{way}", "clip": "{frames}x{height}x{width}", "parameters": "{parameters:,}",
     "ms": "{milliseconds:.2f}", "spread": "{spread:.2f}", "FPS": "{fps:.1f}", "TFLOP/s": "{tflops:.3f}",

@@ -1045,8 +1045,8 @@ def evaluate(args):
         items, numbers, name_of, skipped = open_clips(args, frames, height, width)
         reference, shape, without = {"input": "input", "teacher": label}[args.against], None, {}
         videos_of = lambda video: {"input": video, **decode(encode(video))}
-    settings = {"clips_chosen": len(numbers), "frames": frames, "height": height, "width": width, "teacher": teacher.name,
-                "teacher_weights": teacher.weights_hash()}
+    settings = {"clips_chosen": len(numbers), "frames": frames, "height": height, "width": width,
+                "teacher": teacher.name, "teacher_weights": teacher.weights_hash()}
     check_same(out, settings)
     functions, detector, without = load_metrics(args, frames, device, without)
     records, features, failed, broken = measure(items, numbers, args, videos_of, reference, functions, detector, device,

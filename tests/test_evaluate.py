@@ -313,7 +313,7 @@ def texture(n, height=64, width=96, seed=0):
 
 def write_video(path, images, rate=25, stamps=None, pixels="yuv420p", turn=0, sound=None, sound_rate=16000,
                 codec="libx264", options={"crf": "10"}):
-    """A video with one frame at each time stamp (in 1/rate seconds); sound: a codec, for a tone as long as the video."""
+    """A video with one frame at each time stamp (in 1/rate seconds); sound: a codec, for a tone as long as it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with av.open(f"file:{path}", "w") as container:
         stream = container.add_stream(codec, rate=rate, options=options)
