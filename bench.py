@@ -45,6 +45,9 @@ SHIPPED = Path(__file__).resolve().parent / "assets" / "tiny_student.safetensors
 WARM_UP = 3     # rounds that do not count, in which caches fill, clocks rise and kernels are chosen
 PARTS = ("conv_in", *BLOCKS, "out")
 UNITS = ("ALL", "CPU_AND_NE", "CPU_AND_GPU", "CPU_ONLY")      # Core ML's choices of compute units
+# option: (the mode that it goes with, its default there)
+BELONGS = {"batch": ("train", 1), "lpips_frames": ("train", 2), "team": ("iphone", None),
+           "chunk": ("stream", 4), "lengths": ("stream", [10, 100, 600])}
 COLUMNS = {     # of the table, where any row has them: header, text of a row's cell
     "model": "{model}", "way": "{way}", "clip": "{frames}x{height}x{width}", "parameters": "{parameters:,}",
     "ms": "{milliseconds:.2f}", "spread": "{spread:.2f}", "FPS": "{fps:.1f}", "TFLOP/s": "{tflops:.3f}",
@@ -557,22 +560,30 @@ def report(rows, args):
             print(f"{row['model']} on {row['way']}, estimated shares: {units}; slowest {slowest}")
 
 
-def write(path, save):
-    """save(temporary file), then rename it to path."""
-    partial = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
+def write(saves):
+    """{path: save}: each save(temporary file), then all are renamed to their paths: a full disk leaves the old ones."""
+    partials = {path: path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}") for path in saves}
     try:
-        save(partial)
-        os.replace(partial, path)
+        for path, save in saves.items():
+            try:
+                save(partials[path])
+            except OSError as error:
+                raise OSError(f"{path}: {error.strerror or error}") from None
+        for path, partial in partials.items():
+            os.replace(partial, path)
+            print(path)
     finally:
-        partial.unlink(missing_ok=True)
+        for partial in partials.values():
+            partial.unlink(missing_ok=True)
 
 
-def picture(path, rows, blocks):
-    """Bars of frames per second; or of each part's milliseconds, with the upsamplers hatched."""
+def picture(rows, blocks):
+    """A function that saves, to a file, bars of frames per second; or of each part's milliseconds, with the upsamplers
+    hatched. None without matplotlib."""
     try:
         import matplotlib
     except ImportError:
-        return print(f"no {path.name}: matplotlib is not installed")
+        return print("no bench.png: matplotlib is not installed")
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     rows = [row for row in rows if "fps" in row]
@@ -595,9 +606,8 @@ def picture(path, rows, blocks):
         axes.set(xlabel="frames per second", xmargin=0.1)
     axes.set(yticks=places, yticklabels=[f"{r['model']} {r['way']}, {r['frames']}x{r['height']}x{r['width']}" for r in rows])
     axes.invert_yaxis()
-    write(path, lambda file: figure.savefig(file, dpi=150))
     plt.close(figure)
-    print(path)
+    return lambda file: figure.savefig(file, dpi=150)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -618,17 +628,17 @@ def parse():
     add("--compile", action=argparse.BooleanOptionalAction, default=True, help="torch.compile too (default)")
     add("--decode", action="store_true", help="optimized for inference as well, and no teacher unless --teacher")
     add("--stream", action="store_true", help="streamed in chunks against whole, for clips of --lengths latent frames")
-    add("--lengths", type=number(int, 1), nargs="+", default=[10, 100, 600], metavar="N",
+    add("--lengths", type=number(int, 1), nargs="+", metavar="N",
         help="latent frames of --stream's clips (default 10 100 600)")
-    add("--chunk", type=number(int, 1), default=4, help="latent frames that --stream decodes at a time (default 4)")
+    add("--chunk", type=number(int, 1), help="latent frames that --stream decodes at a time (default 4)")
     add("--blocks", action="store_true", help="latency by block with the three upsamplers, for --config (default ltx), eager")
     add("--mlpackage", nargs="*", metavar="PATH", help="Core ML packages, on a Mac (default: all under out/)")
     add("--iphone", action="store_true", help="the packages on the iPhone that is connected to this Mac; needs --team")
     add("--team", metavar="ID", help="the Apple development team for which Xcode signs the app that runs packages on the iPhone")
     add("--features", action="store_true", help="teachers: aligned features against a whole decode")
     add("--train", action="store_true", help="the training step against a plain one, for --config (default ltx)")
-    add("--batch", type=number(int, 1), default=1, help="clips in --train's micro-batch (default 1)")
-    add("--lpips-frames", type=number(int, 1), default=2, help="frames of a clip that --train's LPIPS sees (default 2, as train.py's)")
+    add("--batch", type=number(int, 1), help="clips in --train's micro-batch (default 1)")
+    add("--lpips-frames", type=number(int, 1), help="frames of a clip that --train's LPIPS sees (default 2, as train.py's)")
     add("--dtype", choices=("float32", "bfloat16", "float16"),
         help="(default float32 on a CPU, float16 on a GPU, --train there bfloat16)")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda (default cuda where there is one)")
@@ -648,6 +658,17 @@ def parse():
             raise ValueError
     except ValueError:
         parser.error(f"--size takes HEIGHTxWIDTH in pixels, such as 512x512, not {' '.join(sizes)}")
+    for name, (mode, default) in BELONGS.items():
+        if getattr(args, name) is None:
+            setattr(args, name, default)
+        elif not getattr(args, mode):
+            parser.error(f"--{name.replace('_', '-')} goes with --{mode} only")
+    if len(set(args.config or ())) < len(args.config or ()):
+        parser.error(f"--config {' '.join(args.config)} names one twice")
+    modes = [mode for mode in ("blocks", "stream", "features", "train") if getattr(args, mode)]
+    modes += ["iphone" if args.iphone else "mlpackage"] * (args.iphone or args.mlpackage is not None)
+    if len(modes) > 1:
+        parser.error(f"--{modes[0]} goes without --{modes[1]}")
     if args.iphone and not args.team:
         parser.error("--iphone needs --team ID: Xcode signs the app that runs the packages for an Apple development team")
     others = ("blocks", "train", "features", "iphone", "mlpackage")
@@ -679,6 +700,9 @@ def find_student(path, config=None):
 def main():
     args = parse()
     check_writable(args.out)
+    for path in (Path(args.out, "bench.json"), Path(args.out, "bench.png")):
+        if path.is_dir():
+            raise OSError(f"nothing can be written to {path}: it is a folder")
     device, dtype, packages = torch.device(args.device), getattr(torch, args.dtype), args.iphone or args.mlpackage is not None
     torch.backends.cudnn.allow_tf32 = False             # float32 is float32, for convolutions as for the matrix product
     torch.backends.cudnn.benchmark = not args.train     # sizes are fixed: cuDNN may choose by trial; train.py does not let it
@@ -702,9 +726,9 @@ def main():
         print(f"{name}, {args.dtype}, torch {torch.__version__}")
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
-    write(out / "bench.json", lambda file: file.write_text(json.dumps(results | {"rows": rows}, indent=1) + "\n"))
-    print(out / "bench.json")
-    picture(out / "bench.png", rows, args.blocks)
+    save = picture(rows, args.blocks)
+    write({out / "bench.json": lambda file: file.write_text(json.dumps(results | {"rows": rows}, indent=1) + "\n"),
+           **({out / "bench.png": save} if save else {})})
 
 
 if __name__ == "__main__":

@@ -98,6 +98,12 @@ def check_colours(path, frame, tagged=False):
         warn_once(f"{path} is {kind} video: its values are taken as they are, not converted to BT.709's")
 
 
+def check_fields(path, frame):
+    """Warns, once for each file, of interlaced frames, whose two fields are 1/50 s apart, say."""
+    if frame.interlaced_frame:
+        warn_once(f"{path} is interlaced: its frames are taken as they are, two fields in one picture")
+
+
 def video_stream(container):
     """The first video stream that is not a cover picture, and its frame rate."""
     for stream in container.streams.video:
@@ -112,6 +118,15 @@ def frame_files(folder):
     return sorted(names, key=lambda name: [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)])
 
 
+def header_frames(container, stream):
+    """How many frames that are shown the file's header promises, 0 if it does not say: without those that an edit list
+    hides, and without AVI's empty packets, as far as its index goes or it has been read."""
+    index = stream.index_entries
+    if container.format.name == "avi" and len(index):
+        return sum(entry.size > 0 for entry in index) + max(0, stream.frames - 1 - index[len(index) - 1].timestamp)
+    return max(0, stream.frames - sum(entry.is_discard for entry in index))
+
+
 def count_frames(path):
     """How many frames the file's header promises, or the folder holds; raises one of BROKEN if it is no video."""
     if os.path.isdir(path):
@@ -121,8 +136,9 @@ def count_frames(path):
     # Without a decoder FFmpeg cannot decode a first frame to learn more than we ask: 0.3 ms a file, not 10.
     with open_video(path, codec_whitelist="none") as container:
         stream, rate = video_stream(container)
-        if stream.frames:
-            return stream.frames
+        promised = header_frames(container, stream)
+        if promised:
+            return promised
         if stream.duration or container.duration:
             seconds = stream.duration * stream.time_base if stream.duration else container.duration / av.time_base
             return round(seconds * rate)
@@ -172,6 +188,7 @@ def read_frames(path, start, frames, stride):
                     raise BadVideo("damaged")
                 if not wait:
                     check_colours(path, frame)
+                    check_fields(path, frame)
                     yield picture(frame, threads=1)
                     left -= 1
                     if not left:

@@ -29,6 +29,7 @@ import warnings
 from collections import Counter, deque
 from contextlib import suppress
 from datetime import timedelta
+from heapq import heappop, heappush
 from importlib.metadata import version
 from itertools import chain
 from pathlib import Path
@@ -45,11 +46,15 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm import tqdm
 
 from data import (BROKEN, CLIPS_PER_SCENE, DATA_SETS, EXACT, HELD_OUT_SEED, BadVideo, SyntheticClips, VideoClips, check_colours,
-                  colours, download, find_clips, open_video, picture, video_stream, why)
+                  check_fields, colours, download, find_clips, header_frames, open_video, picture, video_stream, why)
 from model import CONFIGS, OWN_FILE, TurboVAED, check_fit, check_writable, find_checkpoint, number, out_of_memory
 from teachers import TEACHERS, load_teacher
 
 SHIPPED = Path(__file__).resolve().parent / "assets" / "tiny_student.safetensors"
+WRITTEN = ("compare.png", "compare.mp4", "results.md", "results.json")
+# What goes with the modes that evaluate nothing, beside --device, --dtype and --threads.
+TAKES = {"reconstruct": "student teacher teacher_weights frames", "decode": "student teacher fps",
+         "generate": "pipeline latents size frames seed"}
 WARM_UP, ROUNDS = 2, 7          # of the speed measurement
 # name: (heading, decimals)
 METRICS = {"psnr": ("PSNR (dB)", 2), "ssim": ("SSIM", 4), "lpips": ("LPIPS", 4), "temporal": ("temporal error", 2), "fvd": ("rFVD", 2)}
@@ -478,14 +483,21 @@ def markdown(rows, columns, compression, clips):
     return "\n".join("| " + " | ".join(line) + " |" for line in (header, ["---"] * len(header), *lines)) + f"\n\n{clips}\n"
 
 
-def replace(path, write):
-    """write(temporary file), then rename it to path: a crash leaves no half file."""
-    partial_file = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
+def replace(writes):
+    """{path: write}: each write(temporary file), then all are renamed to their paths, so that a crash leaves no half
+    file and a full disk all of the old ones. ValueError, naming the path, for what cannot be written."""
+    partial_files = {path: path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}") for path in writes}
     try:
-        write(partial_file)
-        os.replace(partial_file, path)
+        for path, write in writes.items():
+            try:
+                write(partial_files[path])
+            except (SafetensorError, *BROKEN) as error:
+                raise ValueError(f"{path}: {why(error)}") from None
+        for path, partial_file in partial_files.items():
+            os.replace(partial_file, path)
     finally:
-        partial_file.unlink(missing_ok=True)
+        for partial_file in partial_files.values():
+            partial_file.unlink(missing_ok=True)
 
 
 def pixels(frame):
@@ -551,14 +563,12 @@ def write_film(path, images, rate=12, seconds=4):
         size = width // by // 2 * 2, height // by // 2 * 2
         images = [np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BOX)) for image in images]
 
-    def write(file):
-        with av.open(f"file:{file}", "w") as container:
-            stream = add_h264(container, rate, *images[0].shape[:2], crf=22)
-            for _ in range(max(1, round(rate * seconds / len(images)))):
-                for image in images:
-                    container.mux(stream.encode(to_frame(image, stream)))
-            container.mux(stream.encode())
-    replace(path, write)
+    with av.open(f"file:{path}", "w") as container:
+        stream = add_h264(container, rate, *images[0].shape[:2], crf=22)
+        for _ in range(max(1, round(rate * seconds / len(images)))):
+            for image in images:
+                container.mux(stream.encode(to_frame(image, stream)))
+        container.mux(stream.encode())
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -575,14 +585,14 @@ def upright_frames(container, stream, tracks, other, seen):
     """Yields (image (H, W, 3) uint8 RGB, upright, its time stamp, its `colours`) of a video stream; other(packet) takes
     the tracks' packets. Frames of another size than the first are brought to it. Packets that cannot be decoded are
     left out, and where the file cannot be read on, it ends; seen["end"] is the time in seconds up to which there were
-    packets."""
+    packets. AVI's stamps are of packets, in the order of decoding: the frames shown take them in turn."""
     def packets():
         try:
             yield from container.demux()
         except av.FFmpegError:
             yield None          # the decoder still holds some frames
 
-    size, codec = {}, stream.codec_context
+    size, codec, stamps, avi = {}, stream.codec_context, [], container.format.name == "avi"
     for packet in packets():
         if packet and packet.pts is not None:
             seen["end"] = max(seen["end"], float((packet.pts + (packet.duration or 0)) * packet.time_base))
@@ -594,10 +604,41 @@ def upright_frames(container, stream, tracks, other, seen):
             frames = codec.decode(packet)
         except av.InvalidDataError:
             continue
+        if avi and packet and packet.size and packet.dts is not None:
+            heappush(stamps, packet.dts)
         for frame in frames:
             size = size or {"width": frame.width, "height": frame.height}
-            check_colours(container.name.removeprefix("file:"), frame, tagged=True)
-            yield picture(frame, **size), frame.pts, colours(frame)
+            name = container.name.removeprefix("file:")
+            check_colours(name, frame, tagged=True)
+            check_fields(name, frame)
+            yield picture(frame, **size), heappop(stamps) if stamps else frame.pts, colours(frame)
+
+
+def rising(film, step):
+    """Yields the (image, stamp, look) of `film` with stamps that rise from 0 or later; step: how long a frame lasts
+    where nothing says it.
+
+    A stamp that is no later than the one before goes between that and the next, and later frames keep theirs; where
+    the next is no later either, another recording begins, and follows the one before.
+    """
+    film = chain(film, [(None, None, None)])
+    image, stamp, look = next(film)
+    before, last, shift = -math.inf, -step, max(0, -(stamp or 0))      # before: as the file has it, last: as given out
+    for following in film:
+        after = -math.inf if following[1] is None else following[1]
+        if stamp is None:
+            given = last + step
+        elif stamp > before:
+            given, before = stamp + shift, stamp
+        elif after > before:
+            given = (last + after + shift) // 2
+        elif stamp == before:
+            given = last + step // 4
+        else:
+            given, before, shift = last + step, stamp, last + step - stamp
+        last = max(given, last + 1)
+        yield image, last, look
+        image, stamp, look = following
 
 
 def in_windows(source, through, length, overlap):
@@ -644,7 +685,7 @@ def reconstruct(teacher, student, source, target, frames, device, dtype):
             stream.thread_type = "AUTO"
             tracks = [audio for audio in container.streams.audio if audio.codec_context]        # None: no decoder knows it
             step = max(1, round(1 / (rate * stream.time_base)))
-            written, sounds, last = None, {}, -step
+            written, sounds = None, {}
 
             def open_streams(height, width, look):
                 written = add_h264(out, rate, height, width, look=look)
@@ -674,17 +715,14 @@ def reconstruct(teacher, student, source, target, frames, device, dtype):
                         out.mux(packet)
 
             film = upright_frames(container, stream, tracks, waiting.append, seen)
-            film = in_windows(film, through, frames, min(4, frames // 4))
+            film = in_windows(rising(film, step), through, frames, min(4, frames // 4))
             film = tqdm(film, total=stream.frames or None, unit="frame", disable=not sys.stderr.isatty(), leave=False)
             for image, original, stamp, look in film:
                 error = np.square(image.astype(np.float32) - original).mean() / 255 ** 2
                 errors.append(-10 * math.log10(max(error, 1e-10)))
                 written = written or open_streams(*image.shape[:2], look)
                 frame = to_frame(image, written)
-                if stamp is None or stamp <= last or container.format.name == "avi":      # which holds no stamps, only a rate
-                    stamp = last + step
-                last = frame.pts = stamp
-                frame.time_base = stream.time_base
+                frame.pts, frame.time_base = stamp, stream.time_base
                 out.mux(written.encode(frame))
                 mux_audio()
             if written is None:
@@ -696,11 +734,11 @@ def reconstruct(teacher, student, source, target, frames, device, dtype):
                     out.mux(sound.encode())
             # What a header counts; else by the time at which the file ends, with room for the last packets.
             early = ((container.duration or 0) + (container.start_time or 0)) / av.time_base - seen["end"]
-            promised = stream.frames or (len(errors) + round(early * rate) if early > 0.25 else 0)
+            promised = header_frames(container, stream) or (len(errors) + round(early * rate) if early > 0.25 else 0)
     try:
-        replace(Path(target), write)
-    except BROKEN as error:
-        raise ValueError(f"{source} to {target}: {why(error)}") from None
+        replace({Path(target): write})
+    except ValueError as error:
+        raise ValueError(f"{source} to {error}") from None
     return len(errors), statistics.fmean(errors), max(0, promised - len(errors))
 
 
@@ -733,9 +771,9 @@ def decode_latents(student, source, target, fps, device, dtype):
                     count += 1
             out.mux(stream.encode())
     try:
-        replace(Path(target), write)
-    except (SafetensorError, *BROKEN) as error:
-        raise ValueError(f"{source} to {target}: {why(error)}") from None
+        replace({Path(target): write})
+    except ValueError as error:
+        raise ValueError(f"{source} to {error}") from None
     return count
 
 
@@ -787,7 +825,8 @@ def generate(args, device):
     for file, origin in tqdm(todo.items(), unit="prompt", disable=rank > 0 or not sys.stderr.isatty()):
         taken.clear()
         pipe(origin["prompt"], generator=torch.Generator().manual_seed(int(origin["seed"])), output_type="pt", **shape)
-        replace(file, lambda partial_file: save_file({"latents": torch.cat(taken).cpu().contiguous()}, partial_file, metadata=origin))
+        latents = {"latents": torch.cat(taken).cpu().contiguous()}
+        replace({file: lambda partial_file: save_file(latents, partial_file, metadata=origin)})
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -853,6 +892,14 @@ def parse():
             raise ValueError(f"--{name} writes .mp4, .mkv or .mov, not {paths[1]}")
     if args.reconstruct and Path(args.reconstruct[0]).resolve() == Path(args.reconstruct[1]).resolve():
         raise ValueError(f"--reconstruct cannot write over its source, {args.reconstruct[0]}")
+    given = [name for name, value in vars(args).items() if value != parser.get_default(name)]
+    for mode, options in TAKES.items():
+        for name in given:
+            if getattr(args, mode) and name not in (mode, *options.split(), "device", "dtype", "threads"):
+                raise ValueError(f"--{mode} goes without --{name.replace('_', '-')}")
+    for name, mode in (("fps", "decode"), ("pipeline", "generate")):
+        if name in given and not getattr(args, mode):
+            raise ValueError(f"--{name} is of --{mode} only")
     args.metrics = [m for m in METRICS if m in (args.metrics or (METRICS if args.data != "synthetic" or args.latents else ("psnr", "ssim", "temporal")))]
     return args
 
@@ -891,9 +938,22 @@ def check_inputs(args):
 
 
 def whose(args, files):
-    """What tells this evaluation's results from another's."""
+    """What tells this evaluation's results from another's, as far as it is known before anything is loaded."""
     return {"data": args.data, "root": args.root, "split": args.split, "latents": args.latents,
-            "compared_with": args.against, "students": list(files)}
+            "compared_with": args.against, "students": list(files), "dtype": args.dtype,
+            "seed": args.seed if args.data == "synthetic" and not args.latents else None}
+
+
+def check_same(out, mine):
+    """ValueError where the results in the folder `out` are not of `mine`, {setting: value}."""
+    try:
+        there = json.loads((out / "results.json").read_text())
+    except (OSError, ValueError):
+        return                      # none, or none that says anything
+    there = there if isinstance(there, dict) else {}
+    other = [f"{key} {there[key]} (now {value})" for key, value in mine.items() if there.get(key, value) != value]
+    if other:
+        raise ValueError(f"{out}/results.json is of {', '.join(other)}: name another folder with --out, or delete it")
 
 
 def results_folder(args, files):
@@ -904,14 +964,10 @@ def results_folder(args, files):
     if not args.out and (args.latents or args.data != "synthetic"):
         out = out / Path(args.latents or args.data).resolve().name
     check_writable(out)
-    try:
-        there = json.loads((out / "results.json").read_text())
-    except (OSError, ValueError):
-        return out                  # none, or none that says anything
-    there = there if isinstance(there, dict) else {}
-    other = [f"{key} {there[key]}" for key, mine in whose(args, files).items() if there.get(key, mine) != mine]
-    if other:
-        raise ValueError(f"{out}/results.json is of {', '.join(other)}: name another folder with --out, or delete it")
+    for name in WRITTEN:
+        if (out / name).is_dir():
+            raise OSError(f"nothing can be written to {out / name}: it is a folder")
+    check_same(out, whose(args, files))
     return out
 
 
@@ -950,6 +1006,8 @@ def evaluate(args):
     if args.threads:
         torch.set_num_threads(args.threads)
     rank, _ = process()
+    if rank and (args.reconstruct or args.decode):
+        return                      # one video is the first process's
     local = int(os.environ.get("LOCAL_RANK", 0))
     device = torch.device(f"cuda:{local}" if args.device == "cuda" and dist.is_initialized() else args.device)
     if device.type == "cuda":
@@ -987,6 +1045,9 @@ def evaluate(args):
         items, numbers, name_of, skipped = open_clips(args, frames, height, width)
         reference, shape, without = {"input": "input", "teacher": label}[args.against], None, {}
         videos_of = lambda video: {"input": video, **decode(encode(video))}
+    settings = {"clips_chosen": len(numbers), "frames": frames, "height": height, "width": width,
+                "teacher": teacher.name, "teacher_weights": teacher.weights_hash()}
+    check_same(out, settings)
     functions, detector, without = load_metrics(args, frames, device, without)
     records, features, failed, broken = measure(items, numbers, args, videos_of, reference, functions, detector, device,
                                                 name_of, shape)
@@ -1039,17 +1100,14 @@ def evaluate(args):
     measured_by = {"AlexNet": Path(args.lpips_weights or cached(ALEXNET))} if "lpips" in functions else {}
     measured_by |= {"I3D": Path(args.i3d or cached("i3d_torchscript.pt"))} if detector else {}
     results = {
-        "rows": rows, **whose(args, files), "seed": args.seed if args.data == "synthetic" else None, "clips": len(done),
-        "against": reference, "frames": frames, "height": height, "width": width, "device": hardware, "threads": torch.get_num_threads(),
-        "timed_together": together, "dtype": args.dtype, "skipped": skipped, "broken": broken,
+        "rows": rows, **whose(args, files), **settings, "clips": len(done), "against": reference, "device": hardware,
+        "threads": torch.get_num_threads(), "timed_together": together, "skipped": skipped, "broken": broken,
         "without": without, "about_fvd": few, "command": ["python", *sys.argv],
         "versions": {"python": platform.python_version(), **{p: version(p) for p in ("torch", "torchvision", "torchmetrics", "lpips", "av")}},
-        "weights": {label: teacher.weights_hash(), **{name: digest(file.read_bytes()) for name, file in {**files, **measured_by}.items()}},
+        "weights": {label: settings["teacher_weights"], **{name: digest(file.read_bytes()) for name, file in {**files, **measured_by}.items()}},
         "clips_hash": digest(json.dumps([names, real]).encode()),
         "per_clip": [{"clip": name_of(n), **records[n]} for n in done]}
     finite = json.loads(json.dumps(results), parse_constant=lambda _: None)      # JSON has neither infinities nor NaN
-    replace(out / "results.json", lambda file: file.write_text(json.dumps(finite, indent=1) + "\n"))
-    replace(out / "results.md", lambda file: file.write_text(markdown(rows, columns, teacher.compression, what)))
 
     # The pictures' clips are decoded again: keeping all of them until it is known which ones would take memory.
     student = next(iter(students))
@@ -1066,9 +1124,11 @@ def evaluate(args):
         shown.append((f"{picks[n]}: {name_of(n)}", [*tiles, (f"|error| x4 of {student}", error)]))
         del videos          # before the next clip's are made
     sheets = [sheet(shown, t) for t in range(frames)]
-    replace(out / "compare.png", lambda file: Image.fromarray(sheets[frames // 2]).save(file))
-    write_film(out / "compare.mp4", sheets)
-    print("\n".join(short(out / name) for name in ("compare.png", "compare.mp4", "results.md", "results.json")))
+    replace(dict(zip((out / name for name in WRITTEN), (
+        lambda file: Image.fromarray(sheets[frames // 2]).save(file), lambda file: write_film(file, sheets),
+        lambda file: file.write_text(markdown(rows, columns, teacher.compression, what)),
+        lambda file: file.write_text(json.dumps(finite, indent=1) + "\n")))))
+    print("\n".join(short(out / name) for name in WRITTEN))
 
 
 def main():

@@ -232,11 +232,29 @@ def test_the_student_asked_for_is_timed_and_labelled_by_what_is_decoded(tmp_path
         assert result.returncode and words in result.stderr.splitlines()[-1]
 
 
+def test_a_full_disk_is_one_line_that_names_the_file_and_leaves_all_that_was_there(tmp_path):
+    flags = ["--config", "tiny", "--size", "16x16", "--no-teacher", "--no-compile", "--rounds", "1", "--device", "cpu", "--out", str(tmp_path)]
+    for name, limit in (("bench.json", 100), ("bench.png", 8000)):
+        (tmp_path / "bench.json").write_text("old")
+        code = f"import resource, runpy; resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit})); " \
+               f"runpy.run_path({str(ROOT / 'bench.py')!r}, run_name='__main__')"
+        done = subprocess.run([sys.executable, "-c", code, *flags], capture_output=True, text=True)
+        assert done.returncode == 1 and done.stderr == f"error: {tmp_path / name}: File too large\n", done.stderr
+        assert [(file.name, file.read_text()) for file in tmp_path.iterdir()] == [("bench.json", "old")]
+    (tmp_path / "bench.png").mkdir()
+    done = bench(tmp_path, "--size", "16x16")
+    assert done.returncode == 1 and "bench.png: it is a folder" in done.stderr
+
+
 @pytest.mark.parametrize("flags, words", [
     (["--student", "x", "--config", "tiny", "ltx"], "one --config"), (["--student", "x", "--blocks"], "without --blocks"),
     (["--student", "x", "--train"], "without --train"), (["--device", "cuda:99"], "cuda:99"),
     (["--size", "512"], "HEIGHTxWIDTH"), (["--rounds", "0"], "at least 1"), (["--frames", "0"], "at least 1"),
-    (["--batch", "0"], "at least 1"), (["--lpips-frames", "-1"], "at least 1"), (["--device", "mps"], "cuda"), (["--iphone"], "--team")])
+    (["--batch", "0"], "at least 1"), (["--lpips-frames", "-1"], "at least 1"), (["--device", "mps"], "cuda"), (["--iphone"], "--team"),
+    (["--batch", "2"], "--batch goes with --train only"), (["--lpips-frames", "2"], "--lpips-frames goes with --train"),
+    (["--team", "x", "--mlpackage"], "--team goes with --iphone"), (["--chunk", "2"], "--chunk goes with --stream"),
+    (["--blocks", "--lengths", "2"], "--lengths goes with --stream"), (["--config", "tiny", "tiny"], "names one twice"),
+    (["--stream", "--train"], "--stream goes without --train"), (["--features", "--mlpackage"], "without --mlpackage")])
 def test_wrong_flags_are_one_line(monkeypatch, capsys, flags, words):
     monkeypatch.setattr(sys, "argv", ["bench.py", *flags])
     with pytest.raises(SystemExit) as error:

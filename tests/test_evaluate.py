@@ -13,7 +13,7 @@ import av
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 
 import data
@@ -21,6 +21,7 @@ import evaluate
 from data import VideoClips
 from evaluate import frechet_distance, psnr, ssim, temporal_error
 from model import CONFIGS, TurboVAED
+from teachers import TINY_WEIGHTS
 
 SCRIPT = Path(evaluate.__file__)
 
@@ -310,11 +311,12 @@ def texture(n, height=64, width=96, seed=0):
     return [np.roll(base, 3 * k, 1).astype(np.uint8) for k in range(n)]
 
 
-def write_video(path, images, rate=25, stamps=None, pixels="yuv420p", turn=0, sound=None, sound_rate=16000):
-    """H.264 with one frame at each time stamp (in 1/rate seconds); sound: a codec, for a tone as long as the video."""
+def write_video(path, images, rate=25, stamps=None, pixels="yuv420p", turn=0, sound=None, sound_rate=16000,
+                codec="libx264", options={"crf": "10"}):
+    """A video with one frame at each time stamp (in 1/rate seconds); sound: a codec, for a tone as long as it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with av.open(f"file:{path}", "w") as container:
-        stream = container.add_stream("libx264", rate=rate, options={"crf": "10"})
+        stream = container.add_stream(codec, rate=rate, options=options)
         stream.height, stream.width, stream.pix_fmt = *images[0].shape[:2], pixels
         if turn:
             stream.set_display_rotation(turn)
@@ -596,6 +598,66 @@ def test_frames_that_a_truncated_file_lacks_are_counted(student, run, tmp_path, 
     assert capsys.readouterr().err == f"cut{suffix} promises 48 frames: {lost} could not be read and are missing from out.mp4\n"
 
 
+def times(path):
+    with av.open(str(path)) as video:
+        return [float(frame.time) for frame in video.decode(video=0)]
+
+
+@pytest.mark.parametrize("codec", ["mpeg4", "libx264"])
+def test_frames_that_an_avi_skips_take_time_and_are_none_that_is_lost(tmp_path, codec):
+    stamps = [0, 1, 2, 10, 11, 30, 31, 32, 50]
+    source = write_video(tmp_path / "in.avi", texture(9), stamps=stamps, codec=codec, options={"bf": "0"})
+    assert same(source, tmp_path / "out.mp4")[0::2] == (9, 0)
+    assert times(tmp_path / "out.mp4") == pytest.approx([n / 25 for n in stamps], abs=1e-3)
+    assert data.count_frames(source) == 9
+    content = source.read_bytes()
+    source.write_bytes(content[:content.index(b"00dc", content.index(b"movi") + 4 + 600)])      # and without the index
+    count, _, lost = same(source, tmp_path / "out.mp4")
+    assert 0 < count < 9 and 0 < lost <= 51 - count and data.count_frames(source) == 51     # what its header says
+
+
+@pytest.mark.parametrize("stamps, want", [
+    ([0, 40, 40, 80, 120, 160], [0, 40, 60, 80, 120, 160]), ([0, 40, 40, 40, 80], [0, 40, 50, 65, 80]),
+    ([0, 80, 40, 120, 160], [0, 80, 100, 120, 160]),
+    ([0, 40, 80, 0, 40, 80], [0, 40, 80, 120, 160, 200]),                       # two recordings, one after the other
+    ([None, None, None], [0, 40, 80]), ([-80, -40, 0], [0, 40, 80]), ([7, 40, None, 120], [7, 40, 80, 120])])
+def test_a_stamp_that_does_not_rise_costs_no_other_its_time(stamps, want):
+    assert [stamp for _, stamp, _ in evaluate.rising(((n, stamp, None) for n, stamp in enumerate(stamps)), 40)] == want
+
+
+def test_of_two_processes_one_reconstructs(student, tmp_path):
+    write_video(tmp_path / "in.mp4", texture(9))
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", SCRIPT, "--device", "cpu",
+                           "--reconstruct", "in.mp4", "out.mp4"], cwd=tmp_path, capture_output=True, text=True,
+                          env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=300)
+    assert done.returncode == 0 and done.stdout.count("out.mp4: 9 frames") == 1, done.stderr
+
+
+def test_a_repeated_stamp_delays_no_later_frame(tmp_path):
+    source = write_video(tmp_path / "in.mkv", texture(9), stamps=[0, 1, 1, 2, 3, 4, 4, 5, 6], codec="libvpx", options={})
+    same(source, tmp_path / "out.mkv")
+    assert times(tmp_path / "out.mkv") == pytest.approx([0, 0.04, 0.06, 0.08, 0.12, 0.16, 0.18, 0.2, 0.24], abs=2e-3)
+
+
+def test_frames_that_an_edit_list_hides_are_none_that_is_lost(tmp_path, capfd):
+    source = write_video(tmp_path / "in.mp4", texture(20), stamps=range(-5, 15))
+    assert same(source, tmp_path / "out.mp4")[0::2] == (15, 0)
+    with pytest.raises(ValueError, match="no usable video"):
+        VideoClips(source, 16, 32, train=False)
+    assert "15 frames, 16 needed" in capfd.readouterr().err and len(VideoClips(source, 15, 32, train=False)[0][0]) == 15
+
+
+def test_interlaced_video_is_said_once(tmp_path, capfd):
+    source = write_video(tmp_path / "in.mp4", texture(9), options={"flags": "+ildct+ilme", "x264-params": "interlaced=1"})
+    line = f"{source} is interlaced: its frames are taken as they are, two fields in one picture\n"
+    clips = VideoClips(source, 3, 64, train=False)
+    clips[0], clips[0]
+    assert capfd.readouterr().err == line
+    data.warn_once.cache_clear()
+    same(source, tmp_path / "out.mp4")
+    assert capfd.readouterr().err == line
+
+
 def test_damage_in_the_middle_costs_its_frames_only(tmp_path):
     source = write_video(tmp_path / "in.mp4", texture(48))
     content = bytearray(source.read_bytes())
@@ -709,7 +771,33 @@ def test_a_second_data_set_does_not_overwrite_the_results_of_the_first(student, 
     for other in (["--data", "videos"], ["--against", "teacher"], ["--student", evaluate.SHIPPED]):
         with pytest.raises(ValueError, match="out/demo/results.json is of .*: name another folder with --out"):
             run(*other, *flags, "--out", "out/demo")
-    run("--clips", 2, *flags)                               # the same again is no other's
+    weights = tmp_path / "teacher.safetensors"
+    save_file({key: value + 1e-3 for key, value in load_file(TINY_WEIGHTS).items()}, weights)
+    for other, said in ((["--clips", 2], r"clips_chosen 1 \(now 2\)"), (["--size", 32], r"height 64 \(now 32\), width 64"),
+                        (["--seed", 3], r"seed 10000 \(now 3\)"), (["--frames", 4], r"frames 8 \(now 4\)"),
+                        (["--dtype", "bfloat16"], "dtype float32"), (["--teacher-weights", weights], "teacher_weights ")):
+        with pytest.raises(ValueError, match=f"out/demo/results.json is of {said}.*: name another folder with --out"):
+            run("--clips", 1, *flags, *other)
+    assert json.loads((tmp_path / "out/demo/results.json").read_text()) == made_up
+    run("--clips", 1, *flags, "--batch", 2)                 # the same again is no other's
+
+
+def test_a_full_disk_is_one_line_that_names_the_file_and_leaves_all_that_was_there(student, run, tmp_path):
+    flags = ["--student", "out/demo", "--clips", "1", "--size", "64", "--metrics", "psnr", "--device", "cpu"]
+    held = lambda: {file.name: file.read_bytes() for file in student.parent.iterdir()}
+    run(*flags)
+    before = held()
+    for name, limit in (("compare.png", 2000), ("compare.mp4", len(before["compare.png"]) + 1000)):
+        code = f"import resource, runpy; resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit})); " \
+               f"runpy.run_path({str(SCRIPT)!r}, run_name='__main__')"
+        done = subprocess.run([sys.executable, "-c", code, *flags], cwd=tmp_path, capture_output=True, text=True,
+                              env={**os.environ, "PYTHONPATH": str(SCRIPT.parent)})
+        assert done.returncode == 1 and done.stderr == f"error: {student.parent / name}: File too large\n", done.stderr
+        assert held() == before
+    (student.parent / "results.md").unlink()
+    (student.parent / "results.md").mkdir()
+    with pytest.raises(OSError, match="results.md: it is a folder"):
+        run(*flags)
 
 
 def test_what_is_missing_or_cannot_be_written_is_found_before_a_student_is_loaded(student, run, videos, tmp_path, monkeypatch):
@@ -799,6 +887,11 @@ def test_wrong_input_gets_one_line(tmp_path):
     (["--reconstruct", "a.mp4", "a.mp4"], "cannot write over its source"),
     (["--decode", "a.safetensors", "b.gif"], "--decode writes .mp4, .mkv or .mov"),
     (["--decode", "a.safetensors", "b.mp4"], "no file a.safetensors"),
+    (["--reconstruct", "a.mp4", "b.mp4", "--out", "x"], "--reconstruct goes without --out"),
+    (["--reconstruct", "a.mp4", "b.mp4", "--metrics", "psnr"], "--reconstruct goes without --metrics"),
+    (["--decode", "a.safetensors", "b.mp4", "--latents", "x"], "--decode goes without --latents"),
+    (["--decode", "a.safetensors", "b.mp4", "--teacher-weights", "x"], "--decode goes without --teacher-weights"),
+    (["--fps", "30"], "--fps is of --decode only"), (["--pipeline", "x"], "--pipeline is of --generate only"),
     (["--data", "vidgen", "--download"], "--download fetches davis and ucf101; vidgen is to be had from"),
     (["--frames", "9"], "frames = 9"),
     (["--teacher", "dc", "--teacher-weights", "nowhere"], "no teacher weights"),
