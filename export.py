@@ -25,7 +25,6 @@ import shutil
 import signal
 import sys
 import tempfile
-import tempfile
 import time
 from collections import Counter
 from dataclasses import asdict, dataclass

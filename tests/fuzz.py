@@ -30,7 +30,7 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
-from data import BROKEN, CachedClips, VideoClips
+from data import CachedClips, VideoClips
 from model import CONFIGS, TurboVAED, TurboVAEDConfig, flat
 from teachers import TINY_WEIGHTS, load_teacher
 
