@@ -224,18 +224,21 @@ def find_videos(root):
 
 
 def part_of(path):
-    """What tells a video from another of the same name: its size and three pieces of it; of a folder, its images' names
-    and sizes, and pieces of the first."""
+    """A hash of what tells a video from another of the same name: its size and three pieces of it; of a folder, its
+    images' names and sizes, and pieces of the first."""
+    digest = hashlib.sha256()
     if os.path.isdir(path):
         images = [os.path.join(path, name) for name in frame_files(path)]
-        return [[os.path.basename(image), os.path.getsize(image)] for image in images], part_of(images[0])
-    digest = hashlib.sha256()
+        sizes = [[os.path.basename(image), os.path.getsize(image)] for image in images]
+        digest.update(json.dumps([sizes, part_of(images[0])]).encode())
+        return digest.hexdigest()[:32]
     with open(path, "rb") as file:
         size = file.seek(0, os.SEEK_END)
         for place in (0, size // 2, max(size - 4096, 0)):
             file.seek(place)
             digest.update(file.read(4096))
-    return size, digest.hexdigest()
+    digest.update(str(size).encode())
+    return digest.hexdigest()[:32]
 
 
 class VideoClips(Dataset):
@@ -273,7 +276,7 @@ class VideoClips(Dataset):
             names = [name]
 
         self.span = (frames - 1) * stride + 1
-        self.files, self.counts, self.skipped = [], [], {}
+        self.files, self.counts, self.skipped, self.known = [], [], {}, {}
         with ThreadPoolExecutor(8) as pool:                     # opening waits for the disk, mostly
             for name, (count, reason) in zip(names, pool.map(self.probe, names)):
                 if reason:
@@ -307,9 +310,11 @@ class VideoClips(Dataset):
         return self
 
     def parts(self):
-        """What each file holds, in short (see `part_of`)."""
+        """What each file holds, in short (see `part_of`); looked at once, by all copies of this set."""
+        new = [name for name in self.files if name not in self.known]
         with ThreadPoolExecutor(8) as pool:
-            return [json.dumps(part) for part in pool.map(part_of, (os.path.join(self.root, name) for name in self.files))]
+            self.known.update(zip(new, pool.map(part_of, (os.path.join(self.root, name) for name in new))))
+        return [self.known[name] for name in self.files]
 
     def without(self, others):
         """Drops the files that the VideoClips `others` has too, links and copies, and returns itself."""
