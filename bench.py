@@ -22,9 +22,7 @@ import copy
 import ctypes
 import itertools
 import json
-import os
 import platform
-import signal
 import statistics
 import sys
 import tempfile
@@ -39,7 +37,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from model import BLOCKS, CONFIGS, OWN_FILE, UPSAMPLING, TurboVAED, check_fit, check_writable, number, out_of_memory, summary
+from model import (BLOCKS, CONFIGS, UPSAMPLING, TurboVAED, check_fit, check_writable, devices, newest_student, number,
+                   replace_files, run_command, summary)
 
 SHIPPED = Path(__file__).resolve().parent / "assets" / "tiny_student.safetensors"
 WARM_UP = 3     # rounds that do not count, in which caches fill, clocks rise and kernels are chosen
@@ -191,11 +190,7 @@ def make_latents(config, name, frames, height, width, device, dtype):
 def bench_students(args, device, dtype):
     """A row for each student, size and way of running it; its teacher's where asked for."""
     rows = []
-    if args.config and not args.student:
-        students = [(name, TurboVAED(CONFIGS[name])) for name in args.config]
-    else:
-        students = [find_student(args.student, args.config)]
-    for (name, student), size in itertools.product(students, args.size):
+    for (name, student), size in itertools.product(chosen_students(args), args.size):
         student = placed(student, device, dtype)
         latents, frames, height, width = make_latents(student.config, name, args.frames, *size, device, dtype)
         runs, modules = {"eager": lambda: student(latents)}, {"eager": student, "compiled": student}
@@ -232,11 +227,11 @@ def bench_students(args, device, dtype):
 def bench_stream(args, device, dtype):
     """Two rows for each student, size and length: streamed in chunks, and whole if the machine's memory may hold it."""
     rows = []
-    students = [(name, TurboVAED(CONFIGS[name])) for name in args.config] if args.config else [find_student(args.student)]
-    for (name, student), (height, width), length in itertools.product(students, args.size, args.lengths):
+    for (name, student), (height, width), length in itertools.product(chosen_students(args), args.size, args.lengths):
         student, firsts = placed(student, device, dtype), []
         _, d_h, d_w = student.config.compression
         shape = 1, student.config.latent_channels, -(-height // d_h), -(-width // d_w)
+        height, width = d_h * shape[2], d_w * shape[3]          # what is decoded
         piece = torch.randn(*shape[:2], args.chunk, *shape[2:], device=device, dtype=dtype)
         pieces = [piece] * (length // args.chunk) + ([piece[:, :, :length % args.chunk]] if length % args.chunk else [])
 
@@ -560,23 +555,6 @@ def report(rows, args):
             print(f"{row['model']} on {row['way']}, estimated shares: {units}; slowest {slowest}")
 
 
-def write(saves):
-    """{path: save}: each save(temporary file), then all are renamed to their paths: a full disk leaves the old ones."""
-    partials = {path: path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}") for path in saves}
-    try:
-        for path, save in saves.items():
-            try:
-                save(partials[path])
-            except OSError as error:
-                raise OSError(f"{path}: {error.strerror or error}") from None
-        for path, partial in partials.items():
-            os.replace(partial, path)
-            print(path)
-    finally:
-        for partial in partials.values():
-            partial.unlink(missing_ok=True)
-
-
 def picture(rows, blocks):
     """A function that saves, to a file, bars of frames per second; or of each part's milliseconds, with the upsamplers
     hatched. None without matplotlib."""
@@ -646,8 +624,7 @@ def parse():
     add("--out", default="out/bench", help="folder for bench.json and bench.png (default out/bench)")
     args = parser.parse_args()
     gpu = args.device.split(":")[0] == "cuda"
-    gpus = range(torch.cuda.device_count())
-    if args.device not in ("cpu", *["cuda"] * bool(gpus), *(f"cuda:{n}" for n in gpus)):
+    if args.device not in devices() or args.device == "mps":
         parser.error(f"--device is cpu or, where there is one, cuda, cuda:1 ...; not {args.device}")
     sizes = args.size or (["128x128"] if args.features else ["256x256" if gpu else "128x128"] if args.train else
                           ["512x512" if gpu else "128x128"] if args.blocks or args.stream else
@@ -682,13 +659,19 @@ def parse():
     return args
 
 
+def chosen_students(args):
+    """[(name, model)] of what is to be timed: configurations with random weights, or one student."""
+    if args.config and not args.student:
+        return [(name, TurboVAED(CONFIGS[name])) for name in args.config]
+    return [find_student(args.student, args.config)]
+
+
 def find_student(path, config=None):
     """(name of its teacher, or "student", model) of the student asked for, else of the newest trained here, else of the
     shipped one. config: a list of one name, for a file that does not say."""
     if path is None:
-        trained = sorted(Path("out").glob(f"[!.]*/{OWN_FILE}"), key=lambda file: file.stat().st_mtime)
-        path = trained[-1] if trained else SHIPPED
-        print(f"the student {path}" if trained else f"no student in out/: the shipped one, {path.name}")
+        path = newest_student() or SHIPPED
+        print(f"the student {path}" if path != SHIPPED else f"no student in out/: the shipped one, {path.name}")
     student = TurboVAED.from_pretrained(path, config[0] if config else None)
     name = student.metadata.get("teacher")
     if name is None:
@@ -705,7 +688,7 @@ def main():
             raise OSError(f"nothing can be written to {path}: it is a folder")
     device, dtype, packages = torch.device(args.device), getattr(torch, args.dtype), args.iphone or args.mlpackage is not None
     torch.backends.cudnn.allow_tf32 = False             # float32 is float32, for convolutions as for the matrix product
-    torch.backends.cudnn.benchmark = not args.train     # sizes are fixed: cuDNN may choose by trial; train.py does not let it
+    torch.backends.cudnn.benchmark = True               # sizes are fixed: cuDNN may choose by trial, as in train.py
     if packages:
         rows = bench_packages(args)
     elif args.blocks:
@@ -726,22 +709,16 @@ def main():
         print(f"{name}, {args.dtype}, torch {torch.__version__}")
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
+    writes = {out / "bench.json": lambda file: file.write_text(json.dumps(results | {"rows": rows}, indent=1) + "\n")}
     save = picture(rows, args.blocks)
-    write({out / "bench.json": lambda file: file.write_text(json.dumps(results | {"rows": rows}, indent=1) + "\n"),
-           **({out / "bench.png": save} if save else {})})
+    if save:
+        writes[out / "bench.png"] = save
+    replace_files(writes)
+    print(*writes, sep="\n")
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, signal.default_int_handler)           # as Ctrl-C: what is half written is removed
     try:
-        main()
-    except KeyboardInterrupt:
-        sys.exit("error: stopped")
+        run_command(main, "smaller --size, --frames or --batch, or --dtype bfloat16, need less")
     except ImportError as error:
         sys.exit(f"error: {error}; pip install -r requirements.txt, or --config NAME --no-teacher, which needs PyTorch alone")
-    except (RuntimeError, MemoryError) as error:
-        if not out_of_memory(error):
-            raise
-        sys.exit("error: out of memory: smaller --size, --frames or --batch, or --dtype bfloat16, need less")
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {summary(error)}")

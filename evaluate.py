@@ -21,7 +21,6 @@ import json
 import math
 import os
 import platform
-import signal
 import statistics
 import sys
 import time
@@ -29,6 +28,7 @@ import warnings
 from collections import Counter, deque
 from contextlib import suppress
 from datetime import timedelta
+from functools import partial
 from heapq import heappop, heappush
 from importlib.metadata import version
 from itertools import chain
@@ -47,7 +47,8 @@ from tqdm import tqdm
 
 from data import (BROKEN, CLIPS_PER_SCENE, DATA_SETS, EXACT, HELD_OUT_SEED, BadVideo, SyntheticClips, VideoClips, check_colours,
                   check_fields, colours, download, find_clips, header_frames, open_video, picture, video_stream, why)
-from model import CONFIGS, OWN_FILE, TurboVAED, check_fit, check_writable, find_checkpoint, number, out_of_memory
+from model import (CONFIGS, OWN_FILE, TurboVAED, check_fit, check_writable, devices, find_checkpoint, newest_student, number,
+                   replace_files, run_command)
 from teachers import TEACHERS, load_teacher
 
 SHIPPED = Path(__file__).resolve().parent / "assets" / "tiny_student.safetensors"
@@ -248,8 +249,7 @@ def find_students(paths, teacher):
         taken = lambda name: name == "input" or name.endswith("(teacher)")      # tables mean something else by these
         names = [f"./{name}" if taken(name) else name for name in names]
         return {name: find_checkpoint(path, teacher) for name, path in zip(names, paths)}
-    trained = sorted(Path("out").glob(f"[!.]*/{OWN_FILE}"), key=lambda file: file.stat().st_mtime)
-    file = trained[-1] if trained else SHIPPED
+    file = newest_student() or SHIPPED
     if not file.is_file():
         raise FileNotFoundError(f"no student: out/ holds none and neither does {short(SHIPPED)}; "
                                 f"train one (make demo), or name one with --student")
@@ -483,21 +483,7 @@ def markdown(rows, columns, compression, clips):
     return "\n".join("| " + " | ".join(line) + " |" for line in (header, ["---"] * len(header), *lines)) + f"\n\n{clips}\n"
 
 
-def replace(writes):
-    """{path: write}: each write(temporary file), then all are renamed to their paths, so that a crash leaves no half
-    file and a full disk all of the old ones. ValueError, naming the path, for what cannot be written."""
-    partial_files = {path: path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}") for path in writes}
-    try:
-        for path, write in writes.items():
-            try:
-                write(partial_files[path])
-            except (SafetensorError, *BROKEN) as error:
-                raise ValueError(f"{path}: {why(error)}") from None
-        for path, partial_file in partial_files.items():
-            os.replace(partial_file, path)
-    finally:
-        for partial_file in partial_files.values():
-            partial_file.unlink(missing_ok=True)
+replace = partial(replace_files, errors=(SafetensorError, *BROKEN))
 
 
 def pixels(frame):
@@ -881,10 +867,8 @@ def parse():
     add("--pipeline", metavar="HUB_ID", help="a diffusers pipeline, or a folder with one")
     args = parser.parse_args()
     args.data = args.data.rstrip("/") or "/"
-    there = ["cpu", *["cuda"] * torch.cuda.is_available(), *(f"cuda:{n}" for n in range(torch.cuda.device_count())),
-             *["mps"] * torch.backends.mps.is_available()]
-    if args.device not in there:
-        raise ValueError(f"--device {args.device}: PyTorch sees {', '.join(there)} here")
+    if args.device not in devices():
+        raise ValueError(f"--device {args.device}: PyTorch sees {', '.join(devices())} here")
     if args.generate and not (args.pipeline and args.latents):
         raise ValueError("--generate needs --pipeline HUB_ID and --latents DIR, for what it makes")
     for name, paths in (("reconstruct", args.reconstruct), ("decode", args.decode)):
@@ -906,24 +890,18 @@ def parse():
 
 def check_inputs(args):
     """Raises OSError or ValueError for what is missing or cannot be written, before anything is fetched or computed."""
-    if args.reconstruct:
-        source, target = map(Path, args.reconstruct)
+    if args.reconstruct or args.decode:
+        source, target = map(Path, args.reconstruct or args.decode)
         if not source.is_file():
-            raise FileNotFoundError(f"no video {source}")
-        try:
-            with open_video(source) as container:
-                video_stream(container)
-        except BROKEN as error:
-            raise ValueError(f"{source}: {why(error)}") from None
+            raise FileNotFoundError(f"no {'video' if args.reconstruct else 'file'} {source}")
+        if args.reconstruct:
+            try:
+                with open_video(source) as container:
+                    video_stream(container)
+            except BROKEN as error:
+                raise ValueError(f"{source}: {why(error)}") from None
         if target.is_dir():
-            raise OSError(f"--reconstruct cannot write {target}: it is a folder")
-        return check_writable(target.parent)
-    if args.decode:
-        source, target = map(Path, args.decode)
-        if not source.is_file():
-            raise FileNotFoundError(f"no file {source}")
-        if target.is_dir():
-            raise OSError(f"--decode cannot write {target}: it is a folder")
+            raise OSError(f"--{'reconstruct' if args.reconstruct else 'decode'} cannot write {target}: it is a folder")
         return check_writable(target.parent)
     if args.generate:
         if not Path(args.generate).is_file():
@@ -1143,14 +1121,4 @@ def main():
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, signal.default_int_handler)           # as Ctrl-C: what is half written is removed
-    try:
-        main()
-    except KeyboardInterrupt:
-        sys.exit("error: stopped")
-    except (RuntimeError, MemoryError) as error:
-        if not out_of_memory(error):
-            raise
-        sys.exit("error: out of memory: smaller --batch, --size or --frames, or --dtype bfloat16, need less")
-    except (ValueError, OSError) as error:     # wrong input; anything else is a bug and shows its trace
-        sys.exit(f"error: {(str(error).strip() or type(error).__name__).splitlines()[0]}")
+    run_command(main, "smaller --batch, --size or --frames, or --dtype bfloat16, need less")

@@ -22,7 +22,6 @@ import math
 import os
 import re
 import shutil
-import signal
 import sys
 import tempfile
 import time
@@ -35,7 +34,7 @@ import torch
 import torch.nn.functional as F
 
 from model import (BLOCKS, CONFIGS, OWN_FILE, ChannelNorm, Conv3d, Resnet, SeparableConv3d, TurboVAED, Upsampler,
-                   Upsampler2d, check_writable, number, out_of_memory, summary)
+                   Upsampler2d, check_writable, newest_student, number, replace_files, run_command, summary)
 
 SHIPPED = Path(__file__).resolve().parent / "assets" / "tiny_student.safetensors"
 PARTS = ("conv_in", *BLOCKS, "out")
@@ -359,12 +358,7 @@ def install(made, path):
 def write_report(path, r):
     """The report r as JSON beside the package at `path`."""
     file = path.with_suffix(".json")
-    partial = file.with_name(f".{os.getpid()}.{file.name}")
-    try:
-        partial.write_text(json.dumps(r, indent=1) + "\n")
-        os.replace(partial, file)
-    finally:
-        partial.unlink(missing_ok=True)
+    replace_files({file: lambda partial: partial.write_text(json.dumps(r, indent=1) + "\n")})
     print(f"{file}\n")
 
 
@@ -823,9 +817,8 @@ def find_student(args):
         return f"{args.config}_random", TurboVAED(CONFIGS[args.config]), Path(args.out or "out/export")
     path = args.student
     if path is None:
-        trained = sorted(Path("out").glob(f"[!.]*/{OWN_FILE}"), key=lambda file: file.stat().st_mtime)
-        path = trained[-1] if trained else SHIPPED
-        print(f"the student {path}" if trained else f"no student in out/: the shipped one, {path.name}")
+        path = newest_student() or SHIPPED
+        print(f"the student {path}" if path != SHIPPED else f"no student in out/: the shipped one, {path.name}")
     model = TurboVAED.from_pretrained(path, config=args.config)
     teacher = model.metadata.get("teacher")
     if teacher is None:
@@ -882,14 +875,4 @@ def main():
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, signal.default_int_handler)           # as Ctrl-C: what is half written is removed
-    try:
-        main()
-    except KeyboardInterrupt:
-        sys.exit("error: stopped")
-    except (RuntimeError, MemoryError) as error:
-        if not out_of_memory(error):
-            raise
-        sys.exit("error: out of memory: a smaller --size or fewer --latent-frames need less")
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {(str(error).strip() or type(error).__name__).splitlines()[0]}")
+    run_command(main, "a smaller --size or fewer --latent-frames need less")

@@ -21,6 +21,7 @@ import math
 import os
 import pickle
 import re
+import signal
 import sys
 import warnings
 from collections import Counter
@@ -552,10 +553,7 @@ class TurboVAED(nn.Module):
 
         `model.to(memory_format=...)` cannot: it takes one format for both the 3D and the 2D convolutions.
         """
-        for p in self.parameters():
-            if p.ndim > 3:
-                p.data = p.data.contiguous(memory_format=torch.channels_last_3d if p.ndim == 5 else torch.channels_last)
-        return self
+        return channels_last(self)
 
     def optimize_for_inference(self, dtype=None, compile=True):
         """Make this student decode as fast as it can where it is, in place; returns it. It cannot be trained any more.
@@ -646,6 +644,14 @@ class TurboVAED(nn.Module):
         model.load_state_dict(state, assign=True)
         model.metadata = metadata
         return model
+
+
+def channels_last(module):
+    """Lay the weights of a module's convolutions out channels-last, in place; returns the module."""
+    for p in module.parameters():
+        if p.ndim in (4, 5):
+            p.data = p.data.contiguous(memory_format=torch.channels_last_3d if p.ndim == 5 else torch.channels_last)
+    return module
 
 
 def spans(n, tile, reach):
@@ -999,6 +1005,51 @@ def number(kind=int, least=-math.inf, most=math.inf, above=-math.inf, below=math
         return value
 
     return convert
+
+
+def devices():
+    """The names of the devices that PyTorch sees here."""
+    gpus = range(torch.cuda.device_count())
+    return ["cpu", *["cuda"] * bool(gpus), *(f"cuda:{n}" for n in gpus), *["mps"] * torch.backends.mps.is_available()]
+
+
+def newest_student():
+    """The file of the student that was trained last under out/; None if there is none. Hidden folders do not count."""
+    return max(Path("out").glob(f"[!.]*/{OWN_FILE}"), key=lambda file: file.stat().st_mtime, default=None)
+
+
+def replace_files(writes, errors=OSError):
+    """{path: write}: each write(temporary file), then all are renamed to their paths: a crash leaves no half file, and
+    a full disk all of the old ones. errors: what a write raises; it becomes a ValueError that names the path."""
+    partial_files = {path: path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}") for path in writes}
+    try:
+        for path, write in writes.items():
+            try:
+                write(partial_files[path])
+            except errors as error:
+                reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+                raise ValueError(f"{path}: {reason}") from None
+        for path, partial_file in partial_files.items():
+            os.replace(partial_file, path)
+    finally:
+        for partial_file in partial_files.values():
+            partial_file.unlink(missing_ok=True)
+
+
+def run_command(main, less):
+    """main(), with one line for what a user can mend; less: what needs less memory, said where it runs out. SIGTERM is
+    as Ctrl-C, so that what is half written is removed."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit("error: stopped")
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
+            raise
+        sys.exit(f"error: out of memory: {less}")
+    except (ValueError, OSError) as error:      # wrong input; anything else is a bug and shows its trace
+        sys.exit(f"error: {(str(error).strip() or type(error).__name__).splitlines()[0]}")
 
 
 def main():

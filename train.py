@@ -50,7 +50,7 @@ from tqdm import tqdm
 from data import CLIPS_PER_SCENE, HELD_OUT_SEED, BadVideo, CachedClips, SyntheticClips, VideoClips, begin_worker, write_file
 from losses import (HEADS, LPIPS, Objective, PatchDiscriminator, StudentWithHeads, adaptive_weight, kl_loss,
                     last_layer_gradients, make_heads, sharpness)
-from model import CONFIGS, TurboVAED, check_fit, check_writable, number, out_of_memory
+from model import CONFIGS, TurboVAED, channels_last, check_fit, check_writable, number, out_of_memory
 from teachers import TEACHERS, load_teacher
 
 # Section 4.2: AdamW, learning rate 2e-4, betas 0.9 and 0.95, effective batch 32, 17 (dc: 16) frames at 256x256.
@@ -408,9 +408,7 @@ def prepare(module, device, compiles):
     if module is None:
         return
     if device.type == "cuda":
-        for p in module.parameters():
-            if p.ndim in (4, 5):
-                p.data = p.data.contiguous(memory_format=torch.channels_last_3d if p.ndim == 5 else torch.channels_last)
+        channels_last(module)
     if compiles and hasattr(module, "vae"):
         module.vae.encoder.compile(dynamic=False)
         for block in module.vae.decoder.children():           # one by one: features need the first of them only
@@ -1044,7 +1042,7 @@ def optimise(run, micro_terms, layers, processes):
             p.grad /= world
     for optimizer in run.optimizers:
         run.scaler.unscale_(optimizer)
-    clip = lambda module: torch.nn.utils.clip_grad_norm_([p for p in module.parameters() if p.requires_grad], args.clip)
+    clip = lambda module: torch.nn.utils.clip_grad_norm_(module.parameters(), args.clip)
     norms = {"the gradient": clip(run.both)}
     rests = None
     if run.stage == 2:

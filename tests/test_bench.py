@@ -227,6 +227,12 @@ def test_the_student_asked_for_is_timed_and_labelled_by_what_is_decoded(tmp_path
     row, = json.loads((tmp_path / "bench.json").read_text())["rows"]
     assert loaded == [(str(tmp_path / "plain.pth"), "wan21")]
     assert (row["frames"], row["height"], row["width"]) == (5, 24, 16) and "5x24x16" in capsys.readouterr().out
+    monkeypatch.setattr(sys, "argv", ["bench.py", "--student", str(module.SHIPPED), "--config", "tiny", "--stream", "--lengths", "2",
+                                      "--size", "20x9", "--rounds", "1", "--device", "cpu", "--out", str(tmp_path)])
+    module.main()
+    streamed = json.loads((tmp_path / "bench.json").read_text())["rows"][0]
+    assert loaded[1] == (str(module.SHIPPED), "tiny")
+    assert (streamed["frames"], streamed["height"], streamed["width"]) == (8, 24, 16)
     for flags, words in ((["--frames", "3"], "--frames 3: tiny decodes 4 or more"), (["--frames", "0"], "at least 1")):
         result = bench(tmp_path, *flags)
         assert result.returncode and words in result.stderr.splitlines()[-1]

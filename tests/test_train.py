@@ -702,6 +702,13 @@ def test_a_folder_is_of_one_run_at_a_time(tmp_path, here):
     here(tmp_path, "--steps", 1, "--eval-every", 1)
 
 
+def test_each_file_is_looked_into_once(videos, monkeypatch):
+    looked, plain = [], data.part_of
+    monkeypatch.setattr(data, "part_of", lambda path: (looked.append(Path(path).name), plain(path))[1])
+    train.datasets(parse_args(["--data", str(videos), "--size", "16"]))
+    assert sorted(looked) == ["0.mp4", "1.mp4", "2.mp4"]
+
+
 def test_copies_of_what_is_held_out_are_not_trained_on(videos, tmp_path):
     for name, source in (("a", "0"), ("b", "1"), ("c", "0"), ("d", "2")):
         (tmp_path / "all").mkdir(exist_ok=True)
