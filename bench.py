@@ -29,7 +29,7 @@ import tempfile
 import time
 from collections import Counter
 from dataclasses import replace
-from functools import partialmethod
+from functools import partial, partialmethod
 from pathlib import Path
 
 import torch
@@ -203,8 +203,10 @@ def bench_students(args, device, dtype):
             except Exception as error:      # no C++ compiler, for one: the rest is still worth timing
                 print(f"{name} does not compile here: {type(error).__name__}: {summary(error)}", file=sys.stderr)
         if args.decode:
-            modules["optimized"] = copy.deepcopy(student).optimize_for_inference(compile=args.compile)
-            runs["optimized"] = lambda: modules["optimized"](latents)
+            ways = {"optimized": args.compile} | ({"CUDA graphs": "reduce-overhead"} if args.compile and latents.is_cuda else {})
+            for way, compiles in ways.items():
+                modules[way] = copy.deepcopy(student).optimize_for_inference(compile=compiles)
+                runs[way] = lambda module=modules[way]: module(latents)
         if args.teacher:
             from teachers import TEACHERS, load_teacher
             if name not in TEACHERS:
@@ -214,7 +216,7 @@ def bench_students(args, device, dtype):
             check_fit(student, f"the {name} teacher", (name,), *shape)
             runs["teacher"], modules["teacher"] = lambda: teacher.decode(latents), teacher.vae.decoder
         limits, amounts = machine(device, dtype)
-        work = {way: count_work(run) for way, run in runs.items() if way not in ("compiled", "optimized")}
+        work = {way: count_work(run) for way, run in runs.items() if way in ("eager", "teacher")}
         seconds = take_turns(runs | limits, device, args.rounds)
         rows += [{"model": name, "way": way, "frames": frames, "height": height, "width": width,
                   "parameters": count(modules[way]),
@@ -225,25 +227,30 @@ def bench_students(args, device, dtype):
 
 @torch.inference_mode()
 def bench_stream(args, device, dtype):
-    """Two rows for each student, size and length: streamed in chunks, and whole if the machine's memory may hold it."""
+    """Rows for each student, size and length: streamed in chunks, with --decode also by a student that is optimized for
+    inference, and whole if the machine's memory may hold it."""
     rows = []
     for (name, student), (height, width), length in itertools.product(chosen_students(args), args.size, args.lengths):
-        student, firsts = placed(student, device, dtype), []
+        student = placed(student, device, dtype)
         _, d_h, d_w = student.config.compression
         shape = 1, student.config.latent_channels, -(-height // d_h), -(-width // d_w)
         height, width = d_h * shape[2], d_w * shape[3]          # what is decoded
         piece = torch.randn(*shape[:2], args.chunk, *shape[2:], device=device, dtype=dtype)
         pieces = [piece] * (length // args.chunk) + ([piece[:, :, :length % args.chunk]] if length % args.chunk else [])
 
-        def stream():
+        def stream(way, student):
             start, first = now(device), None
             for frames in student.stream(pieces):
                 first = first or now(device)
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
-            firsts.append(seconds_between(start, first))
-        runs, free = {"streamed": stream}, free_memory(device)
-        latents = torch.cat(pieces, dim=2)
+            firsts[way].append(seconds_between(start, first))
+        streamers = {"streamed": student}
+        if args.decode:
+            torch.compiler.reset()
+            streamers["streamed, optimized"] = copy.deepcopy(student).optimize_for_inference(compile=args.compile)
+        runs, firsts = {way: partial(stream, way, module) for way, module in streamers.items()}, {way: [] for way in streamers}
+        latents, free = torch.cat(pieces, dim=2), free_memory(device)
         try:
             if student.fit(latents, free / 1e9)[0] >= length:
                 runs["whole"] = lambda: student(latents)
@@ -251,6 +258,8 @@ def bench_stream(args, device, dtype):
             pass
         spent, peaks = {}, {}
         for way, run in runs.items():       # the stream's memory first: a whole decode leaves the process's heap in pieces
+            if way == "streamed, optimized":
+                run()                       # compiles
             start = time.perf_counter()
             peaks[way] = peak_memory(run, device, nbytes(student))
             spent[way] = [time.perf_counter() - start]
@@ -260,9 +269,9 @@ def bench_stream(args, device, dtype):
         for way in runs:
             row = {"model": name, "way": way, "frames": frames, "height": height, "width": width, "latents": length,
                    **figures(spent, way, frames, "whole" if "whole" in runs else None), **peaks[way]}
-            if way == "streamed":
+            if way in streamers:
                 row |= {"chunk": args.chunk, "delay": student.streamer().delay,
-                        "first_milliseconds": 1000 * statistics.median(firsts)}
+                        "first_milliseconds": 1000 * statistics.median(firsts[way])}
             rows.append(row)
     return rows
 

@@ -156,8 +156,8 @@ class Context:
     so that after each chunk all stand in the same order. A whole clip is one chunk, first and last: nothing is kept.
     """
 
-    def __init__(self, first=True, last=True):
-        self.first, self.last, self.kept = first, last, []
+    def __init__(self, first=True, last=True, kept=()):
+        self.first, self.last, self.kept = first, last, list(kept)
 
 
 WHOLE = Context()
@@ -378,6 +378,7 @@ class TurboVAED(nn.Module):
         self.config = config
         self.metadata = {}      # what a loaded file says of itself besides its configuration
         self.checkpointing = False      # True: training recomputes each block in its backward pass instead of keeping it
+        self.compiles = None            # what optimize_for_inference was asked to compile with
         widths = config.widths
         conv = [partial(SeparableConv3d, kernel=config.kernel) if name in config.separable else Conv3d
                 for name in BLOCKS]
@@ -481,6 +482,17 @@ class TurboVAED(nn.Module):
         """The same by hand: stream = model.streamer(); frames = stream(latents), and so on; rest = stream.flush()."""
         return Stream(self)
 
+    def step(self, latents, kept):
+        """A chunk in the middle of a stream as a plain function, to be compiled or exported.
+
+        latents (B, C, n, h, w); kept: for each of `layers` and for `out` a list of the frames that it kept of those
+        before. Returns (frames (B, 3, d_t n, H, W), kept for the next chunk). Every layer must have begun.
+        """
+        x, contexts = latents, [Context(first=False, last=False, kept=frames) for frames in kept]
+        for layer, context in zip((*self.layers(), self.out), contexts):
+            x = layer(x, context)
+        return x, [context.kept for context in contexts]
+
     @torch.no_grad()
     def decode(self, latents, chunk=None, tile=None, max_memory=None):
         """model(latents) in bounded memory: (B, C, t, h, w) -> (B, 3, T, H, W). No gradients.
@@ -507,7 +519,7 @@ class TurboVAED(nn.Module):
         if any(side < n and side <= 2 * reach for side, n in zip(tile, (h, w))):
             warnings.warn(f"tiles of {tile[0]}x{tile[1]} latents are not exact at their seams: above {2 * reach} they are")
         if chunk >= t and tile[0] >= h and tile[1] >= w:
-            return self(latents)
+            return self.own(self(latents))
         video = None
         for (rows, kept_rows), (columns, kept_columns) in product(spans(h, tile[0], reach), spans(w, tile[1], reach)):
             stream, done = self.streamer(), 0
@@ -558,9 +570,11 @@ class TurboVAED(nn.Module):
     def optimize_for_inference(self, dtype=None, compile=True):
         """Make this student decode as fast as it can where it is, in place; returns it. It cannot be trained any more.
 
-        dtype: float16 or bfloat16, or None for its own. compile: model(latents), and with it `decode` of what it takes
-        whole, through torch.compile, anew for each size: minutes at first, then faster. Streams run uncompiled. On a
-        CPU convolutions in float32 are oneDNN's, on a GPU all are laid out channels-last.
+        dtype: float16 or bfloat16, or None for its own. compile: True, or a mode of torch.compile, such as
+        "reduce-overhead", which replays CUDA graphs: there the next model(latents) overwrites the video of the last.
+        Compiled anew for each size, minutes at first and then faster, are model(latents), with it `decode` of what it
+        takes whole, and what a stream does between its start and its end. On a CPU convolutions in float32 are oneDNN's,
+        on a GPU all are laid out channels-last.
         """
         self.to(dtype=dtype).eval().requires_grad_(False)
         if next(self.parameters()).is_cuda:
@@ -568,9 +582,15 @@ class TurboVAED(nn.Module):
         for module in self.modules():
             if isinstance(module, nn.Conv3d):
                 module.optimized = True
+        self.compiles = dict(dynamic=False, mode=None if compile is True else compile) if compile else None
         if compile:
-            self.compile(dynamic=False, fullgraph=True)
+            torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)     # sizes, not 8 of them
+            self.compile(**self.compiles)
         return self
+
+    def own(self, x):
+        """x in memory of its own: what comes out of a CUDA graph is overwritten when that is replayed."""
+        return x.clone() if self.compiles and self.compiles["mode"] else x
 
     def save_pretrained(self, path, metadata=None):
         """Write weights and configuration to one .safetensors file and return its path.
@@ -689,6 +709,7 @@ class Stream:
             self.steps.append((layer, layer.reach(0, 0), rate, Context(last=False)))
             rate *= layer.factors[0] if isinstance(layer, Upsampler) else 1
         self.steps.append((student.out, student.conv_out.reach(0, 0), rate, Context(last=False)))
+        self.compiled = torch.compile(student.step, **student.compiles) if student.compiles else None
 
     def __call__(self, latents):
         return self.join(self.run(latents))
@@ -724,7 +745,14 @@ class Stream:
         the last ones those that it looks ahead as well. They go on in pieces of the usual length, each through all the
         layers before the next one starts, so that the end needs no more memory than the middle.
         """
-        work = [(0, self.take(latents), last)]          # (number of the step, frames for it, whether they are its last)
+        latents = self.take(latents)
+        if self.compiled and not last and latents.shape[2] == self.chunk and not any(c.first for *_, c in self.steps):
+            frames, kept = self.compiled(latents, [context.kept for *_, context in self.steps])
+            for (*_, context), x in zip(self.steps, kept):
+                context.kept = [self.student.own(frames) for frames in x]
+            yield self.student.own(frames)
+            return
+        work = [(0, latents, last)]          # (number of the step, frames for it, whether they are its last)
         self.ended = last
         while work:
             i, x, last = work.pop()
@@ -814,14 +842,20 @@ def use_student(pipe_or_vae, student):
         warnings.warn("this VAE's pipelines mix noise into the latents before decoding where decode_timestep or "
                       "decode_noise_scale is not 0, and the student does not take it out: call them with "
                       "decode_noise_scale=0.0", stacklevel=2)
+    compiles = student.compiles
     student = copy.deepcopy(student).eval()         # the caller's own keeps its precision and its place
+    if compiles:                                    # what is compiled is not copied
+        student.compile(**compiles)
 
     @torch.no_grad()
     def decode(z, *conditioning, return_dict=True, **more):      # a timestep, a generator: the student needs neither
         hook = getattr(vae, "_hf_hook", None)       # accelerate's, where models are offloaded; as diffusers' own decode
         if hook:
             hook.pre_forward(student)
-        video = student.to(z.device, z.dtype).decode(z, chunk=1 if getattr(vae, "use_tiling", False) else None)
+        student.to(z.device, z.dtype)
+        if z.is_cuda:
+            student.channels_last()
+        video = student.decode(z, chunk=1 if getattr(vae, "use_tiling", False) else None)
         if hook:
             student.to("cpu")
         if not return_dict:
