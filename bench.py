@@ -10,6 +10,7 @@
     python bench.py --iphone --team TEAM                   # the packages on the iPhone that is connected to this Mac
     python bench.py --features                             # teachers: `features` against a whole decode
     python bench.py --train                                # the training step, with and without cache, against a plain one
+    python bench.py --gpu                                  # all that only a GPU can tell, in nine minutes: results/<gpu>/
 
 What is compared takes turns within one run, after warm-up, so that whatever else the machine does slows all of it. Reported
 are medians and the spread of the middle half; a speed-up or a share of the machine's rates is the median over the turns of
@@ -23,7 +24,9 @@ import ctypes
 import itertools
 import json
 import platform
+import re
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -43,6 +46,13 @@ from model import (BLOCKS, CONFIGS, UPSAMPLING, TurboVAED, check_fit, check_writ
 SHIPPED = Path(__file__).resolve().parent / "assets" / "tiny_student.safetensors"
 WARM_UP = 3     # rounds that do not count, in which caches fill, clocks rise and kernels are chosen
 PARTS = ("conv_in", *BLOCKS, "out")
+GPU_RUNS = (    # what --gpu measures, the most telling first
+    *(f"--decode --teacher --rounds 7 --config {name} --size {size}"
+      for size in ("512x512", "720x1280") for name in ("ltx", "dc", "hunyuan")),
+    "--stream --decode --rounds 3 --config ltx --size 512x512 --lengths 10 100 600", "--train --rounds 7 --config ltx",
+    *(f"--stream --decode --rounds 3 --config {name} --size {size} --lengths 10 100"
+      for size in ("512x512", "720x1280") for name in ("dc", "hunyuan", "ltx") if (name, size) != ("ltx", "512x512")))
+LAST_START = 390        # seconds after which --gpu begins nothing more: it is to end within nine minutes
 UNITS = ("ALL", "CPU_AND_NE", "CPU_AND_GPU", "CPU_ONLY")      # Core ML's choices of compute units
 # option: (the mode that it goes with, its default there)
 BELONGS = {"batch": ("train", 1), "lpips_frames": ("train", 2), "team": ("iphone", None),
@@ -52,7 +62,7 @@ COLUMNS = {     # of the table, where any row has them: header, text of a row's 
     "ms": "{milliseconds:.2f}", "spread": "{spread:.2f}", "FPS": "{fps:.1f}", "TFLOP/s": "{tflops:.3f}",
     "of matrix rate": "{of_matrix_rate:.1%}", "of copy rate": "{of_copy_rate:.1%}", "peak GB": "{peak_gb:.2f}",
     "load ms": "{load_milliseconds:.0f}", "latents": "{latents}", "first frame ms": "{first_milliseconds:.0f}",
-    "speed-up": "{speed_up:.2f}x"}
+    "speed-up": "{speed_up:.2f}x", "not measured": "{reason}"}
 BLOCK_COLUMNS = {key: COLUMNS[key] for key in ("model", "way", "clip", "ms", "spread", "speed-up")} | {
     part: f"{{blocks[{part}]:.2f}} {{shares[{part}]:.0%}}" for part in (*PARTS, "upsamplers")}
 
@@ -208,21 +218,30 @@ def bench_students(args, device, dtype):
                 modules[way] = copy.deepcopy(student).optimize_for_inference(compile=compiles)
                 runs[way] = lambda module=modules[way]: module(latents)
         if args.teacher:
-            from teachers import TEACHERS, load_teacher
-            if name not in TEACHERS:
-                raise ValueError("the student does not say which teacher it was made for: --no-teacher times it alone")
-            teacher = load_teacher(name, None if name == "tiny" else "random", device, dtype)
-            shape = teacher.latent_channels, tuple(teacher.compression), teacher.images
-            check_fit(student, f"the {name} teacher", (name,), *shape)
-            runs["teacher"], modules["teacher"] = lambda: teacher.decode(latents), teacher.vae.decoder
+            try:
+                teacher = find_teacher(name, student, device, dtype)
+                runs["teacher"], modules["teacher"] = lambda: teacher.decode(latents), teacher.vae.decoder
+            except ImportError as error:
+                rows.append({"model": name, "way": "teacher", "reason": f"{error}; pip install -r requirements.txt"})
         limits, amounts = machine(device, dtype)
         work = {way: count_work(run) for way, run in runs.items() if way in ("eager", "teacher")}
         seconds = take_turns(runs | limits, device, args.rounds)
         rows += [{"model": name, "way": way, "frames": frames, "height": height, "width": width,
                   "parameters": count(modules[way]),
-                  **figures(seconds, way, frames, "teacher" if args.teacher else "eager", work.get(way, work["eager"]), amounts),
-                  **peak_memory(run, device, nbytes(modules[way]))} for way, run in runs.items()]
+                  **figures(seconds, way, frames, "teacher" if "teacher" in runs else "eager", work.get(way, work["eager"]), amounts),
+                  **(peak_memory(run, device, nbytes(modules[way])) if way != "CUDA graphs" else {})}      # those hold theirs
+                 for way, run in runs.items()]
     return rows
+
+
+def find_teacher(name, student, device, dtype):
+    """The student's teacher, with random weights but for the embedded one. ImportError where its library is missing."""
+    from teachers import TEACHERS, load_teacher
+    if name not in TEACHERS:
+        raise ValueError("the student does not say which teacher it was made for: --no-teacher times it alone")
+    teacher = load_teacher(name, None if name == "tiny" else "random", device, dtype)
+    check_fit(student, f"the {name} teacher", (name,), teacher.latent_channels, tuple(teacher.compression), teacher.images)
+    return teacher
 
 
 @torch.inference_mode()
@@ -534,7 +553,7 @@ def bench_train(args, device, dtype):
 # ---------------------------------------------------------------------------------------------------------------------
 # What is shown.
 
-def table(rows, columns):
+def table(rows, columns, markdown=False):
     def cell(text, row):
         try:
             return text.format(**row)
@@ -543,8 +562,12 @@ def table(rows, columns):
 
     cells = [[header, *(cell(text, row) for row in rows)] for header, text in columns.items()]
     cells = [column for column in cells if any(column[1:])]
-    widths = [max(map(len, column)) * (-1 if column[0] in ("model", "way") else 1) for column in cells]
-    lines = ["  ".join(text.ljust(-w) if w < 0 else text.rjust(w) for text, w in zip(line, widths)) for line in zip(*cells)]
+    if markdown:
+        header, *lines = zip(*cells)
+        return "\n".join("| " + " | ".join(line) + " |" for line in (header, ["---"] * len(header), *lines))
+    widths = [max(map(len, column)) * (-1 if column[0] in ("model", "way", "not measured") else 1) for column in cells]
+    lines = ["  ".join(text.ljust(-w) if w < 0 else text.rjust(w) for text, w in zip(line, widths)).rstrip()
+             for line in zip(*cells)]
     return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
 
 
@@ -552,8 +575,8 @@ def report(rows, args):
     print(table(rows, BLOCK_COLUMNS if args.blocks else COLUMNS))
     if args.blocks:
         print("milliseconds of each part and its share; upsamplers: all of them with their convolutions, part of up0 ... up3")
-    if "matrix_tflops" in rows[0]:
-        rates = tuple(statistics.median(row[key] for row in rows) for key in ("matrix_tflops", "copy_gb_per_s"))
+    if any("matrix_tflops" in row for row in rows):
+        rates = tuple(statistics.median(row[key] for row in rows if key in row) for key in ("matrix_tflops", "copy_gb_per_s"))
         print("measured here, in turns with the rest: %.2f TFLOP/s of a matrix product, %.0f GB/s of a copy" % rates)
     if args.train:
         print(f"arithmetic of a sample: {', '.join(r['way'] + ' %.2f TFLOP' % (r['flops_per_sample'] / 1e12) for r in rows)}")
@@ -600,7 +623,7 @@ def picture(rows, blocks):
 # ---------------------------------------------------------------------------------------------------------------------
 # The command line.
 
-def parse():
+def parse(words=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      usage="%(prog)s [--config NAME | --student PATH] [options]; --help explains each")
     add = parser.add_argument
@@ -630,11 +653,15 @@ def parse():
         help="(default float32 on a CPU, float16 on a GPU, --train there bfloat16)")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda (default cuda where there is one)")
     add("--rounds", type=number(int, 1), help="turns that count (default: as many as fit into 45 s, 5 to 200; packages: 10)")
-    add("--out", default="out/bench", help="folder for bench.json and bench.png (default out/bench)")
-    args = parser.parse_args()
+    add("--gpu", action="store_true", help="all that only a GPU can tell: its tests, ltx, dc and hunyuan decoded and streamed "
+        "at 512x512 and 720p against their teachers, the training step; at most nine minutes")
+    add("--out", help="folder for bench.json and bench.png (default out/bench), with --gpu README.md (results/<the GPU>)")
+    args = parser.parse_args(words)
     gpu = args.device.split(":")[0] == "cuda"
     if args.device not in devices() or args.device == "mps":
         parser.error(f"--device is cpu or, where there is one, cuda, cuda:1 ...; not {args.device}")
+    if args.gpu and not gpu:
+        raise ValueError("no GPU that PyTorch sees here: --gpu measures on one")
     sizes = args.size or (["128x128"] if args.features else ["256x256" if gpu else "128x128"] if args.train else
                           ["512x512" if gpu else "128x128"] if args.blocks or args.stream else
                           ["512x512", "720x1280"] if gpu else ["256x256"])
@@ -651,7 +678,7 @@ def parse():
             parser.error(f"--{name.replace('_', '-')} goes with --{mode} only")
     if len(set(args.config or ())) < len(args.config or ()):
         parser.error(f"--config {' '.join(args.config)} names one twice")
-    modes = [mode for mode in ("blocks", "stream", "features", "train") if getattr(args, mode)]
+    modes = [mode for mode in ("gpu", *MODES) if getattr(args, mode)]
     modes += ["iphone" if args.iphone else "mlpackage"] * (args.iphone or args.mlpackage is not None)
     if len(modes) > 1:
         parser.error(f"--{modes[0]} goes without --{modes[1]}")
@@ -675,6 +702,60 @@ def chosen_students(args):
     return [find_student(args.student, args.config)]
 
 
+def measure(args):
+    """Rows of what the options ask for."""
+    device, dtype = torch.device(args.device), getattr(torch, args.dtype)
+    if args.iphone or args.mlpackage is not None:
+        return bench_packages(args)
+    run = next((run for mode, run in MODES.items() if getattr(args, mode)), bench_students)
+    return run(args, device, dtype)
+
+
+MODES = {"blocks": bench_blocks, "stream": bench_stream, "features": bench_features, "train": bench_train}
+
+
+def bench_gpu(args):
+    """All that only a GPU can tell, within nine minutes: its tests, then GPU_RUNS, each as if it had been called by itself.
+
+    Writes bench.json and README.md, a table in Markdown, to results/<the GPU's name>/. What fails or finds no time left
+    is a line that says so.
+    """
+    name, began = torch.cuda.get_device_name(args.device), time.perf_counter()
+    tests = Path(__file__).resolve().parent / "tests" / "test_gpu.py"
+    result = subprocess.run([sys.executable, "-m", "pytest", "-q", "-m", "gpu", str(tests)], capture_output=True, text=True)
+    said = (result.stdout + result.stderr).strip()
+    print(said, flush=True)
+    runs, rows = [], []
+    for options in GPU_RUNS:
+        about = {"model": options.split("--config ")[1].split()[0], "way": options}
+        start = time.perf_counter()
+        if start - began > LAST_START:
+            found = [about | {"reason": f"no time left after {LAST_START} s"}]
+        else:
+            try:
+                found = measure(parse([*options.split(), "--device", args.device]))
+            except Exception as error:      # one that does not fit or lacks a package must not cost the others
+                found = [about | {"reason": f"{type(error).__name__}: {summary(error)}"}]
+        runs.append({"command": f"python bench.py {options}", "seconds": time.perf_counter() - start, "rows": found})
+        rows += found
+        print(f"{runs[-1]['command']}\n{table(found, COLUMNS)}\n{runs[-1]['seconds']:.0f} s\n", flush=True)
+        torch.cuda.empty_cache()
+    results = {"device": name, "torch": torch.__version__, "python": platform.python_version(),
+               "tests": said.splitlines(), "tests_passed": not result.returncode, "runs": runs}
+    text = [f"# {name}", f"`python bench.py --gpu` (`make gpu`), torch {torch.__version__}, float16 but for training "
+            f"(bfloat16); {time.perf_counter() - began:.0f} s. A speed-up is over the row of 1.00x beside it.",
+            *[f"`{run['command']}`\n\n{table(run['rows'], COLUMNS, markdown=True)}" for run in runs],
+            f"`python -m pytest -m gpu`\n\n```\n{said}\n```"]
+    out = Path(args.out or Path("results", re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")))
+    out.mkdir(parents=True, exist_ok=True)
+    writes = {out / "bench.json": lambda file: file.write_text(json.dumps(results, indent=1) + "\n"),
+              out / "README.md": lambda file: file.write_text("\n\n".join(text) + "\n")}
+    replace_files(writes)
+    print(*writes, sep="\n")
+    if result.returncode:
+        raise ValueError("the tests did not pass on the GPU: see above")
+
+
 def find_student(path, config=None):
     """(name of its teacher, or "student", model) of the student asked for, else of the newest trained here, else of the
     shipped one. config: a list of one name, for a file that does not say."""
@@ -691,28 +772,20 @@ def find_student(path, config=None):
 
 def main():
     args = parse()
-    check_writable(args.out)
+    torch.backends.cudnn.allow_tf32 = False             # float32 is float32, for convolutions as for the matrix product
+    torch.backends.cudnn.benchmark = True               # sizes are fixed: cuDNN may choose by trial, as in train.py
+    check_writable(args.out or "results")
+    if args.gpu:
+        return bench_gpu(args)
+    args.out = args.out or "out/bench"
     for path in (Path(args.out, "bench.json"), Path(args.out, "bench.png")):
         if path.is_dir():
             raise OSError(f"nothing can be written to {path}: it is a folder")
-    device, dtype, packages = torch.device(args.device), getattr(torch, args.dtype), args.iphone or args.mlpackage is not None
-    torch.backends.cudnn.allow_tf32 = False             # float32 is float32, for convolutions as for the matrix product
-    torch.backends.cudnn.benchmark = True               # sizes are fixed: cuDNN may choose by trial, as in train.py
-    if packages:
-        rows = bench_packages(args)
-    elif args.blocks:
-        rows = bench_blocks(args, device, dtype)
-    elif args.stream:
-        rows = bench_stream(args, device, dtype)
-    elif args.features:
-        rows = bench_features(args, device, dtype)
-    elif args.train:
-        rows = bench_train(args, device, dtype)
-    else:
-        rows = bench_students(args, device, dtype)
+    rows = measure(args)
     report(rows, args)
     results = {"command": ["python", *sys.argv], "torch": torch.__version__, "python": platform.python_version()}
-    if not packages:
+    if not (args.iphone or args.mlpackage is not None):
+        device = torch.device(args.device)
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
         results |= {"device": name, "dtype": args.dtype}
         print(f"{name}, {args.dtype}, torch {torch.__version__}")

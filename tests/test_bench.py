@@ -1,4 +1,5 @@
 """The benchmark as a user runs it, on the smallest there is; Apple's part against a stand-in for the hardware."""
+import argparse
 import inspect
 import json
 import subprocess
@@ -75,6 +76,37 @@ def test_optimized_beside_plain_and_compiled(tmp_path, monkeypatch):
     eager, optimized = json.loads((tmp_path / "bench.json").read_text())["rows"]
     assert [eager["way"], optimized["way"]] == ["eager", "optimized"] and optimized["compared_with"] == "eager"
     assert optimized["flops"] == eager["flops"] and optimized["parameters"] == eager["parameters"]
+
+
+def test_what_a_gpu_is_measured_for_survives_what_fails_and_ends_in_time(tmp_path, monkeypatch):
+    """On a CPU that calls itself a GPU."""
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA Test 80GB")
+    monkeypatch.setitem(sys.modules, "teachers", None)              # as where diffusers is not installed
+    runs = ("--decode --teacher --rounds 1 --no-compile --config tiny --size 16x16", "--train --config tiny",
+            "--stream --decode --no-compile --rounds 1 --config tiny --size 16x16 --lengths 3", "--config dc --size 16x16")
+    monkeypatch.setattr(module, "GPU_RUNS", runs)
+    measure = module.measure
+
+    def slow(args):         # the third leaves no time for the fourth
+        if args.stream:
+            monkeypatch.setattr(module, "LAST_START", -1)
+        return measure(args)
+    monkeypatch.setattr(module, "measure", slow)
+    monkeypatch.chdir(tmp_path)
+    module.bench_gpu(argparse.Namespace(device="cpu", out=None))
+    folder = tmp_path / "results" / "nvidia-test-80gb"
+    decode, train, stream, late = [run["rows"] for run in json.loads((folder / "bench.json").read_text())["runs"]]
+    assert [row["way"] for row in decode] == ["teacher", "eager", "optimized"] and "teachers" in decode[0]["reason"]
+    assert "teachers" in train[0]["reason"] and "no time left" in late[0]["reason"]
+    assert [row["way"] for row in stream] == ["streamed", "streamed, optimized", "whole"]
+    text = (folder / "README.md").read_text()
+    assert all(f"`python bench.py {run}`" in text for run in runs) and "| tiny | optimized | 16x16x16 |" in text
+    assert "skipped" in text
+
+
+def test_without_a_gpu_one_line_says_so(tmp_path):
+    result = bench(tmp_path, "--gpu")
+    assert result.returncode and result.stderr.strip() == "error: no GPU that PyTorch sees here: --gpu measures on one"
 
 
 def test_speed_ups_survive_a_busy_machine():

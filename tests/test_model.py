@@ -658,6 +658,44 @@ def test_optimized_compiles_whole_and_decodes_through_it():
     assert model._compiled_call_impl is not None
 
 
+@pytest.fixture
+def graphs(monkeypatch):
+    """How many graphs PyTorch has compiled: a function. The graphs run as they are, which is what takes no time."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    torch.compiler.reset()
+    torch._dynamo.utils.counters.clear()
+    return lambda: torch._dynamo.utils.counters["stats"]["unique_graphs"]
+
+
+@torch.no_grad()
+def test_the_middle_of_a_stream_is_compiled_once_for_all_streams(graphs):
+    model, chunks = rough(replace(MICRO, resnets=(0, 0, 1, 0, 0))), torch.randn(1, 3, 26, 2, 2).split(3, dim=2)
+    want = model(torch.cat(chunks, dim=2))
+    assert model.streamer().delay < 15          # so that several chunks are in the middle
+    model.optimize_for_inference()
+    for _ in range(2):
+        torch.testing.assert_close(torch.cat(list(model.stream(chunks)), dim=2), want, atol=1e-5, rtol=0)
+    assert graphs() == 1
+
+
+@torch.no_grad()
+def test_more_sizes_than_pytorch_compiles_by_itself(graphs):
+    model = rough(replace(MICRO, resnets=(0, 0, 1, 0, 0))).optimize_for_inference()
+    for width in range(1, 12):
+        assert model(torch.zeros(1, 3, 1, 1, width)).shape[-1] == 8 * width
+    assert graphs() == 11
+
+
+@torch.no_grad()
+def test_in_a_pipeline_what_is_optimized_stays_compiled(graphs):
+    pipe, _, student = tiny_pipeline("LTX-Video")
+    latents = torch.randn(1, 8, 2, 2, 3)
+    want = student(latents)
+    use_student(pipe, student.optimize_for_inference())
+    torch.testing.assert_close(pipe.vae.decode(latents).sample, want, atol=1e-5, rtol=0)
+    assert graphs() == 1
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Files.
 
