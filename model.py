@@ -122,8 +122,8 @@ CONFIGS = {
     "cog": TurboVAEDConfig(
         latent_channels=16, widths=(512, 512, 256, 32, 16), resnets=(5, 4, 4, 4, 5),
         up=(None, (2, 2), (2, 2), (1, 2)), patch=1, drop_first=True),
-    # The next four are ours, by the paper's rules: about 17 to 30 % of the teacher's decoder, depthwise separable mid and
-    # up0, decoupled upsampling; 20.21 of 73.3 M, 100.33 of 555.0 M, 93.19 of 528.4 M, 160.40 of 871.3 M parameters.
+    # The next four are ours, by the paper's rules: about 17 to 30 % of the teacher's decoder, depthwise separable mid
+    # and up0, decoupled upsampling; 20.21 of 73.3 M, 100.33 of 555.0 M, 93.19 of 528.4 M, 160.40 of 871.3 M parameters.
     "wan21": TurboVAEDConfig(
         latent_channels=16, widths=(384, 384, 192, 32, 16), resnets=(3, 3, 3, 3, 4),
         up=(None, (2, 2), (2, 2), (1, 2)), patch=1, drop_first=True),
@@ -757,8 +757,9 @@ class Stream:
 
 # diffusers' classes of the teachers' VAEs
 VAES = {"AutoencoderKLLTXVideo": ("ltx",), "AutoencoderKLHunyuanVideo": ("hunyuan",),
-        "AutoencoderKLCogVideoX": ("cog",), "AutoencoderKLWan": ("wan21", "wan22"), "AutoencoderKLLTX2Video": ("ltx2", "ltx23"),
-        "AutoencoderKLHunyuanVideo15": ("hunyuan15",), "AutoencoderKLQwenImage": ("qwen",)}
+        "AutoencoderKLCogVideoX": ("cog",), "AutoencoderKLWan": ("wan21", "wan22"),
+        "AutoencoderKLLTX2Video": ("ltx2", "ltx23"), "AutoencoderKLHunyuanVideo15": ("hunyuan15",),
+        "AutoencoderKLQwenImage": ("qwen",)}
 
 
 def check_fit(student, what, teachers, channels, compression, images, who="the student"):
@@ -809,7 +810,7 @@ def use_student(pipe_or_vae, student):
     if not isinstance(student, TurboVAED):
         raise TypeError(f"a TurboVAED can take the decoder's place, or None its own; not a {type(student).__name__}")
     kinds = next((VAES[kind.__name__] for kind in type(vae).__mro__ if kind.__name__ in VAES), ())
-    if "ltx23" in kinds:        # one class, latents of one shape, but another encoder: LTX-2.3's decoder has a block more
+    if "ltx23" in kinds:        # one class, latents of one shape, two encoders: LTX-2.3's decoder has a block more
         kinds = kinds[len(vae.config.decoder_layers_per_block) > 4:][:1]
     get = lambda *names: next((v for n in names for v in (vae.config.get(n), vars(vae).get(n)) if v), None)
     time = get("scale_factor_temporal", "temporal_compression_ratio")

@@ -30,9 +30,10 @@ FIXTURES = Path(__file__).parent / "fixtures"
 KEYS = json.loads((FIXTURES / "student_state_dict.json").read_text())
 PUBLISHED_NAMES = ("ltx", "dc", "hunyuan", "cog")
 # parameters, and GFLOP for each of 17 frames (16 where no first frame is dropped) of 512x512
-FAMILY = {"ltx": (41896023, 47.803), "dc": (45831383, 78.030), "hunyuan": (40687811, 388.076), "cog": (40687811, 388.076),
-          "wan21": (20212771, 201.332), "wan22": (100333451, 287.747), "ltx2": (93190423, 72.246), "ltx23": (93190423, 72.246),
-          "hunyuan15": (160399371, 387.556), "qwen": (20212771, 201.332), "tiny": (490555, 11.231)}
+FAMILY = {"ltx": (41896023, 47.803), "dc": (45831383, 78.030), "hunyuan": (40687811, 388.076),
+          "cog": (40687811, 388.076), "wan21": (20212771, 201.332), "wan22": (100333451, 287.747),
+          "ltx2": (93190423, 72.246), "ltx23": (93190423, 72.246), "hunyuan15": (160399371, 387.556),
+          "qwen": (20212771, 201.332), "tiny": (490555, 11.231)}
 # of configurations that are one network, the first
 NETWORKS = list({config: name for name, config in reversed(CONFIGS.items())}.values())
 
@@ -1072,12 +1073,14 @@ def test_a_vae_that_is_not_known_here_is_assumed_to_fit_with_a_warning():
 
 
 @pytest.mark.parametrize("kind, config, fits, others", [
-    ("AutoencoderKLQwenImage", "qwen", ("qwen", "wan21"), ("hunyuan",)), ("AutoencoderKLWan", "wan21", ("wan21",), ("qwen", "hunyuan")),
+    ("AutoencoderKLQwenImage", "qwen", ("qwen", "wan21"), ("hunyuan",)),
+    ("AutoencoderKLWan", "wan21", ("wan21",), ("qwen", "hunyuan")),
     ("AutoencoderKLHunyuanVideo15", "hunyuan15", ("hunyuan15",), ("wan22",)),
-    ("AutoencoderKLLTX2Video", "ltx2", ("ltx2",), ("ltx23",)), ("AutoencoderKLLTX2Video", "ltx23", ("ltx23",), ("ltx2", "ltx"))])
+    ("AutoencoderKLLTX2Video", "ltx2", ("ltx2",), ("ltx23",)),
+    ("AutoencoderKLLTX2Video", "ltx23", ("ltx23",), ("ltx2", "ltx"))])
 def test_a_vae_takes_students_of_its_own_latents_only(kind, config, fits, others):
-    """Latents of one shape, and for LTX-2 and 2.3 of one class, from different encoders. Qwen-Image's encoder is Wan 2.1's, so
-    Wan's students decode its images; a student trained on images has never seen motion."""
+    """Latents of one shape, and for LTX-2 and 2.3 of one class, from different encoders. Qwen-Image's encoder is Wan
+    2.1's, so Wan's students decode its images; a student trained on images has never seen motion."""
     diffusers = pytest.importorskip("diffusers")
     from teachers import CONFIGURATIONS
     with torch.device("meta"):
