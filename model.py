@@ -122,8 +122,8 @@ CONFIGS = {
     "cog": TurboVAEDConfig(
         latent_channels=16, widths=(512, 512, 256, 32, 16), resnets=(5, 4, 4, 4, 5),
         up=(None, (2, 2), (2, 2), (1, 2)), patch=1, drop_first=True),
-    # The next three are ours, by the paper's rules: about 17 to 30 % of the teacher's decoder, depthwise separable mid and
-    # up0, decoupled upsampling; 20.21 of 73.3 M, 100.33 of 555.0 M, 93.19 of 528.4 M parameters.
+    # The next four are ours, by the paper's rules: about 17 to 30 % of the teacher's decoder, depthwise separable mid
+    # and up0, decoupled upsampling; 20.21 of 73.3 M, 100.33 of 555.0 M, 93.19 of 528.4 M, 160.40 of 871.3 M parameters.
     "wan21": TurboVAEDConfig(
         latent_channels=16, widths=(384, 384, 192, 32, 16), resnets=(3, 3, 3, 3, 4),
         up=(None, (2, 2), (2, 2), (1, 2)), patch=1, drop_first=True),
@@ -133,10 +133,15 @@ CONFIGS = {
     "ltx2": TurboVAEDConfig(
         latent_channels=128, widths=(768, 768, 384, 192, 64), resnets=(2, 2, 3, 2, 3),
         up=(None, (2, 2), (2, 2), (2, 2)), patch=4, drop_first=True),
+    "hunyuan15": TurboVAEDConfig(
+        latent_channels=32, widths=(1024, 1024, 512, 64, 32), resnets=(5, 4, 4, 4, 5),
+        up=(None, (2, 2), (2, 2), (1, 2)), patch=2, drop_first=True),
     "tiny": TurboVAEDConfig(
         latent_channels=16, widths=(96, 96, 48, 32, 32), resnets=(1, 1, 1, 2, 0),
         up=(None, (2, 2), (2, 1), (1, 2)), patch=2, drop_first=False, separable=("mid", "up0", "up1"), kernel=3),
 }
+CONFIGS["ltx23"] = CONFIGS["ltx2"]      # 22.9 % of a decoder of 407.2 M
+CONFIGS["qwen"] = CONFIGS["wan21"]      # Qwen-Image's encoder, and so its latents, are Wan 2.1's
 
 PUBLISHED = {"ltx": "Turbo-VAED-LTX.pth", "dc": "Turbo-VAED-DC.pth",
              "hunyuan": "Turbo-VAED-Hunyuan.pth", "cog": "Turbo-VAED-Cog.pth"}
@@ -780,7 +785,9 @@ class Stream:
 
 # diffusers' classes of the teachers' VAEs
 VAES = {"AutoencoderKLLTXVideo": ("ltx",), "AutoencoderKLHunyuanVideo": ("hunyuan",),
-        "AutoencoderKLCogVideoX": ("cog",), "AutoencoderKLWan": ("wan21", "wan22"), "AutoencoderKLLTX2Video": ("ltx2",)}
+        "AutoencoderKLCogVideoX": ("cog",), "AutoencoderKLWan": ("wan21", "wan22"),
+        "AutoencoderKLLTX2Video": ("ltx2", "ltx23"), "AutoencoderKLHunyuanVideo15": ("hunyuan15",),
+        "AutoencoderKLQwenImage": ("qwen",)}
 
 
 def check_fit(student, what, teachers, channels, compression, images, who="the student"):
@@ -790,6 +797,7 @@ def check_fit(student, what, teachers, channels, compression, images, who="the s
     whose it decodes.
     """
     config, teacher, wrong = student.config, student.metadata.get("teacher"), []
+    teachers = (*teachers, *["wan21"] * ("qwen" in teachers))       # a student of clips decodes their images too
     if channels not in (None, config.latent_channels):
         wrong.append(f"decodes {config.latent_channels} latent channels, not {channels}")
     if compression not in (None, config.compression):
@@ -830,6 +838,8 @@ def use_student(pipe_or_vae, student):
     if not isinstance(student, TurboVAED):
         raise TypeError(f"a TurboVAED can take the decoder's place, or None its own; not a {type(student).__name__}")
     kinds = next((VAES[kind.__name__] for kind in type(vae).__mro__ if kind.__name__ in VAES), ())
+    if "ltx23" in kinds:        # one class, latents of one shape, two encoders: LTX-2.3's decoder has a block more
+        kinds = kinds[len(vae.config.decoder_layers_per_block) > 4:][:1]
     get = lambda *names: next((v for n in names for v in (vae.config.get(n), vars(vae).get(n)) if v), None)
     time = get("scale_factor_temporal", "temporal_compression_ratio")
     space = get("scale_factor_spatial", "spatial_compression_ratio") or \

@@ -374,7 +374,8 @@ class DiffusersTeacher(Teacher):
 
     def __init__(self, name, vae):
         config = vae.config
-        time = config.get("scale_factor_temporal") or config.get("temporal_compression_ratio") or vae.temporal_compression_ratio
+        time = config.get("scale_factor_temporal") or config.get("temporal_compression_ratio") \
+            or getattr(vae, "temporal_compression_ratio", None) or 2 ** sum(config.temperal_downsample)     # qwen's
         space = config.get("scale_factor_spatial") or config.get("spatial_compression_ratio") \
             or getattr(vae, "spatial_compression_ratio", None) or 2 ** (len(config.block_out_channels) - 1)
         super().__init__(name, vae, config.get("latent_channels") or config.z_dim, (time, space, space), images=True)
@@ -391,12 +392,15 @@ class DiffusersTeacher(Teacher):
 
 
 class LTXTeacher(DiffusersTeacher):
-    """LTX-VAE and LTX-2's, AutoencoderKLLTXVideo and AutoencoderKLLTX2Video. Releases 0.9.1 to 0.9.8 are conditioned on
-    the timestep: they decode at 0.05, as their model cards have it, and always with the same injected noise."""
+    """LTX-VAE, LTX-2's and LTX-2.3's, AutoencoderKLLTXVideo and AutoencoderKLLTX2Video. Releases 0.9.1 to 0.9.8 are
+    conditioned on the timestep: they decode at 0.05, as their model cards have it, always with the same noise."""
     timestep = 0.05
 
     def __init__(self, name, vae):
         super().__init__(name, vae)
+        release = {4: "ltx2", 5: "ltx23"}.get(len(vae.config.decoder_layers_per_block))     # one class, two encoders
+        if name not in ("ltx", release):
+            raise ValueError(f"this VAE is not the {name} teacher's" + f" but the {release} teacher's" * bool(release))
         self.smallest = 2 if vae.config.get("decoder_spatial_padding_mode") == "reflect" else 1     # something to mirror
 
     def conditioning(self, latents):
@@ -436,6 +440,24 @@ class HunyuanTeacher(DiffusersTeacher):
             yield f"up{i}", x
 
 
+class Hunyuan15Teacher(DiffusersTeacher):
+    """HunyuanVideo 1.5's VAE, AutoencoderKLHunyuanVideo15. A shortcut into mid repeats latent channels. The class's
+    attention takes one clip at a time only (its mask has the batch where heads belong), so clips go one by one."""
+
+    def __init__(self, name, vae):
+        super().__init__(name, vae)
+        vae.enable_slicing()
+
+    def blocks(self, latents):
+        decoder = self.vae.decoder
+        x = decoder.conv_in(latents) + latents.repeat_interleave(decoder.repeat, 1)
+        x = torch.cat([decoder.mid_block(clip) for clip in x.split(1)])
+        yield "mid", x
+        for i, block in enumerate(decoder.up_blocks):
+            x = block(x)
+            yield f"up{i}", x
+
+
 class CogTeacher(DiffusersTeacher):
     """CogVideoX's VAE, AutoencoderKLCogVideoX. It decodes latents in chunks of 3 or 2 and then 2 frames, each block
     with a cache of what its last chunk left; group norms see the chunks, so they are kept. One block runs over all chunks
@@ -469,6 +491,7 @@ class CogTeacher(DiffusersTeacher):
 class WanTeacher(DiffusersTeacher):
     """Wan 2.1's and 2.2's VAEs, AutoencoderKLWan. It decodes one latent frame at a time, with a cache for each
     convolution; as for CogVideoX, one block runs over all frames before the next starts. Its decode clamps to [-1, 1]."""
+    asks_for_first = True       # its up blocks want to be told of the first frame
 
     def blocks(self, latents):
         decoder = self.vae.decoder
@@ -479,12 +502,17 @@ class WanTeacher(DiffusersTeacher):
 
         def over_frames(block, up):
             cache = [None] * self.vae._cached_conv_counts["decoder"]      # more than one block needs
-            return [block(frame, feat_cache=cache, feat_idx=[0], **({"first_chunk": j == 0} if up else {}))
-                    for j, frame in enumerate(x)]
+            first = lambda j: {"first_chunk": j == 0} if up and self.asks_for_first else {}
+            return [block(frame, feat_cache=cache, feat_idx=[0], **first(j)) for j, frame in enumerate(x)]
 
         for i, block in enumerate([decoder.mid_block, *decoder.up_blocks]):
             x = over_frames(block, up=i > 0)
             yield f"up{i - 1}" if i else "mid", torch.cat(x, 2)
+
+
+class QwenTeacher(WanTeacher):
+    """Qwen-Image's VAE, AutoencoderKLQwenImage: Wan 2.1's, its decoder trained on for images, one latent frame each."""
+    asks_for_first = False
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -499,15 +527,27 @@ RELEASES = {
     "wan21": ("AutoencoderKLWan", "Wan-AI/Wan2.1-T2V-1.3B-Diffusers", "vae", "Apache 2.0"),
     "wan22": ("AutoencoderKLWan", "Wan-AI/Wan2.2-TI2V-5B-Diffusers", "vae", "Apache 2.0"),
     "ltx2": ("AutoencoderKLLTX2Video", "Lightricks/LTX-2", "vae", "LTX-2 Community"),
+    # LTX-2.5's encoder is 2.3's byte for byte, its decoder the same again: weights="Lightricks/LTX-2.5-Diffusers"
+    "ltx23": ("AutoencoderKLLTX2Video", "diffusers/LTX-2.3-Diffusers", "vae", "LTX-2 Community"),
+    "hunyuan15": ("AutoencoderKLHunyuanVideo15", "hunyuanvideo-community/HunyuanVideo-1.5-Diffusers-480p_t2v", "vae",
+                  "Tencent Hunyuan Community"),
+    "qwen": ("AutoencoderKLQwenImage", "Qwen/Qwen-Image", "vae", "Apache 2.0"),
     "tiny": (None, None, "model.safetensors", "MIT, in this repository"),
 }
 TEACHERS = tuple(RELEASES)
-KINDS = {"ltx": LTXTeacher, "hunyuan": HunyuanTeacher, "cog": CogTeacher, "wan21": WanTeacher, "wan22": WanTeacher, "ltx2": LTXTeacher}
+KINDS = {"ltx": LTXTeacher, "hunyuan": HunyuanTeacher, "cog": CogTeacher, "wan21": WanTeacher, "wan22": WanTeacher,
+         "ltx2": LTXTeacher, "ltx23": LTXTeacher, "hunyuan15": Hunyuan15Teacher, "qwen": QwenTeacher}
 # where the released configuration is not diffusers' default
 CONFIGURATIONS = {
     "wan22": dict(base_dim=160, decoder_base_dim=256, z_dim=48, is_residual=True, in_channels=12, out_channels=12, patch_size=2,
                   scale_factor_spatial=16),
     "ltx2": dict(decoder_causal=False, spatial_compression_ratio=32, temporal_compression_ratio=8),
+    "ltx23": dict(block_out_channels=(256, 512, 1024, 1024), layers_per_block=(4, 6, 4, 2, 2),
+                  decoder_block_out_channels=(256, 512, 512, 1024), decoder_layers_per_block=(4, 6, 4, 2, 2),
+                  decoder_spatio_temporal_scaling=(True,) * 4, decoder_inject_noise=(False,) * 5,
+                  upsample_type=("spatiotemporal", "spatiotemporal", "temporal", "spatial"),
+                  upsample_factor=(2, 2, 1, 2), upsample_residual=(False,) * 4, decoder_causal=False,
+                  decoder_spatial_padding_mode="zeros", spatial_compression_ratio=32, temporal_compression_ratio=8),
 }
 TINY_WEIGHTS = Path(__file__).resolve().parent / "assets" / "tiny_teacher" / "model.safetensors"
 WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"

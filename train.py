@@ -68,6 +68,9 @@ RECIPES = {
     "wan21": PAPER | dict(micro_batch=1, align=["mid", "up0"]),
     "wan22": PAPER | dict(micro_batch=1, align=["mid", "up0"]),
     "ltx2": PAPER | dict(micro_batch=1),
+    "ltx23": PAPER | dict(micro_batch=1),
+    "hunyuan15": PAPER | dict(micro_batch=1, align=["mid", "up0"]),
+    "qwen": PAPER | dict(frames=1, micro_batch=4, align=["mid", "up0"]),
     # Made-up video and no LPIPS, since the embedded recipe must need no download. Muon, since AdamW alone learns
     # brightness first and leaves the student grey for hundreds of steps.
     "tiny": dict(frames=8, size=64, batch=8, micro_batch=8, steps=2000, lr=2e-3, muon_lr=0.02, schedule="cosine",
