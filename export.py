@@ -192,6 +192,9 @@ def rescale(twin):
 
 def phone_twin(student):
     """A copy of the student that computes the same video from (1, C, t, h, w) latents by way of the graph above."""
+    config = student.config
+    if {config.upsampling, config.shortcut, config.head} & {"resample", "rms", "unpatchify"}:
+        raise ValueError("students with upsampling 'resample', shortcut 'rms' or head 'unpatchify' cannot be exported")
     twin = copy.deepcopy(student)
     for module in twin.modules():
         module.__class__ = REWRITES.get(type(module), type(module))

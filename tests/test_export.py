@@ -63,7 +63,7 @@ def constant(operations, op, parameter):
 # the rewrites
 
 @pytest.mark.parametrize("upsampling", UPSAMPLING)
-@pytest.mark.parametrize("name", list({config: name for name, config in CONFIGS.items()}.values()))  # networks, once
+@pytest.mark.parametrize("name", sorted({config: name for name, config in CONFIGS.items() if config.head == "shuffle"}.values()))
 def test_the_rewritten_graph_computes_the_same_video(name, upsampling):
     model = small(name, upsampling=upsampling)
     twin = export.phone_twin(model)
@@ -71,6 +71,11 @@ def test_the_rewritten_graph_computes_the_same_video(name, upsampling):
         latents = torch.randn(1, 8, t, h, w)
         with torch.no_grad():
             assert (twin(latents) - model(latents)).abs().max() < 2e-5
+
+
+def test_a_student_that_has_no_graph_is_refused():
+    with pytest.raises(ValueError, match="'resample', shortcut 'rms' or head 'unpatchify' cannot be exported"):
+        export.phone_twin(small("magihuman"))
 
 
 def test_a_trained_student_keeps_its_video_and_its_weights(tiny):
