@@ -53,8 +53,8 @@ class TurboVAEDConfig:
     separable: tuple = ("mid", "up0")    # blocks of depthwise separable convolutions, upsampler's included (Figure 2)
     kernel: int = 5                      # of the depthwise convolutions: 3, 5 or 7 (Table 5)
     upsampling: str = "decoupled"        # or "pixel_shuffle_3d", "interpolate" (Table 1), "resample" (see Resampler)
-    shortcut: str = "layer"              # norm before a learned shortcut: "layer" (LayerNorm), or "rms", nothing learned
-    head: str = "shuffle"                # the patch: doublings after up3, or "unpatchify": all at once, of conv_out's output
+    shortcut: str = "layer"              # norm before a learned shortcut: LayerNorm, or "rms", where nothing is learned
+    head: str = "shuffle"                # the patch: doublings after up3, or "unpatchify", all at once after conv_out
 
     def __post_init__(self):
         freeze = lambda v: tuple(map(freeze, v)) if isinstance(v, (list, tuple)) else v   # JSON knows lists only
@@ -463,7 +463,7 @@ class TurboVAED(nn.Module):
             elif isinstance(module, (Upsampler, Upsampler2d)):
                 weight, n = list(module.conv.parameters())[-2], module.pixels
                 weight.copy_(weight[::n].repeat_interleave(n, 0))
-        for last in self.upsamplers2d()[-1:]:   # where the last norm's channels come from; a quarter of them are its scale
+        for last in self.upsamplers2d()[-1:]:       # where the last norm's channels come from; a quarter are its scale
             last.conv.bias[:len(last.conv.bias) // last.pixels // 4 * last.pixels] = 2
 
     def forward(self, latents, return_features=False):
@@ -494,7 +494,7 @@ class TurboVAED(nn.Module):
         return self.unpatchify(self.conv_out(F.silu(rms_norm(x)), context))
 
     def unpatchify(self, x):
-        """What conv_out gives to video: (B, 3 p², T, H, W), channels in order (C, column, row) -> (B, 3, T, p H, p W)."""
+        """conv_out's output to video: (B, 3 p², T, H, W), channels in order (C, column, row) -> (B, 3, T, p H, p W)."""
         if self.config.head == "shuffle":
             return x
         x = x.unflatten(1, (3, self.config.patch, self.config.patch)).transpose(2, 3).flatten(1, 3)

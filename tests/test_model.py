@@ -313,7 +313,8 @@ def test_interpolation_keeps_the_upsampled_first_frame_single():
 @pytest.mark.parametrize("change, says", [
     ({"patch": 4, "widths": (8, 8, 8, 8, 24)}, ("patch 4", "width 24")), ({"patch": 3}, ("patch",)),
     ({"separable": ("up4",)}, ("up4",)), ({"kernel": 4}, ("odd", "4")), ({"upsampling": "nearest"}, ("nearest",)),
-    ({"shortcut": "batch"}, ("shortcut", "batch", "rms")), ({"head": 2}, ("head", "name")), ({"head": "conv"}, ("unpatchify",)),
+    ({"shortcut": "batch"}, ("shortcut", "batch", "rms")), ({"head": 2}, ("head", "name")),
+    ({"head": "conv"}, ("unpatchify",)),
     ({"widths": (8, 8, 8)}, ("widths", "5")), ({"up": (None, (1, 1), None, None)}, ("at least",)),
     *[({name: value}, (name,)) for name in TurboVAEDConfig.__dataclass_fields__ for value in ([None], "", {}, -1, 1.5, None, 10 ** 30, [[1] * 5])],
 ])

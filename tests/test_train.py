@@ -856,7 +856,8 @@ def test_two_processes_scan_once_and_stop_together(videos, tmp_path):
 # Other teachers.
 
 @pytest.mark.parametrize("name, config, stage2", [("ltx23", "ltx23", "off"), ("hunyuan15", "hunyuan15", "off"),
-                                                  ("qwen", "qwen", "off"), ("qwen", "qwen", "1"), ("wan22", "magihuman", "1")])
+                                                  ("qwen", "qwen", "off"), ("qwen", "qwen", "1"),
+                                                  ("wan22", "magihuman", "1")])
 def test_two_steps_of_a_teachers_recipe_at_reduced_width(tmp_path, here, monkeypatch, name, config, stage2):
     """What the recipe aligns, heads and all, on random weights; qwen's clips are single images."""
     pytest.importorskip("diffusers")
