@@ -305,6 +305,8 @@ def export(model, size=(512, 512), latent_frames=None, path="student.mlpackage",
     path, config = Path(path), model.config
     if min(*size, 1 if latent_frames is None else latent_frames) < 1:
         raise ValueError(f"size and latent frames must be at least 1, got {size[0]}x{size[1]} and {latent_frames}")
+    if {config.upsampling, config.shortcut, config.head} & {"resample", "rms", "unpatchify"}:
+        raise ValueError("students with upsampling 'resample', shortcut 'rms' or head 'unpatchify' cannot be exported")
     if bits not in (None, 8, 6, 4):
         raise ValueError(f"weights have 8, 6 or 4 bits, or None for fp16; not {bits}")
     if path.suffix != ".mlpackage":

@@ -52,7 +52,9 @@ class TurboVAEDConfig:
     drop_first: bool                     # a time upsampler drops its first frame(s), so that one latent is one image
     separable: tuple = ("mid", "up0")    # blocks of depthwise separable convolutions, upsampler's included (Figure 2)
     kernel: int = 5                      # of the depthwise convolutions: 3, 5 or 7 (Table 5)
-    upsampling: str = "decoupled"        # or "pixel_shuffle_3d", "interpolate" (Table 1)
+    upsampling: str = "decoupled"        # or "pixel_shuffle_3d", "interpolate" (Table 1), "resample" (see Resampler)
+    shortcut: str = "layer"              # norm before a learned shortcut: LayerNorm, or "rms", where nothing is learned
+    head: str = "shuffle"                # the patch: doublings after up3, or "unpatchify", all at once after conv_out
 
     def __post_init__(self):
         freeze = lambda v: tuple(map(freeze, v)) if isinstance(v, (list, tuple)) else v   # JSON knows lists only
@@ -70,7 +72,7 @@ class TurboVAEDConfig:
                 ("patch", number, "a number from 1"), ("drop_first", lambda v: type(v) is bool, "True or False"),
                 ("separable", lambda v: several(v, text), "names"),
                 ("kernel", lambda v: number(v, 1, 31), "a number from 1 to 31"),
-                ("upsampling", text, "a name")):
+                ("upsampling", text, "a name"), ("shortcut", text, "a name"), ("head", text, "a name")):
             if not fits(getattr(self, name)):
                 raise ValueError(f"{name} must be {what}, got {str(getattr(self, name))[:80]}")
         for name, length in (("widths", 5), ("resnets", 5), ("up", 4)):
@@ -85,8 +87,10 @@ class TurboVAEDConfig:
             raise ValueError(f"separable names blocks among {BLOCKS}, got {self.separable}")
         if self.kernel % 2 == 0:
             raise ValueError(f"kernel must be odd, got {self.kernel}")
-        if self.upsampling not in UPSAMPLING:
-            raise ValueError(f"upsampling must be one of {UPSAMPLING}, got {self.upsampling!r}")
+        for name, known in (("upsampling", (*UPSAMPLING, "resample")), ("shortcut", ("layer", "rms")),
+                            ("head", ("shuffle", "unpatchify"))):
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name} must be one of {known}, got {getattr(self, name)!r}")
 
     @property
     def compression(self):
@@ -136,6 +140,10 @@ CONFIGS = {
     "hunyuan15": TurboVAEDConfig(
         latent_channels=32, widths=(1024, 1024, 512, 64, 32), resnets=(5, 4, 4, 4, 5),
         up=(None, (2, 2), (2, 2), (1, 2)), patch=2, drop_first=True),
+    # a student of wan22's latents that others trained (daVinci-MagiHuman, MAGI-2)
+    "magihuman": TurboVAEDConfig(
+        latent_channels=48, widths=(512, 512, 256, 128, 64), resnets=(3, 3, 2, 2, 2), up=((2, 2), (2, 2), (1, 2), None),
+        patch=2, drop_first=True, separable=(), upsampling="resample", shortcut="rms", head="unpatchify"),
     "tiny": TurboVAEDConfig(
         latent_channels=16, widths=(96, 96, 48, 32, 32), resnets=(1, 1, 1, 2, 0),
         up=(None, (2, 2), (2, 1), (1, 2)), patch=2, drop_first=False, separable=("mid", "up0", "up1"), kernel=3),
@@ -195,12 +203,12 @@ def wait_for(h, x, context):
     return x[:, :, :h.shape[2]]
 
 
-def rms_norm(x):
-    """x / rms(x) over channels (dimension 1), nothing learned, eps 1e-8.
+def rms_norm(x, eps=1e-8):
+    """x / rms(x) over channels (dimension 1), nothing learned.
 
     The mean is taken in float32: in float16 the eps is zero and the square of 256 is infinite.
     """
-    return x * torch.rsqrt(x.float().square().mean(1, keepdim=True) + 1e-8).to(x.dtype)
+    return x * torch.rsqrt(x.float().square().mean(1, keepdim=True) + eps).to(x.dtype)
 
 
 @torch.library.custom_op("turbo_vaed::onednn", mutates_args=())
@@ -224,20 +232,21 @@ def convolve(conv, x, context):
 
 
 # Every layer below says in `reach` how far it looks to each side: from r frames (axis 0) or pixels (axis 1) beside its
-# output to so many beside its input. Kernels are cubes, so time and space differ in the upsamplers only.
+# output to so many beside its input.
 
 class Conv3d(nn.Module):
     """3D convolution: zeros around each frame, first and last frame repeated in time (the decoder is not causal)."""
 
-    def __init__(self, c_in, c_out, kernel=3):
+    def __init__(self, c_in, c_out, kernel=3, space=None):
         super().__init__()
-        self.conv = nn.Conv3d(c_in, c_out, kernel, padding=(0, kernel // 2, kernel // 2))
+        space = space or kernel         # the kernel's height and width
+        self.conv = nn.Conv3d(c_in, c_out, (kernel, space, space), padding=(0, space // 2, space // 2))
 
     def forward(self, x, context=WHOLE):
         return convolve(self.conv, pad_time(x, self.conv.kernel_size[0] // 2, context), context)
 
     def reach(self, r, axis):
-        return r + self.conv.kernel_size[0] // 2
+        return r + self.conv.kernel_size[axis] // 2
 
 
 class SeparableConv3d(nn.Module):
@@ -263,16 +272,21 @@ class ChannelNorm(nn.LayerNorm):
         return super().forward(x.movedim(1, -1)).movedim(-1, 1)
 
 
+class ChannelRMSNorm(nn.Module):
+    def forward(self, x):
+        return rms_norm(x, eps=1e-6)
+
+
 class Resnet(nn.Module):
     """Norm, activation, conv, twice, beside a shortcut that is learned where the width changes."""
 
-    def __init__(self, c_in, c_out, conv, activation=F.silu):
+    def __init__(self, c_in, c_out, conv, activation=F.silu, shortcut="layer"):
         super().__init__()
         self.activation = activation
         self.conv1 = conv(c_in, c_out)
         self.conv2 = conv(c_out, c_out)
         if c_in != c_out:
-            self.norm3 = ChannelNorm(c_in, eps=1e-6)
+            self.norm3 = ChannelNorm(c_in, eps=1e-6) if shortcut == "layer" else ChannelRMSNorm()
             self.conv_shortcut = Conv3d(c_in, c_out, kernel=1)
 
     def forward(self, x, context=WHOLE):
@@ -343,12 +357,36 @@ class Upsampler(nn.Module):
         return self.conv.reach(-(-r // self.factors[axis]), axis)
 
 
+class Resampler(nn.Module):
+    """The upsampler of Wan's VAEs, not causal here: time by a convolution along it to r_t times the channels, in order
+    (frame, channel); then space by nearest neighbour and a 2D convolution."""
+
+    def __init__(self, width, factors, drop_first):
+        super().__init__()
+        self.factors, self.drop = factors, factors[0] - 1 if drop_first else 0
+        if factors[0] > 1:
+            self.time_conv = Conv3d(width, width * factors[0], space=1)
+        self.resample = nn.Sequential(nn.Upsample(scale_factor=factors[1]), nn.Conv2d(width, width, 3, padding=1))
+
+    def forward(self, x, context=WHOLE):
+        B, r_t, memory_format = x.shape[0], self.factors[0], layout(x)
+        if r_t > 1:
+            x = self.time_conv(x, context).unflatten(1, (r_t, -1)).permute(0, 2, 3, 1, 4, 5).flatten(2, 3)
+            x = x[:, :, self.drop:] if context.first else x
+        x = self.resample(x.transpose(1, 2).flatten(0, 1)).unflatten(0, (B, -1)).transpose(1, 2)
+        return x.contiguous(memory_format=memory_format)
+
+    def reach(self, r, axis):
+        r = -(-(r + axis) // self.factors[axis])        # the 2D convolution looks one pixel further
+        return self.time_conv.reach(r, axis) if self.factors[0] > 1 else r
+
+
 class Block(nn.Module):
     """To a new width, to a new size, then resnets; the first two only where the configuration asks for them."""
 
-    def __init__(self, c_in, c_out, resnets, conv, upsampler=None):
+    def __init__(self, c_in, c_out, resnets, conv, upsampler=None, shortcut="layer"):
         super().__init__()
-        self.conv_in = Resnet(c_in, c_out, conv) if c_in != c_out else nn.Identity()
+        self.conv_in = Resnet(c_in, c_out, conv, shortcut=shortcut) if c_in != c_out else nn.Identity()
         self.upsamplers = nn.Sequential(*[upsampler] if upsampler else [])
         activation = F.relu if upsampler else F.silu      # as published: ReLU comes first after an upsampler
         self.resnets = nn.Sequential(*[Resnet(c_out, c_out, conv, activation) for _ in range(resnets)])
@@ -391,13 +429,18 @@ class TurboVAED(nn.Module):
         self.mid_block = Block(widths[0], widths[0], config.resnets[0], conv[0])
         self.up_blocks = nn.ModuleList()
         for i, factors in enumerate(config.up, start=1):
-            upsampler = factors and Upsampler(widths[i], factors, conv[i], config.upsampling, config.drop_first)
-            self.up_blocks.append(Block(widths[i - 1], widths[i], config.resnets[i], conv[i], upsampler))
-        if config.patch > 1:
-            self.upsampler2d_1 = Upsampler2d(widths[-1])
-        if config.patch > 2:
-            self.upsampler2d_2 = Upsampler2d(widths[-1] // 4)
-        self.conv_out = Conv3d(widths[-1] // config.patch ** 2, 3)
+            if config.upsampling == "resample":
+                upsampler = factors and Resampler(widths[i], factors, config.drop_first)
+            else:
+                upsampler = factors and Upsampler(widths[i], factors, conv[i], config.upsampling, config.drop_first)
+            block = Block(widths[i - 1], widths[i], config.resnets[i], conv[i], upsampler, config.shortcut)
+            self.up_blocks.append(block)
+        if config.head == "unpatchify":
+            self.conv_out = Conv3d(widths[-1], 3 * config.patch ** 2)
+        else:
+            for i in range(config.patch // 2):
+                setattr(self, f"upsampler2d_{i + 1}", Upsampler2d(widths[-1] // 4 ** i))
+            self.conv_out = Conv3d(widths[-1] // config.patch ** 2, 3)
         self.init_weights()
 
     @torch.no_grad()
@@ -421,8 +464,7 @@ class TurboVAED(nn.Module):
             elif isinstance(module, (Upsampler, Upsampler2d)):
                 weight, n = list(module.conv.parameters())[-2], module.pixels
                 weight.copy_(weight[::n].repeat_interleave(n, 0))
-        if self.config.patch > 1:       # where the last norm's channels come from; a quarter of them, constant, are its scale
-            last = self.upsampler2d_2 if self.config.patch > 2 else self.upsampler2d_1
+        for last in self.upsamplers2d()[-1:]:       # where the last norm's channels come from; a quarter are its scale
             last.conv.bias[:len(last.conv.bias) // last.pixels // 4 * last.pixels] = 2
 
     def forward(self, latents, return_features=False):
@@ -445,15 +487,23 @@ class TurboVAED(nn.Module):
 
     def out(self, x, context=WHOLE):
         """The last block's features to video."""
-        if self.config.patch > 1:                        # frame by frame to full size
+        if self.upsamplers2d():                          # frame by frame to full size
             B, x = x.shape[0], x.transpose(1, 2).flatten(0, 1)
             for upsampler in self.upsamplers2d():
                 x = upsampler(x)
             x = x.unflatten(0, (B, -1)).transpose(1, 2)
-        return self.conv_out(F.silu(rms_norm(x)), context)
+        return self.unpatchify(self.conv_out(F.silu(rms_norm(x)), context))
+
+    def unpatchify(self, x):
+        """conv_out's output to video: (B, 3 p², T, H, W), channels in order (C, column, row) -> (B, 3, T, p H, p W)."""
+        if self.config.head == "shuffle":
+            return x
+        x = x.unflatten(1, (3, self.config.patch, self.config.patch)).transpose(2, 3).flatten(1, 3)
+        return F.pixel_shuffle(x.transpose(1, 2), self.config.patch).transpose(1, 2)
 
     def upsamplers2d(self):
-        return [getattr(self, f"upsampler2d_{i + 1}") for i in range(self.config.patch // 2)]
+        count = self.config.patch // 2 if self.config.head == "shuffle" else 0
+        return [getattr(self, f"upsampler2d_{i + 1}") for i in range(count)]
 
     def check(self, latents):
         if latents.ndim != 5 or latents.shape[1] != self.config.latent_channels:
@@ -641,7 +691,7 @@ class TurboVAED(nn.Module):
         state, metadata = read_checkpoint(file)
         named = [config] if isinstance(config, str) else [name for name in PUBLISHED if PUBLISHED[name] == file.name]
         if named:
-            metadata.setdefault("teacher", named[0])
+            metadata.setdefault("teacher", {"magihuman": "wan22"}.get(named[0], named[0]))
         config = CONFIGS[config] if isinstance(config, str) else config
         if "config" in metadata:
             try:
@@ -712,7 +762,7 @@ class Stream:
         self.steps = []                 # (layer, frames that it looks ahead, its frames for one latent, its context)
         for layer in student.layers():
             self.steps.append((layer, layer.reach(0, 0), rate, Context(last=False)))
-            rate *= layer.factors[0] if isinstance(layer, Upsampler) else 1
+            rate *= layer.factors[0] if isinstance(layer, (Upsampler, Resampler)) else 1
         self.steps.append((student.out, student.conv_out.reach(0, 0), rate, Context(last=False)))
         self.compiled = torch.compile(student.step, **student.compiles) if student.compiles else None
 

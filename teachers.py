@@ -527,7 +527,7 @@ RELEASES = {
     "wan21": ("AutoencoderKLWan", "Wan-AI/Wan2.1-T2V-1.3B-Diffusers", "vae", "Apache 2.0"),
     "wan22": ("AutoencoderKLWan", "Wan-AI/Wan2.2-TI2V-5B-Diffusers", "vae", "Apache 2.0"),
     "ltx2": ("AutoencoderKLLTX2Video", "Lightricks/LTX-2", "vae", "LTX-2 Community"),
-    # LTX-2.5's encoder is 2.3's byte for byte, its decoder the same again: weights="Lightricks/LTX-2.5-Diffusers"
+    # LTX-2.5's encoder is 2.3's byte for byte, its decoder of the same shape: weights="Lightricks/LTX-2.5-Diffusers"
     "ltx23": ("AutoencoderKLLTX2Video", "diffusers/LTX-2.3-Diffusers", "vae", "LTX-2 Community"),
     "hunyuan15": ("AutoencoderKLHunyuanVideo15", "hunyuanvideo-community/HunyuanVideo-1.5-Diffusers-480p_t2v", "vae",
                   "Tencent Hunyuan Community"),
