@@ -3,8 +3,8 @@
     python export.py                                     # the newest student under out/, at 512x512 and 720x1280
     python export.py --student out/ltx --size 512x512 --bits 8
     python export.py --config ltx --random               # no checkpoint at hand: for speed only
-    python export.py --config ltx --random --plain       # the graph without the rewrites below, to compare with
-    python export.py --verify out/ltx/ltx_17x512x512.mlpackage --student out/ltx
+    python export.py --graph engine conv3d               # both graphs: for the Neural Engine, and for the phone's GPU
+    python export.py --verify out/ltx/ltx_17x512x512_engine.mlpackage --student out/ltx
 
 Core ML predicts on a Mac only. So every export ends with the saved package's own operations, read back from its files and
 run one by one in PyTorch, in float32 and with each result rounded to fp16, beside the student on the same latents; a very
@@ -16,6 +16,7 @@ import contextlib
 import copy
 import hashlib
 import io
+import itertools
 import json
 import logging
 import math
@@ -43,18 +44,15 @@ MOVES = ("gather", "slice_by_index", "concat", "split", "reshape", "transpose", 
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# A graph made for the phone: the student's own modules with other forwards that compute the same numbers. All tensors are
-# (1, C, T, H, W) throughout; nothing is ever transposed.
+# Two graphs for phones: the student's own modules with other forwards that compute the same numbers. "engine" is for the
+# Neural Engine, which has no 3D convolution and no gather: all tensors are (T, C, H, W) throughout, a convolution over time is
+# one over the channels of neighbouring frames. "conv3d" is for the GPU: all tensors are (1, C, T, H, W). In neither is anything
+# transposed.
 
 @torch.library.custom_op("turbo_vaed::take_frames", mutates_args=())
 def take_frames(x: torch.Tensor, index: list[int]) -> torch.Tensor:
     """Frames number `index` of (1, C, T, H, W): whatever repeats, drops or reorders frames is one operation."""
     return x.index_select(2, torch.tensor(index))
-
-
-def replicate(x, n):
-    T = x.shape[2]
-    return take_frames(x, [0] * n + list(range(T)) + [T - 1] * n) if n else x
 
 
 @torch.library.custom_op("turbo_vaed::rms_norm", mutates_args=())
@@ -79,43 +77,125 @@ rms_norm.register_fake(lambda x: torch.empty_like(x))
 layer_norm.register_fake(lambda x, eps: torch.empty_like(x))
 
 
-def pixel_shuffle(x, r):
-    """(1, C r², T, H, W) -> (1, C, T, r H, r W): one 2D pixel shuffle of the frames stacked into a tall one, since rows of
-    different frames never meet."""
-    return F.pixel_shuffle(x.flatten(2, 3), r).unflatten(2, (x.shape[2], -1)) if r > 1 else x
-
-
-class PhoneConv3d(Conv3d):
-    def forward(self, x):
-        return self.conv(replicate(x, self.conv.kernel_size[0] // 2))
-
-
-class PhoneSeparableConv3d(SeparableConv3d):
-    def forward(self, x):
-        return self.pointwise_conv(self.depthwise_conv(replicate(x, self.depthwise_conv.kernel_size[0] // 2)))
-
-
 class PhoneChannelNorm(ChannelNorm):
     def forward(self, x):
         return layer_norm(x, self.eps)
 
 
 class PhoneResnet(Resnet):
-    @torch.no_grad()
-    def rewrite(self):
-        """Fold the shortcut's LayerNorm into its convolution."""
-        if hasattr(self, "conv_shortcut"):
-            conv = self.conv_shortcut.conv
-            conv.bias += conv.weight.flatten(1) @ self.norm3.bias
-            conv.weight *= self.norm3.weight[:, None, None, None]
-
     def forward(self, x):
         h = self.conv1(self.activation(rms_norm(x)))
         h = self.conv2(F.silu(rms_norm(h)))
         return h + (self.conv_shortcut(self.norm3(x)) if hasattr(self, "conv_shortcut") else x)
 
 
-class PhoneUpsampler(Upsampler):
+class PhoneTurboVAED(TurboVAED):
+    def forward(self, latents):
+        x = self.conv_in(latents)
+        for layer in (self.mid_block, *self.up_blocks, *self.upsamplers2d()):
+            x = layer(x)
+        return self.conv_out(F.silu(rms_norm(x)))
+
+
+class EngineConv3d(Conv3d):
+    @torch.no_grad()
+    def rewrite(self):
+        """k x 3 x 3 over C channels is 3 x 3 over k C channels: those of k frames, one frame after the other."""
+        self.conv.weight = torch.nn.Parameter(self.conv.weight.transpose(1, 2).flatten(1, 2))
+
+    def convolve(self, windows):
+        """A window is k neighbouring frames: (n k, C, H, W), or that as a list of parts, to (n, C', H, W)."""
+        windows = torch.cat(windows) if isinstance(windows, list) else windows
+        windows = windows.reshape(-1, self.conv.weight.shape[1], *windows.shape[2:])
+        return F.conv2d(windows, self.conv.weight, self.conv.bias, padding=self.conv.padding[1:])
+
+    def forward(self, x):
+        """Every k-th window begins where the one before it ends, so k views of x hold all windows: a convolution of each,
+        and one concat that puts their frames in order. Only windows with repeated frames are copies, the ends'. Where the
+        outputs are so wide that the concat moves more, all windows are copied, and one convolution is all."""
+        (k, *_), T = self.conv.kernel_size, len(x)
+        if k == 1:
+            return self.convolve(x)
+        r, frames = k // 2, list(x.split(1))
+        frames = frames[:1] * r + frames + frames[-1:] * r      # a stream's state would stand where the ends are repeated
+        copied = range(T)
+        if k * (T - 2 * r) * x.shape[1] > T * self.conv.out_channels:
+            copied = [t for t in range(T) if not r <= t < T - r]
+        outputs = self.convolve([frame for t in copied for frame in frames[t:t + k]])
+        if len(copied) == T:
+            return outputs
+        outputs = dict(zip(copied, outputs.split(1)))
+        for phase in range(k):
+            inner = range(r + phase, T - r, k)
+            if inner:
+                outputs.update(zip(inner, self.convolve(x[phase:phase + k * len(inner)]).split(1)))
+        return torch.cat([outputs[t] for t in range(T)])
+
+
+class EngineSeparableConv3d(SeparableConv3d):
+    @torch.no_grad()
+    def rewrite(self):
+        """The depthwise convolution as k of k x k, one for each frame that it sees."""
+        self.taps = torch.nn.ParameterList(w.contiguous() for w in self.depthwise_conv.weight.unbind(2))
+        self.pointwise_conv.weight = torch.nn.Parameter(self.pointwise_conv.weight.squeeze(2))
+        del self.depthwise_conv.weight
+
+    def forward(self, x):
+        r, T, bias = len(self.taps) // 2, len(x), self.depthwise_conv.bias
+        x = torch.cat([x[:1]] * r + [x] + [x[-1:]] * r)         # here too
+        h = F.conv2d(x[:T], self.taps[0], bias, padding=r, groups=len(bias))
+        for i, weight in enumerate(self.taps[1:], start=1):
+            h = h + F.conv2d(x[i:i + T], weight, padding=r, groups=len(bias))
+        return F.conv2d(h, self.pointwise_conv.weight, self.pointwise_conv.bias)
+
+
+class EngineUpsampler(Upsampler):
+    @torch.no_grad()
+    def rewrite(self):
+        """Order the convolution's output channels as (r_t, C, r_s²), a new frame after the other: growth in time is a reshape."""
+        r_t, r_s = self.factors
+        sizes, axis = ((-1, r_s ** 2, r_t), 2) if self.upsampling == "decoupled" else ((-1, r_t, r_s ** 2), 1)
+        for p in list(self.conv.parameters())[-2:] if self.upsampling != "interpolate" else ():
+            p.copy_(p.unflatten(0, sizes).movedim(axis, 0).flatten(0, 2))
+
+    def forward(self, x):
+        r_t, r_s = self.factors
+        if self.upsampling == "interpolate":
+            x = F.interpolate(x, scale_factor=r_s, mode="nearest") if r_s > 1 else x
+            frames = [frame for frame in x.split(1) for _ in range(r_t)]
+            return self.conv(torch.cat(frames[self.drop:]) if r_t > 1 else x)
+        x = self.conv(x)
+        x = x.reshape(r_t * len(x), -1, *x.shape[2:])[self.drop:]
+        return F.pixel_shuffle(x, r_s) if r_s > 1 else x
+
+
+class EngineUpsampler2d(Upsampler2d):
+    def forward(self, x):
+        return F.pixel_shuffle(self.conv(F.silu(rms_norm(x))), 2)
+
+
+def replicate(x, n):
+    T = x.shape[2]
+    return take_frames(x, [0] * n + list(range(T)) + [T - 1] * n) if n else x
+
+
+def pixel_shuffle(x, r):
+    """(1, C r², T, H, W) -> (1, C, T, r H, r W): one 2D pixel shuffle of the frames stacked into a tall one, since rows of
+    different frames never meet."""
+    return F.pixel_shuffle(x.flatten(2, 3), r).unflatten(2, (x.shape[2], -1)) if r > 1 else x
+
+
+class GpuConv3d(Conv3d):
+    def forward(self, x):
+        return self.conv(replicate(x, self.conv.kernel_size[0] // 2))
+
+
+class GpuSeparableConv3d(SeparableConv3d):
+    def forward(self, x):
+        return self.pointwise_conv(self.depthwise_conv(replicate(x, self.depthwise_conv.kernel_size[0] // 2)))
+
+
+class GpuUpsampler(Upsampler):
     @torch.no_grad()
     def rewrite(self):
         """Order the convolution's output channels as (C, r_t, r_s²), as pixel_shuffle_3d has them; decoupled has r_t last."""
@@ -137,7 +217,7 @@ class PhoneUpsampler(Upsampler):
         return self.conv(x) if self.upsampling == "interpolate" else x
 
 
-class PhoneUpsampler2d(Upsampler2d):
+class GpuUpsampler2d(Upsampler2d):
     def rewrite(self):
         """The same convolution over stacks of frames, so that time stays where it is."""
         self.conv.weight = torch.nn.Parameter(self.conv.weight.unsqueeze(2))
@@ -146,18 +226,21 @@ class PhoneUpsampler2d(Upsampler2d):
         return pixel_shuffle(F.conv3d(F.silu(rms_norm(x)), self.conv.weight, self.conv.bias, padding=(0, 1, 1)), 2)
 
 
-class PhoneTurboVAED(TurboVAED):
-    def forward(self, latents):
-        x = self.conv_in(latents)
-        for block in (self.mid_block, *self.up_blocks):
-            x = block(x)
-        for name in ("upsampler2d_1", "upsampler2d_2")[:self.config.patch // 2]:
-            x = getattr(self, name)(x)
-        return self.conv_out(F.silu(rms_norm(x)))
+BOTH = {ChannelNorm: PhoneChannelNorm, Resnet: PhoneResnet, TurboVAED: PhoneTurboVAED}
+GRAPHS = {"engine": BOTH | {Conv3d: EngineConv3d, SeparableConv3d: EngineSeparableConv3d, Upsampler: EngineUpsampler,
+                            Upsampler2d: EngineUpsampler2d},
+          "conv3d": BOTH | {Conv3d: GpuConv3d, SeparableConv3d: GpuSeparableConv3d, Upsampler: GpuUpsampler,
+                            Upsampler2d: GpuUpsampler2d}}
 
 
-REWRITES = {Conv3d: PhoneConv3d, SeparableConv3d: PhoneSeparableConv3d, ChannelNorm: PhoneChannelNorm, Resnet: PhoneResnet,
-            Upsampler: PhoneUpsampler, Upsampler2d: PhoneUpsampler2d, TurboVAED: PhoneTurboVAED}
+@torch.no_grad()
+def fold_shortcuts(twin):
+    """Fold the affine part of the shortcuts' LayerNorms into their convolutions."""
+    for resnet in twin.modules():
+        if hasattr(resnet, "conv_shortcut"):
+            conv = resnet.conv_shortcut.conv
+            conv.bias += conv.weight.flatten(1) @ resnet.norm3.bias
+            conv.weight *= resnet.norm3.weight[:, None, None, None]
 
 
 @torch.no_grad()
@@ -186,19 +269,25 @@ def rescale(twin):
         for resnet in block.resnets:
             scale(resnet.conv1)
             scale(resnet.conv2, stream)
-    for name in ("upsampler2d_1", "upsampler2d_2")[:twin.config.patch // 2]:
-        scale(getattr(twin, name).conv)
+    for upsampler in twin.upsamplers2d():
+        scale(upsampler.conv)
 
 
-def phone_twin(student):
-    """A copy of the student that computes the same video from (1, C, t, h, w) latents by way of the graph above."""
+def phone_twin(student, graph):
+    """A copy of the student that computes the same video by way of a graph above; `for_graph` lays out what it takes."""
     twin = copy.deepcopy(student)
-    for module in twin.modules():
-        module.__class__ = REWRITES.get(type(module), type(module))
+    fold_shortcuts(twin)
+    rescale(twin)
+    for module in list(twin.modules()):
+        module.__class__ = GRAPHS[graph].get(type(module), type(module))
         if hasattr(module, "rewrite"):
             module.rewrite()
-    rescale(twin)
     return twin.eval()
+
+
+def for_graph(x, graph):
+    """Latents or video (1, C, T, H, W) as a graph has them: (T, C, H, W) for "engine", as they are for "conv3d"."""
+    return x[0].transpose(0, 1).contiguous() if graph == "engine" else x
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -222,11 +311,8 @@ class Crop(torch.nn.Module):
         return video if video.shape[3:] == self.size else video[..., :self.size[0], :self.size[1]]
 
 
-def coremltools(gather=True):
-    """The package, told how the three operations above are written in MIL. ValueError where it is not installed.
-
-    gather=False takes frames by a split and a concat.
-    """
+def coremltools():
+    """The package, told how the three operations above are written in MIL. ValueError where it is not installed."""
     try:
         logging.getLogger("coremltools").setLevel(logging.ERROR)        # it tells at length what a Mac would have
         import coremltools as ct
@@ -237,14 +323,7 @@ def coremltools(gather=True):
 
     def take_frames(context, node):
         x, index = context[node.inputs[0]], list(node.inputs[1])
-        if gather:
-            return context.add(mb.gather(x=x, indices=index, axis=2, name=node.name))
-        jumps = [i for i in range(1, len(index)) if index[i] != index[i - 1] + 1]
-        runs = [(index[i], index[j - 1] + 1) for i, j in zip([0, *jumps], [*jumps, len(index)])]     # that stay together
-        cuts = sorted({0, x.shape[2], *sum(runs, ())})
-        pieces = mb.split(x=x, axis=2, split_sizes=np.diff(cuts), name=f"{node.name}_split") if len(cuts) > 2 else [x]
-        context.add(mb.concat(values=[pieces[cuts.index(cut)] for start, end in runs for cut in cuts if start <= cut < end],
-                              axis=2, name=node.name))
+        context.add(mb.gather(x=x, indices=index, axis=2, name=node.name))
 
     def rms_norm(context, node):
         x = context[node.inputs[0]]
@@ -276,43 +355,44 @@ def part_of(node):
     return next((part for part, module in zip(PARTS, modules) if f"decoder.{module}" in path), "out")
 
 
-def convert(model, size, shape, gather=True, plain=False):
+def convert(model, size, latents, graph):
     """The student as a coremltools MLModel whose operations are named after the decoder's parts."""
-    ct = coremltools(gather)
-    decoder = Crop(model if plain else phone_twin(model), size).eval()
+    ct, latents = coremltools(), for_graph(latents, graph)
     with torch.no_grad():
-        program = torch.export.export(decoder, (torch.zeros(shape),)).run_decompositions({})
+        program = torch.export.export(Crop(phone_twin(model, graph), size).eval(), (latents,)).run_decompositions({})
     for node in program.graph.nodes:
         if node.op == "call_function" and not any(user.op == "output" for user in node.users):
             node.name = f"{part_of(node)}_{node.name}"
     # iOS 18 (macOS 15) is the first whose palettised weights are stored in 4 and 6 bits.
-    return ct.convert(program, inputs=[ct.TensorType(name="latents", shape=shape, dtype=np.float16)],
+    return ct.convert(program, inputs=[ct.TensorType(name="latents", shape=latents.shape, dtype=np.float16)],
                       outputs=[ct.TensorType(name="video", dtype=np.float16)], compute_precision=ct.precision.FLOAT16,
                       minimum_deployment_target=ct.target.iOS18, skip_model_load=True)
 
 
-def export(model, size=(512, 512), latent_frames=None, path="student.mlpackage", bits=None, gather=True, plain=False, note=""):
+def export(model, size=(512, 512), latent_frames=None, path="student.mlpackage", bits=None, graph="engine", note=""):
     """Write a student to `path`, an .mlpackage (ML Program, fp16, fixed shapes), and return that path.
 
     model: a TurboVAED. size: (height, width) of the video in pixels; where it is no multiple of the compression the graph
-    decodes a little more and crops. latent_frames: None takes what makes 17 frames, 16 where first frames are kept. Input
-    "latents" (1, C, t, h, w) as the teacher's encoder gives them; output "video" (1, 3, T, height, width), about [-1, 1], not
-    clamped. bits: 8, 6 or 4 palettises the weights by k-means. gather=False repeats and reorders frames by splits and concats.
-    plain=True exports the student's own forward. note goes into the description. Written beside its place and renamed;
-    a report beside the old package goes with it. Raises ValueError for sizes below 1, other bits, other names, or
-    without coremltools.
+    decodes a little more and crops. latent_frames: None takes what makes 17 frames, 16 where first frames are kept. graph:
+    "engine", two-dimensional operations that the Neural Engine has: input "latents" (t, C, h, w) as the teacher's encoder
+    gives them, output "video" (T, 3, height, width), about [-1, 1], not clamped; or "conv3d", for the GPU: (1, C, t, h, w) to
+    (1, 3, T, height, width). bits: 8, 6 or 4 palettises the weights by k-means. note goes into the description. Written
+    beside its place and renamed; a report beside the old package goes with it. Raises ValueError for sizes below 1, other
+    bits, graphs or names, or without coremltools.
     """
     path, config = Path(path), model.config
     if min(*size, 1 if latent_frames is None else latent_frames) < 1:
         raise ValueError(f"size and latent frames must be at least 1, got {size[0]}x{size[1]} and {latent_frames}")
     if bits not in (None, 8, 6, 4):
         raise ValueError(f"weights have 8, 6 or 4 bits, or None for fp16; not {bits}")
+    if graph not in GRAPHS:
+        raise ValueError(f"the graph is {' or '.join(GRAPHS)}, not {graph}")
     if path.suffix != ".mlpackage":
         raise ValueError(f"{path}: a Core ML package's name ends in .mlpackage")
     shape = latent_shape(config, size, latent_frames)
     with contextlib.redirect_stderr(sys.stderr if sys.stderr.isatty() else io.StringIO()):      # coremltools' progress bars
         try:
-            package = convert(copy.deepcopy(model).float().cpu(), tuple(size), shape, gather, plain)
+            package = convert(copy.deepcopy(model).float().cpu(), tuple(size), torch.zeros(shape), graph)
         except RuntimeError as error:
             if "FileWriter" not in str(error):
                 raise
@@ -323,12 +403,13 @@ def export(model, size=(512, 512), latent_frames=None, path="student.mlpackage",
                 mode="kmeans", nbits=bits, weight_threshold=10_000)))
     package.short_description = f"Turbo-VAED: latents to video. {note}".strip()
     package.license = "Code: MIT. Weights: under the licence of the teacher they were distilled from."
-    package.input_description["latents"] = f"{shape}, (1, C, t, h, w): as the teacher's encoder gives them, no scaling factor"
-    package.output_description["video"] = f"(1, 3, {config.frames(shape[2])}, {size[0]}, {size[1]}), about [-1, 1], not clamped"
+    axes = ("(t, C, h, w)", "(T, 3, H, W)") if graph == "engine" else ("(1, C, t, h, w)", "(1, 3, T, H, W)")
+    package.input_description["latents"] = f"{axes[0]}: as the teacher's encoder gives them, no scaling factor"
+    package.output_description["video"] = f"{axes[1]}, about [-1, 1], not clamped"
     package.user_defined_metadata.update(
         config=json.dumps(asdict(config)), size=f"{size[0]}x{size[1]}", latent_frames=str(shape[2]),
         frames=str(config.frames(shape[2])), weights_sha256=weights_hash(model), bits=str(bits or 16), note=note,
-        graph="plain" if plain else "phone")
+        graph=graph)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{os.getpid()}.partial.{path.name}")
     try:
@@ -381,7 +462,7 @@ NUMPY = {"FLOAT16": np.float16, "FLOAT32": np.float32, "INT32": np.int32, "INT16
 
 
 class Program:
-    """The ML Program of a package: operations in order, constants, metadata. ValueError where it is damaged."""
+    """The ML Program of a package: operations in order, constants, metadata, graph. ValueError where it is damaged."""
 
     def __init__(self, path):
         path = Path(path)
@@ -400,6 +481,7 @@ class Program:
         except Exception as error:      # protobuf, the package's reader and NumPy each have their own
             raise ValueError(f"{path}: damaged, or no Core ML program of one input and output: {error}") from None
         self.metadata = dict(spec.description.metadata.userDefined)
+        self.graph = "engine" if len(self.type_of(self.input.type)[0]) == 4 else "conv3d"
         self.file_bytes = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
         self.constants, self.stored, self.operations = {}, {}, []       # stored: bytes of a constant in weight.bin
         self.largest_square = 0.0       # sum of squares that a norm has met, while running
@@ -535,7 +617,7 @@ def tensor_or_number(constant):
 def run(program, latents, fp16):
     """Run the program's operations one by one, in float32; fp16=True rounds what each of them gives to fp16.
 
-    latents (1, C, t, h, w) float32 -> video (1, 3, T, H, W) float32. A value is freed after its last use. Raises ValueError
+    latents float32 -> video float32, both as `for_graph` lays them out. A value is freed after its last use. Raises ValueError
     for an operation or parameter that is not known, a failing one, and one whose output is not of the declared shape.
     """
     from tqdm import tqdm
@@ -579,7 +661,7 @@ def difference(video, expected):
 @torch.no_grad()
 def with_weights_of(program, model):
     """The decoder that was exported, with the package's palettised weights and the others rounded to fp16."""
-    decoder = copy.deepcopy(model) if program.metadata["graph"] == "plain" else phone_twin(model)
+    decoder = phone_twin(model, program.graph)
     for name, p in decoder.named_parameters():
         palettised = program.constants.get(f"p_decoder_{name.replace('.', '_')}_to_fp16_palettized")
         p.copy_(p.half() if palettised is None else torch.from_numpy(palettised))
@@ -592,7 +674,7 @@ def check_weights(program, model, path):
 
 
 def predict(path, units, latents):
-    """Core ML's video, float32, on those compute units of this Mac."""
+    """Core ML's video, float32, on those compute units of this Mac; latents as the package takes them."""
     ct = coremltools()
     try:
         package = ct.models.MLModel(str(path), compute_units=ct.ComputeUnit[units])
@@ -614,12 +696,13 @@ def compare(path, model, seed=0):
     program, model = Program(path), copy.deepcopy(model).float().cpu().channels_last()
     check_weights(program, model, path)
     height, width = map(int, program.metadata["size"].split("x"))
-    latents = torch.randn(program.type_of(program.input.type)[0], generator=torch.Generator().manual_seed(seed))
-    decode = lambda decoder: decoder.eval()(latents)[..., :height, :width]
-    expected = decode(model)
+    shape = latent_shape(model.config, (height, width), int(program.metadata["latent_frames"]))
+    latents = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+    expected = for_graph(model.eval()(latents)[..., :height, :width], program.graph)
+    latents = for_graph(latents, program.graph)
     results = {}
     if program.metadata["bits"] != "16":
-        palettised = decode(with_weights_of(program, model))
+        palettised = with_weights_of(program, model)(latents)[..., :height, :width]
         results["palettised"] = difference(palettised, expected)
         expected = palettised
     results["float32"] = difference(run(program, latents, fp16=False), expected)
@@ -643,7 +726,7 @@ def same_but_for_height(program, other):
     """Raise ValueError unless two programs are the same operations with the same wiring, weights and parameters, but for
     heights in shapes, which are all longer by one factor."""
     tall, short = (p.type_of(p.input.type)[0] for p in (program, other))
-    grown = lambda a, b: len(a) == len(b) and all(x == y or x * short[3] == y * tall[3] for x, y in zip(a, b))
+    grown = lambda a, b: len(a) == len(b) and all(x == y or x * short[-2] == y * tall[-2] for x, y in zip(a, b))
     names = {program.input.name: other.input.name}          # of a value here: its name there
     if len(program.operations) != len(other.operations):
         raise ValueError(f"{len(program.operations)} operations, {len(other.operations)} at the smaller height")
@@ -672,16 +755,16 @@ def prove_by_height(path, model):
     """
     program, config = Program(path), model.config
     height, width = map(int, program.metadata["size"].split("x"))
-    t, h = program.type_of(program.input.type)[0][2:4]
+    t, h = int(program.metadata["latent_frames"]), program.type_of(program.input.type)[0][-2]
     rows = next((n for n in range(8, h) if h % n == 0), None)
     if not rows or height != h * config.compression[1] or program.metadata["bits"] != "16":
         return None
     check_weights(program, model, path)
-    gather, plain = any(op.kind == "gather" for op in program.operations), program.metadata["graph"] == "plain"
     with tempfile.TemporaryDirectory() as folder:
-        small = export(model, (rows * config.compression[1], width), t, Path(folder) / "small.mlpackage", gather=gather, plain=plain)
+        size, small = (rows * config.compression[1], width), Path(folder) / "small.mlpackage"
+        export(model, size, t, small, graph=program.graph)
         same_but_for_height(program, Program(small))
-        return compare(small, model) | {"run_at": f"{rows * config.compression[1]}x{width}"}
+        return compare(small, model) | {"run_at": f"{size[0]}x{size[1]}"}
 
 
 def verify(path, model, seed=0):
@@ -787,9 +870,8 @@ def parse():
     parser.add_argument("--latent-frames", type=number(int, 1), metavar="N", help="default: what makes 17 frames, 16 for students that "
                         "keep first frames")
     parser.add_argument("--bits", type=int, choices=(8, 6, 4), help="palettise the weights (default: fp16)")
-    parser.add_argument("--no-gather", dest="gather", action="store_false", help="repeat and reorder frames by split and "
-                        "concat, 34 operations more for ltx, should a phone not run gather on its Neural Engine")
-    parser.add_argument("--plain", action="store_true", help="the student's own forward instead of the graph made for phones")
+    parser.add_argument("--graph", nargs="+", choices=GRAPHS, default=["engine"], help="engine: two-dimensional, for the Neural "
+                        "Engine (default); conv3d: for the phone's GPU; or both")
     parser.add_argument("--out", metavar="DIR", help="folder for the packages (default: the student's run, else out/export)")
     parser.add_argument("--whole", action="store_true", help=f"run packages of more than {WHOLE_FLOPS / 1e12:.0f} TFLOP whole, "
                         "which takes minutes, instead of showing that they are the same program as one of a fraction of the height")
@@ -853,18 +935,17 @@ def main():
     if args.verify:
         path = Path(args.verify)
         return write_report(path, prove(path, model, report(Program(path)), args.whole))
-    options = "".join([f"_{args.bits}bit" * bool(args.bits), "_plain" * args.plain, "_split" * (not args.gather)])
-    paths = {}
-    for size in args.size:
-        t = latent_shape(model.config, size, args.latent_frames)[2]
-        paths[size] = folder / f"{name}_{model.config.frames(t)}x{size[0]}x{size[1]}{options}.mlpackage"
-        check_whose(paths[size], model)
+    bits, paths = f"_{args.bits}bit" * bool(args.bits), {}
+    for size, graph in itertools.product(args.size, args.graph):
+        frames = model.config.frames(latent_shape(model.config, size, args.latent_frames)[2])
+        paths[size, graph] = folder / f"{name}_{frames}x{size[0]}x{size[1]}_{graph}{bits}.mlpackage"
+        check_whose(paths[size, graph], model)
     check_writable(folder)
-    for size, path in paths.items():
+    for (size, graph), path in paths.items():
         started, made = time.perf_counter(), path.with_name(f".{os.getpid()}.{path.name}")
         try:        # what is there stays until the new package is proven
-            export(model, size, args.latent_frames, made, args.bits, args.gather, args.plain,
-                   note="Random weights: for speed only." if args.random else "")
+            note = "Random weights: for speed only." if args.random else ""
+            export(model, size, args.latent_frames, made, args.bits, graph, note)
             r = report(Program(made))
             print(f"{path}: exported in {time.perf_counter() - started:.0f} s\n{table(r)}", flush=True)
             r = prove(made, model, r, args.whole)
