@@ -97,6 +97,14 @@ class PhoneTurboVAED(TurboVAED):
         return self.conv_out(F.silu(rms_norm(x)))
 
 
+def take(x, start, end):
+    return x if start == 0 and end == len(x) else x[start:end]      # coremltools knows no slice that takes all
+
+
+def frames_of(x):
+    return list(x.split(1)) if len(x) > 1 else [x]                  # nor a split into one
+
+
 class EngineConv3d(Conv3d):
     @torch.no_grad()
     def rewrite(self):
@@ -116,7 +124,7 @@ class EngineConv3d(Conv3d):
         (k, *_), T = self.conv.kernel_size, len(x)
         if k == 1:
             return self.convolve(x)
-        r, frames = k // 2, list(x.split(1))
+        r, frames = k // 2, frames_of(x)
         frames = frames[:1] * r + frames + frames[-1:] * r      # a stream's state would stand where the ends are repeated
         copied = range(T)
         if k * (T - 2 * r) * x.shape[1] > T * self.conv.out_channels:
@@ -124,11 +132,12 @@ class EngineConv3d(Conv3d):
         outputs = self.convolve([frame for t in copied for frame in frames[t:t + k]])
         if len(copied) == T:
             return outputs
-        outputs = dict(zip(copied, outputs.split(1)))
+        outputs = dict(zip(copied, frames_of(outputs)))
         for phase in range(k):
             inner = range(r + phase, T - r, k)
             if inner:
-                outputs.update(zip(inner, self.convolve(x[phase:phase + k * len(inner)]).split(1)))
+                windows = take(x, phase, phase + k * len(inner))
+                outputs.update(zip(inner, frames_of(self.convolve(windows))))
         return torch.cat([outputs[t] for t in range(T)])
 
 
@@ -143,7 +152,7 @@ class EngineSeparableConv3d(SeparableConv3d):
     def forward(self, x):
         r, T, bias = len(self.taps) // 2, len(x), self.depthwise_conv.bias
         x = torch.cat([x[:1]] * r + [x] + [x[-1:]] * r)         # here too
-        h = F.conv2d(x[:T], self.taps[0], bias, padding=r, groups=len(bias))
+        h = F.conv2d(take(x, 0, T), self.taps[0], bias, padding=r, groups=len(bias))
         for i, weight in enumerate(self.taps[1:], start=1):
             h = h + F.conv2d(x[i:i + T], weight, padding=r, groups=len(bias))
         return F.conv2d(h, self.pointwise_conv.weight, self.pointwise_conv.bias)
@@ -162,10 +171,11 @@ class EngineUpsampler(Upsampler):
         r_t, r_s = self.factors
         if self.upsampling == "interpolate":
             x = F.interpolate(x, scale_factor=r_s, mode="nearest") if r_s > 1 else x
-            frames = [frame for frame in x.split(1) for _ in range(r_t)]
+            frames = [frame for frame in frames_of(x) for _ in range(r_t)]
             return self.conv(torch.cat(frames[self.drop:]) if r_t > 1 else x)
         x = self.conv(x)
-        x = x.reshape(r_t * len(x), -1, *x.shape[2:])[self.drop:]
+        x = x.reshape(r_t * len(x), -1, *x.shape[2:])
+        x = take(x, self.drop, len(x))
         return F.pixel_shuffle(x, r_s) if r_s > 1 else x
 
 
@@ -300,7 +310,7 @@ def latent_shape(config, size, latent_frames=None):
 
 
 class Crop(torch.nn.Module):
-    """To (1, 3, T, height, width): where the size is no multiple of the compression, the student decodes a little more."""
+    """To height and width: where the size is no multiple of the compression, the student decodes a little more."""
 
     def __init__(self, decoder, size):
         super().__init__()
@@ -308,7 +318,7 @@ class Crop(torch.nn.Module):
 
     def forward(self, latents):
         video = self.decoder(latents)
-        return video if video.shape[3:] == self.size else video[..., :self.size[0], :self.size[1]]
+        return video if video.shape[-2:] == self.size else video[..., :self.size[0], :self.size[1]]
 
 
 def coremltools():
@@ -780,59 +790,108 @@ def verify(path, model, seed=0):
 # ---------------------------------------------------------------------------------------------------------------------
 # Report.
 
+# What the Neural Engine is known to run, by public measurements (the ane-guide, 2026), as far as it can be met with here.
+ENGINE = {"conv", "add", "mul", "real_div", "relu", "silu", "linear_activation", "reduce_mean", "reduce_l2_norm", "layer_norm",
+          "concat", "split", "slice_by_index", "reshape", "pixel_shuffle"}
+ON_CHIP = 2e6       # bytes that stay on its chip; a larger tensor is streamed through in tiles
+
+
+def why_not(op, tensors, constants):
+    """What keeps an operation off the Neural Engine, None if nothing is known to. tensors: shapes of its inputs and outputs;
+    constants: its constant parameters."""
+    if op.kind == "conv" and len(tensors[0]) > 4:
+        return "3D convolution"
+    if op.kind == "gather":
+        return "runs on the CPU or GPU only"
+    if op.kind == "transpose":
+        return "rewrites memory, in parts above its limit"
+    if op.kind not in ENGINE:
+        return "not known to run there"
+    if max(map(len, tensors)) > 4:
+        return "rank above 4"
+    if any(max(shape[-2:]) > 16384 or max(shape) > 65536 for shape in tensors):
+        return "height or width above 16384, or channels or frames above 65536"
+    if op.kind == "conv" and max(constants["weight"].shape[2:]) > 13:
+        return "kernel wider than 13"
+    if op.kind == "pixel_shuffle" and constants["upscale_factor"] not in (2, 3, 4, 8):
+        return "factor other than 2, 3, 4, 8"
+    begin, from_first = constants.get("begin", [0]), constants.get("begin_mask", [False])
+    if begin[-1] and not from_first[-1] or op.kind == "split" and constants["axis"] in (3, -1):
+        return "slice of the last axis with an offset"
+    return None if all(kind == "FLOAT16" for _, _, kind in op.outputs) else "not fp16"
+
+
 def report(program):
     """What a phone will have to do, as a dict: totals, operations by kind, and by part of the decoder.
 
-    flops: two for each multiply-add of the convolutions. bytes_moved: every operation reads its inputs and writes its
-    outputs once. peak_activation_bytes: all that is alive at once in program order, inputs and outputs of the operation
-    included; a reshape takes no memory of its own. Core ML may fuse operations and need less of both.
+    views: reshapes, and slices and splits of the batch dimension: they move nothing and their memory is their source's.
+    off_engine: operations that keep off the Neural Engine, in "off_engine_kinds" by reason and kind. flops: two for each
+    multiply-add of the convolutions. bytes_moved: every operation but views reads its inputs and writes its outputs once.
+    peak_activation_bytes: all that is alive at once in program order, inputs and outputs of the operation included.
+    largest_bytes: the largest tensor. Core ML may fuse operations and need less.
     """
-    sizes = {program.input.name: 2 * math.prod(program.type_of(program.input.type)[0])}
-    shapes, unused, alive, root = {}, last_uses(program), {program.input.name}, {}
-    parts = {part: dict(operations=0, parameters=0, weight_bytes=0, flops=0, bytes_moved=0, peak_activation_bytes=0)
-             for part in PARTS}
-    seen = set()
+    shapes = {program.input.name: program.type_of(program.input.type)[0]}
+    sizes, root = {program.input.name: 2 * math.prod(shapes[program.input.name])}, {}       # of a view: whose memory it is
+    unused, alive, seen, off_engine = last_uses(program), {program.input.name}, set(), {}
+    parts = {part: dict(operations=0, views=0, off_engine=0, parameters=0, weight_bytes=0, flops=0, bytes_moved=0,
+                        peak_activation_bytes=0, largest_bytes=0) for part in PARTS}
     for i, op in enumerate(program.operations):
         row = parts[op.part]
         read = [name for names in op.inputs.values() for name in names]
+        x = op.inputs["values" if op.kind == "concat" else "x"][0]
+        view = op.kind == "reshape" or (op.kind in ("slice_by_index", "split") and "stride" not in op.inputs
+                                        and all(shape[1:] == shapes[x][1:] for _, shape, _ in op.outputs))
         for name, shape, kind in op.outputs:
             shapes[name] = shape
             sizes[name] = np.dtype(NUMPY[kind]).itemsize * math.prod(shape)
-            root[name] = root.get(op.inputs["x"][0], op.inputs["x"][0]) if op.kind == "reshape" else name
+            root[name] = root.get(x, x) if view else name
+        reason = why_not(op, [shapes[n] for n in [*read, *(name for name, _, _ in op.outputs)] if n in shapes],
+                         {key: program.constants[names[0]] for key, names in op.inputs.items() if names[0] in program.constants})
+        if reason:
+            off_engine.setdefault(reason, Counter())[op.kind] += 1
         weights = [n for n in read if n in program.stored]
         row["operations"] += 1
+        row["views"] += view
+        row["off_engine"] += reason is not None
         row["parameters"] += sum(program.constants[n].size for n in weights if n not in seen)
         row["weight_bytes"] += sum(program.stored[n] for n in weights if n not in seen)
         seen.update(weights)
         if op.kind == "conv":
             row["flops"] += 2 * math.prod(op.outputs[0][1]) * program.constants[op.inputs["weight"][0]][0].size
-        if op.kind != "reshape":
+        if not view:
             row["bytes_moved"] += sum(program.stored[n] if n in weights else sizes.get(n, 0) for n in read)
             row["bytes_moved"] += sum(sizes[n] for n, _, _ in op.outputs)
         alive.update(name for name, _, _ in op.outputs)
         row["peak_activation_bytes"] = max(row["peak_activation_bytes"], sum(sizes[n] for n in {root.get(n, n) for n in alive}))
+        row["largest_bytes"] = max(row["largest_bytes"], *(sizes[root[n]] for n, _, _ in op.outputs))
         alive.difference_update(unused.get(i, ()))
     kinds = Counter(op.kind for op in program.operations)
     largest = max(shapes, key=sizes.get)
-    total = {key: (max if key.startswith("peak") else sum)(row[key] for row in parts.values()) for key in parts["out"]}
+    total = {key: (max if key.startswith(("peak", "largest")) else sum)(row[key] for row in parts.values()) for key in parts["out"]}
     return {**total, "package_bytes": program.file_bytes,
             "fp16_bytes": program.file_bytes + sum(2 * program.constants[n].size - program.stored[n] for n in seen),
             "highest_rank": max(map(len, shapes.values())),
             "largest_tensor": {"name": largest, "shape": shapes[largest], "bytes": sizes[largest]},
-            "kinds": dict(kinds.most_common()), "parts": parts}
+            "kinds": dict(kinds.most_common()), "off_engine_kinds": off_engine, "parts": parts}
 
 
 def table(r):
     """The report as lines of text."""
-    columns = (("operations", "operations", 1, 0), ("M weights", "parameters", 1e6, 3), ("weights MB", "weight_bytes", 1e6, 2),
-               ("GFLOP", "flops", 1e9, 1), ("GB moved", "bytes_moved", 1e9, 3), ("peak MB", "peak_activation_bytes", 1e6, 1))
+    columns = (("operations", "operations", 1, 0), ("views", "views", 1, 0), ("off engine", "off_engine", 1, 0),
+               ("M weights", "parameters", 1e6, 3), ("weights MB", "weight_bytes", 1e6, 2), ("GFLOP", "flops", 1e9, 1),
+               ("GB moved", "bytes_moved", 1e9, 3), ("peak MB", "peak_activation_bytes", 1e6, 1),
+               ("largest MB", "largest_bytes", 1e6, 1))
     lines = [" " * 8 + "".join(f"{title:>12}" for title, *_ in columns)]
     for name, row in (*r["parts"].items(), ("total", r)):
         lines.append(f"{name:8}" + "".join(f"{row[key] / unit:12.{digits}f}" for _, key, unit, digits in columns))
-    lines.append(", ".join(f"{n} {kind}" for kind, n in r["kinds"].items()))
+    count = lambda kinds: ", ".join(f"{n} {kind}" for kind, n in kinds.items())
+    lines.append(count(r["kinds"]))
     largest = r["largest_tensor"]
     lines.append(f"package {r['package_bytes'] / 1e6:.1f} MB ({r['fp16_bytes'] / 1e6:.1f} in fp16), highest rank "
-                 f"{r['highest_rank']}, largest tensor {'x'.join(map(str, largest['shape']))}, {largest['bytes'] / 1e6:.1f} MB")
+                 f"{r['highest_rank']}, largest tensor {'x'.join(map(str, largest['shape']))}, {largest['bytes'] / 1e6:.1f} MB; "
+                 f"the Neural Engine keeps {ON_CHIP / 1e6:.0f} MB on its chip")
+    lines.append("kept off the Neural Engine: " + ("; ".join(f"{count(kinds)} ({reason})" for reason, kinds
+                                                              in r["off_engine_kinds"].items()) or "none"))
     return "\n".join(lines)
 
 
