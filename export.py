@@ -44,10 +44,10 @@ MOVES = ("gather", "slice_by_index", "concat", "split", "reshape", "transpose", 
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Two graphs for phones: the student's own modules with other forwards that compute the same numbers. "engine" is for the
-# Neural Engine, which has no 3D convolution and no gather: all tensors are (T, C, H, W) throughout, a convolution over time is
-# one over the channels of neighbouring frames. "conv3d" is for the GPU: all tensors are (1, C, T, H, W). In neither is anything
-# transposed.
+# Two graphs for phones: the student's own modules with other forwards that compute the same numbers. "engine" is for
+# the Neural Engine, which has no 3D convolution and no gather: all tensors are (T, C, H, W) throughout, and time is
+# among the channels where a convolution looks at several frames. "conv3d" is for the GPU: all tensors are
+# (1, C, T, H, W). In neither is anything transposed.
 
 @torch.library.custom_op("turbo_vaed::take_frames", mutates_args=())
 def take_frames(x: torch.Tensor, index: list[int]) -> torch.Tensor:
@@ -98,7 +98,7 @@ class PhoneTurboVAED(TurboVAED):
 
 
 def take(x, start, end):
-    return x if start == 0 and end == len(x) else x[start:end]      # coremltools knows no slice that takes all
+    return x if (start, end) == (0, len(x)) else x[start:end]       # coremltools knows no slice that takes all
 
 
 def frames_of(x):
@@ -111,47 +111,44 @@ class EngineConv3d(Conv3d):
         """k x 3 x 3 over C channels is 3 x 3 over k C channels: those of k frames, one frame after the other."""
         self.conv.weight = torch.nn.Parameter(self.conv.weight.transpose(1, 2).flatten(1, 2))
 
-    def convolve(self, windows):
-        """A window is k neighbouring frames: (n k, C, H, W), or that as a list of parts, to (n, C', H, W)."""
-        windows = torch.cat(windows) if isinstance(windows, list) else windows
-        windows = windows.reshape(-1, self.conv.weight.shape[1], *windows.shape[2:])
-        return F.conv2d(windows, self.conv.weight, self.conv.bias, padding=self.conv.padding[1:])
+    def convolve(self, x):
+        """n windows of k frames each, one behind the other as (n k, C, H, W), to (n, C', H, W)."""
+        x = x.reshape(-1, self.conv.weight.shape[1], *x.shape[2:])
+        return F.conv2d(x, self.conv.weight, self.conv.bias, padding=self.conv.padding[1:])
 
     def forward(self, x):
-        """Every k-th window begins where the one before it ends, so k views of x hold all windows: a convolution of each,
-        and one concat that puts their frames in order. Only windows with repeated frames are copies, the ends'. Where the
-        outputs are so wide that the concat moves more, all windows are copied, and one convolution is all."""
-        (k, *_), T = self.conv.kernel_size, len(x)
-        if k == 1:
-            return self.convolve(x)
-        r, frames = k // 2, frames_of(x)
-        frames = frames[:1] * r + frames + frames[-1:] * r      # a stream's state would stand where the ends are repeated
-        copied = range(T)
-        if k * (T - 2 * r) * x.shape[1] > T * self.conv.out_channels:
-            copied = [t for t in range(T) if not r <= t < T - r]
-        outputs = self.convolve([frame for t in copied for frame in frames[t:t + k]])
-        if len(copied) == T:
+        """Every k-th window of k frames begins where the one before it ends, so k slices of x hold all that lie in x: a
+        convolution of each, and one concat that puts their outputs in order. Windows that reach beyond are copied.
+        Where outputs are so wide that the concat moves more than copies would, all are, and one convolution is all."""
+        k, frames = self.conv.kernel_size[0], frames_of(x)
+        before, after = frames[:1] * (k // 2), frames[-1:] * (k // 2)       # a stream's state would stand here
+        frames = before + frames + after
+        windows = range(len(frames) - k + 1)
+        inside = windows[len(before):len(windows) - len(after)]
+        if k == 1 or k * len(inside) * x.shape[1] <= len(windows) * self.conv.out_channels:
+            inside = ()
+        copied = [t for t in windows if t not in inside]
+        outputs = self.convolve(torch.cat([frame for t in copied for frame in frames[t:t + k]]) if k > 1 else x)
+        if not inside:
             return outputs
         outputs = dict(zip(copied, frames_of(outputs)))
         for phase in range(k):
-            inner = range(r + phase, T - r, k)
-            if inner:
-                windows = take(x, phase, phase + k * len(inner))
-                outputs.update(zip(inner, frames_of(self.convolve(windows))))
-        return torch.cat([outputs[t] for t in range(T)])
+            if part := inside[phase::k]:
+                outputs.update(zip(part, frames_of(self.convolve(take(x, phase, phase + k * len(part))))))
+        return torch.cat([outputs[t] for t in windows])
 
 
 class EngineSeparableConv3d(SeparableConv3d):
     @torch.no_grad()
     def rewrite(self):
-        """The depthwise convolution as k of k x k, one for each frame that it sees."""
+        """The depthwise convolution as k two-dimensional ones, summed: one for each frame that it sees."""
         self.taps = torch.nn.ParameterList(w.contiguous() for w in self.depthwise_conv.weight.unbind(2))
         self.pointwise_conv.weight = torch.nn.Parameter(self.pointwise_conv.weight.squeeze(2))
         del self.depthwise_conv.weight
 
     def forward(self, x):
         r, T, bias = len(self.taps) // 2, len(x), self.depthwise_conv.bias
-        x = torch.cat([x[:1]] * r + [x] + [x[-1:]] * r)         # here too
+        x = torch.cat([take(x, 0, 1)] * r + [x] + [take(x, T - 1, T)] * r)      # here too
         h = F.conv2d(take(x, 0, T), self.taps[0], bias, padding=r, groups=len(bias))
         for i, weight in enumerate(self.taps[1:], start=1):
             h = h + F.conv2d(x[i:i + T], weight, padding=r, groups=len(bias))
@@ -161,7 +158,8 @@ class EngineSeparableConv3d(SeparableConv3d):
 class EngineUpsampler(Upsampler):
     @torch.no_grad()
     def rewrite(self):
-        """Order the convolution's output channels as (r_t, C, r_s²), a new frame after the other: growth in time is a reshape."""
+        """Order the convolution's output channels as (r_t, C, r_s²), a new frame after the other: then growth in time is
+        a reshape."""
         r_t, r_s = self.factors
         sizes, axis = ((-1, r_s ** 2, r_t), 2) if self.upsampling == "decoupled" else ((-1, r_t, r_s ** 2), 1)
         for p in list(self.conv.parameters())[-2:] if self.upsampling != "interpolate" else ():
@@ -365,9 +363,9 @@ def part_of(node):
     return next((part for part, module in zip(PARTS, modules) if f"decoder.{module}" in path), "out")
 
 
-def convert(model, size, latents, graph):
+def convert(model, size, shape, graph):
     """The student as a coremltools MLModel whose operations are named after the decoder's parts."""
-    ct, latents = coremltools(), for_graph(latents, graph)
+    ct, latents = coremltools(), torch.zeros(for_graph(torch.empty(shape), graph).shape)
     with torch.no_grad():
         program = torch.export.export(Crop(phone_twin(model, graph), size).eval(), (latents,)).run_decompositions({})
     for node in program.graph.nodes:
@@ -402,7 +400,7 @@ def export(model, size=(512, 512), latent_frames=None, path="student.mlpackage",
     shape = latent_shape(config, size, latent_frames)
     with contextlib.redirect_stderr(sys.stderr if sys.stderr.isatty() else io.StringIO()):      # coremltools' progress bars
         try:
-            package = convert(copy.deepcopy(model).float().cpu(), tuple(size), torch.zeros(shape), graph)
+            package = convert(copy.deepcopy(model).float().cpu(), tuple(size), shape, graph)
         except RuntimeError as error:
             if "FileWriter" not in str(error):
                 raise
