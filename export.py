@@ -106,7 +106,6 @@ def frames_of(x):
 
 
 class EngineConv3d(Conv3d):
-    @torch.no_grad()
     def rewrite(self):
         """k x 3 x 3 over C channels is 3 x 3 over k C channels: those of k frames, one frame after the other."""
         self.conv.weight = torch.nn.Parameter(self.conv.weight.transpose(1, 2).flatten(1, 2))
@@ -139,7 +138,6 @@ class EngineConv3d(Conv3d):
 
 
 class EngineSeparableConv3d(SeparableConv3d):
-    @torch.no_grad()
     def rewrite(self):
         """The depthwise convolution as k two-dimensional ones, summed: one for each frame that it sees."""
         self.taps = torch.nn.ParameterList(w.contiguous() for w in self.depthwise_conv.weight.unbind(2))
@@ -156,10 +154,8 @@ class EngineSeparableConv3d(SeparableConv3d):
 
 
 class EngineUpsampler(Upsampler):
-    @torch.no_grad()
     def rewrite(self):
-        """Order the convolution's output channels as (r_t, C, r_s²), a new frame after the other: then growth in time is
-        a reshape."""
+        """Order the output channels as (r_t, C, r_s²), a new frame after the other: growth in time is a reshape."""
         r_t, r_s = self.factors
         sizes, axis = ((-1, r_s ** 2, r_t), 2) if self.upsampling == "decoupled" else ((-1, r_t, r_s ** 2), 1)
         for p in list(self.conv.parameters())[-2:] if self.upsampling != "interpolate" else ():
@@ -204,7 +200,6 @@ class GpuSeparableConv3d(SeparableConv3d):
 
 
 class GpuUpsampler(Upsampler):
-    @torch.no_grad()
     def rewrite(self):
         """Order the convolution's output channels as (C, r_t, r_s²), as pixel_shuffle_3d has them; decoupled has r_t last."""
         if self.upsampling == "decoupled":
@@ -234,24 +229,11 @@ class GpuUpsampler2d(Upsampler2d):
         return pixel_shuffle(F.conv3d(F.silu(rms_norm(x)), self.conv.weight, self.conv.bias, padding=(0, 1, 1)), 2)
 
 
-BOTH = {ChannelNorm: PhoneChannelNorm, Resnet: PhoneResnet, TurboVAED: PhoneTurboVAED}
-GRAPHS = {"engine": BOTH | {Conv3d: EngineConv3d, SeparableConv3d: EngineSeparableConv3d, Upsampler: EngineUpsampler,
-                            Upsampler2d: EngineUpsampler2d},
-          "conv3d": BOTH | {Conv3d: GpuConv3d, SeparableConv3d: GpuSeparableConv3d, Upsampler: GpuUpsampler,
-                            Upsampler2d: GpuUpsampler2d}}
+BOTH = PhoneChannelNorm, PhoneResnet, PhoneTurboVAED
+GRAPHS = {"engine": (*BOTH, EngineConv3d, EngineSeparableConv3d, EngineUpsampler, EngineUpsampler2d),
+          "conv3d": (*BOTH, GpuConv3d, GpuSeparableConv3d, GpuUpsampler, GpuUpsampler2d)}
 
 
-@torch.no_grad()
-def fold_shortcuts(twin):
-    """Fold the affine part of the shortcuts' LayerNorms into their convolutions."""
-    for resnet in twin.modules():
-        if hasattr(resnet, "conv_shortcut"):
-            conv = resnet.conv_shortcut.conv
-            conv.bias += conv.weight.flatten(1) @ resnet.norm3.bias
-            conv.weight *= resnet.norm3.weight[:, None, None, None]
-
-
-@torch.no_grad()
 def rescale(twin):
     """Bring what the norms see to about 1 in size, by powers of two in the weights, which change no digit of the video.
 
@@ -281,13 +263,17 @@ def rescale(twin):
         scale(upsampler.conv)
 
 
+@torch.no_grad()
 def phone_twin(student, graph):
-    """A copy of the student that computes the same video by way of a graph above; `for_graph` lays out what it takes."""
-    twin = copy.deepcopy(student)
-    fold_shortcuts(twin)
+    """A copy of the student that computes the same video by a graph above; `for_graph` lays out what it takes."""
+    twin, rewrites = copy.deepcopy(student), {rewrite.__base__: rewrite for rewrite in GRAPHS[graph]}
+    for resnet in (module for module in twin.modules() if hasattr(module, "conv_shortcut")):
+        conv = resnet.conv_shortcut.conv        # takes the affine part of its LayerNorm
+        conv.bias += conv.weight.flatten(1) @ resnet.norm3.bias
+        conv.weight *= resnet.norm3.weight[:, None, None, None]
     rescale(twin)
     for module in list(twin.modules()):
-        module.__class__ = GRAPHS[graph].get(type(module), type(module))
+        module.__class__ = rewrites.get(type(module), type(module))
         if hasattr(module, "rewrite"):
             module.rewrite()
     return twin.eval()
@@ -785,66 +771,60 @@ def verify(path, model, seed=0):
 # ---------------------------------------------------------------------------------------------------------------------
 # Report.
 
-# What the Neural Engine is known to run, by public measurements (the ane-guide, 2026), as far as it can be met with here.
-ENGINE = {"conv", "add", "mul", "real_div", "relu", "silu", "linear_activation", "reduce_l2_norm", "layer_norm", "concat",
-          "split", "slice_by_index", "reshape", "pixel_shuffle"}
-ON_CHIP = 2e6       # bytes that stay on its chip; a larger tensor is streamed through in tiles
+# What the Neural Engine is known to run, of what may be met with here, by public measurements (the ane-guide, 2026)
+ENGINE = {"conv", "add", "mul", "real_div", "relu", "silu", "linear_activation", "reduce_l2_norm", "layer_norm",
+          "concat", "split", "slice_by_index", "reshape", "pixel_shuffle"}
+ON_CHIP = 2         # MB that stay on its chip; a larger tensor is streamed through in tiles
 
 
-def why_not(op, tensors, constants):
-    """What keeps an operation off the Neural Engine, None if nothing is known to. tensors: shapes of its inputs and outputs;
-    constants: its constant parameters."""
-    if op.kind == "conv" and len(tensors[0]) > 4:
-        return "3D convolution"
-    if op.kind == "gather":
-        return "runs on the CPU or GPU only"
-    if op.kind == "transpose":
-        return "rewrites memory, in parts above its limit"
-    if op.kind not in ENGINE:
-        return "not known to run there"
-    if max(map(len, tensors)) > 4:
-        return "rank above 4"
-    if any(max(shape[-2:]) > 16384 or max(shape) > 65536 for shape in tensors):
-        return "height or width above 16384, or channels or frames above 65536"
-    if op.kind == "conv" and max(constants["weight"].shape[2:]) > 13:
-        return "kernel wider than 13"
-    if op.kind == "pixel_shuffle" and constants["upscale_factor"] not in (2, 3, 4, 8):
-        return "factor other than 2, 3, 4, 8"
+def why_not(op, shapes, constants):
+    """What keeps an operation off the Neural Engine; None if nothing is known to. shapes: of the tensors that it reads
+    and writes. constants: its parameters."""
     begin, from_first = constants.get("begin", [0]), constants.get("begin_mask", [False])
-    if begin[-1] and not from_first[-1] or op.kind == "split" and constants["axis"] in (3, -1):
-        return "slice of the last axis with an offset"
-    return None if all(kind == "FLOAT16" for _, _, kind in op.outputs) else "not fp16"
+    reasons = {
+        "3D convolution": op.kind == "conv" and len(shapes[0]) > 4,
+        "runs on the CPU or GPU only": op.kind == "gather",
+        "rewrites memory": op.kind == "transpose",
+        "not known to run there": op.kind not in ENGINE | {"conv", "gather", "transpose"},
+        "rank above 4": max(map(len, shapes)) > 4,
+        "height or width above 16384, channels or frames above 65536":
+            any(max(shape[-2:]) > 16384 or max(shape) > 65536 for shape in shapes),
+        "kernel wider than 13": op.kind == "conv" and max(constants["weight"].shape[2:]) > 13,
+        "factor other than 2, 3, 4, 8": constants.get("upscale_factor", 2) not in (2, 3, 4, 8),
+        "slice of the last axis with an offset":
+            begin[-1] and not from_first[-1] or op.kind == "split" and constants["axis"] in (3, -1),
+        "not fp16": any(kind != "FLOAT16" for _, _, kind in op.outputs)}
+    return next((reason for reason, holds in reasons.items() if holds), None)
 
 
 def report(program):
     """What a phone will have to do, as a dict: totals, operations by kind, and by part of the decoder.
 
-    views: reshapes, and slices and splits of the batch dimension: they move nothing and their memory is their source's.
-    off_engine: operations that keep off the Neural Engine, in "off_engine_kinds" by reason and kind. flops: two for each
-    multiply-add of the convolutions. bytes_moved: every operation but views reads its inputs and writes its outputs once.
-    peak_activation_bytes: all that is alive at once in program order, inputs and outputs of the operation included.
-    largest_bytes: the largest tensor. Core ML may fuse operations and need less.
+    views: reshapes, and slices and splits of the batch dimension: they move nothing, their memory is their source's.
+    off_engine: operations that keep off the Neural Engine, in "off_engine_kinds" by reason and kind. flops: two for
+    each multiply-add of the convolutions. bytes_moved: every operation but views reads its inputs and writes its
+    outputs once. peak_activation_bytes: all that is alive at once in program order, inputs and outputs of the operation
+    included. largest_bytes: the largest tensor. Core ML may fuse operations and need less.
     """
     shapes = {program.input.name: program.type_of(program.input.type)[0]}
-    sizes, root = {program.input.name: 2 * math.prod(shapes[program.input.name])}, {}       # of a view: whose memory it is
-    unused, alive, seen, off_engine = last_uses(program), {program.input.name}, set(), {}
+    sizes = {name: 2 * math.prod(shape) for name, shape in shapes.items()}
+    unused, alive, root, seen, off_engine = last_uses(program), set(shapes), {}, set(), {}
     parts = {part: dict(operations=0, views=0, off_engine=0, parameters=0, weight_bytes=0, flops=0, bytes_moved=0,
                         peak_activation_bytes=0, largest_bytes=0) for part in PARTS}
     for i, op in enumerate(program.operations):
-        row = parts[op.part]
+        row, written = parts[op.part], [name for name, _, _ in op.outputs]
         read = [name for names in op.inputs.values() for name in names]
-        x = op.inputs["values" if op.kind == "concat" else "x"][0]
-        view = op.kind == "reshape" or (op.kind in ("slice_by_index", "split") and "stride" not in op.inputs
-                                        and all(shape[1:] == shapes[x][1:] for _, shape, _ in op.outputs))
+        weights = [n for n in read if n in program.stored]
+        source = next((n for n in read if n in shapes), None)
+        view = op.kind == "reshape" or op.kind in ("slice_by_index", "split") and all(
+            shape[1:] == shapes[source][1:] for _, shape, _ in op.outputs)
         for name, shape, kind in op.outputs:
-            shapes[name] = shape
-            sizes[name] = np.dtype(NUMPY[kind]).itemsize * math.prod(shape)
-            root[name] = root.get(x, x) if view else name
-        reason = why_not(op, [shapes[n] for n in [*read, *(name for name, _, _ in op.outputs)] if n in shapes],
-                         {key: program.constants[names[0]] for key, names in op.inputs.items() if names[0] in program.constants})
+            shapes[name], sizes[name] = shape, np.dtype(NUMPY[kind]).itemsize * math.prod(shape)
+            root[name] = root.get(source, source) if view else name         # whose memory it is
+        parameters = {key: program.constants[n] for key, (n, *_) in op.inputs.items() if n in program.constants}
+        reason = why_not(op, [shapes[n] for n in [*read, *written] if n in shapes], parameters)
         if reason:
             off_engine.setdefault(reason, Counter())[op.kind] += 1
-        weights = [n for n in read if n in program.stored]
         row["operations"] += 1
         row["views"] += view
         row["off_engine"] += reason is not None
@@ -852,17 +832,17 @@ def report(program):
         row["weight_bytes"] += sum(program.stored[n] for n in weights if n not in seen)
         seen.update(weights)
         if op.kind == "conv":
-            row["flops"] += 2 * math.prod(op.outputs[0][1]) * program.constants[op.inputs["weight"][0]][0].size
+            row["flops"] += 2 * math.prod(op.outputs[0][1]) * parameters["weight"][0].size
         if not view:
-            row["bytes_moved"] += sum(program.stored[n] if n in weights else sizes.get(n, 0) for n in read)
-            row["bytes_moved"] += sum(sizes[n] for n, _, _ in op.outputs)
-        alive.update(name for name, _, _ in op.outputs)
-        row["peak_activation_bytes"] = max(row["peak_activation_bytes"], sum(sizes[n] for n in {root.get(n, n) for n in alive}))
-        row["largest_bytes"] = max(row["largest_bytes"], *(sizes[root[n]] for n, _, _ in op.outputs))
+            row["bytes_moved"] += sum(program.stored[n] if n in weights else sizes.get(n, 0) for n in [*read, *written])
+            row["largest_bytes"] = max(row["largest_bytes"], *(sizes[n] for n in written))
+        alive.update(written)
+        held = sum(sizes[n] for n in {root.get(n, n) for n in alive})
+        row["peak_activation_bytes"] = max(row["peak_activation_bytes"], held)
         alive.difference_update(unused.get(i, ()))
-    kinds = Counter(op.kind for op in program.operations)
-    largest = max(shapes, key=sizes.get)
-    total = {key: (max if key.startswith(("peak", "largest")) else sum)(row[key] for row in parts.values()) for key in parts["out"]}
+    kinds, largest = Counter(op.kind for op in program.operations), max(shapes, key=sizes.get)
+    over = lambda key: max if key in ("peak_activation_bytes", "largest_bytes") else sum
+    total = {key: over(key)(row[key] for row in parts.values()) for key in parts["out"]}
     return {**total, "package_bytes": program.file_bytes,
             "fp16_bytes": program.file_bytes + sum(2 * program.constants[n].size - program.stored[n] for n in seen),
             "highest_rank": max(map(len, shapes.values())),
@@ -880,14 +860,13 @@ def table(r):
     for name, row in (*r["parts"].items(), ("total", r)):
         lines.append(f"{name:8}" + "".join(f"{row[key] / unit:12.{digits}f}" for _, key, unit, digits in columns))
     count = lambda kinds: ", ".join(f"{n} {kind}" for kind, n in kinds.items())
-    lines.append(count(r["kinds"]))
+    off_engine = "; ".join(f"{count(kinds)} ({reason})" for reason, kinds in r["off_engine_kinds"].items())
     largest = r["largest_tensor"]
-    lines.append(f"package {r['package_bytes'] / 1e6:.1f} MB ({r['fp16_bytes'] / 1e6:.1f} in fp16), highest rank "
-                 f"{r['highest_rank']}, largest tensor {'x'.join(map(str, largest['shape']))}, {largest['bytes'] / 1e6:.1f} MB; "
-                 f"the Neural Engine keeps {ON_CHIP / 1e6:.0f} MB on its chip")
-    lines.append("kept off the Neural Engine: " + ("; ".join(f"{count(kinds)} ({reason})" for reason, kinds
-                                                              in r["off_engine_kinds"].items()) or "none"))
-    return "\n".join(lines)
+    return "\n".join([*lines, count(r["kinds"]),
+                      f"package {r['package_bytes'] / 1e6:.1f} MB ({r['fp16_bytes'] / 1e6:.1f} in fp16), highest rank "
+                      f"{r['highest_rank']}, largest tensor {'x'.join(map(str, largest['shape']))}, "
+                      f"{largest['bytes'] / 1e6:.1f} MB; the Neural Engine keeps {ON_CHIP} MB on its chip",
+                      f"kept off the Neural Engine: {off_engine or 'none'}"])
 
 
 def prove(path, model, r, whole=False):
@@ -924,8 +903,8 @@ def parse():
     parser.add_argument("--latent-frames", type=number(int, 1), metavar="N", help="default: what makes 17 frames, 16 for students that "
                         "keep first frames")
     parser.add_argument("--bits", type=int, choices=(8, 6, 4), help="palettise the weights (default: fp16)")
-    parser.add_argument("--graph", nargs="+", choices=GRAPHS, default=["engine"], help="engine: two-dimensional, for the Neural "
-                        "Engine (default); conv3d: for the phone's GPU; or both")
+    parser.add_argument("--graph", nargs="+", choices=GRAPHS, default=["engine"], help="engine: two-dimensional, for "
+                        "the Neural Engine (default); conv3d: for the phone's GPU; or both")
     parser.add_argument("--out", metavar="DIR", help="folder for the packages (default: the student's run, else out/export)")
     parser.add_argument("--whole", action="store_true", help=f"run packages of more than {WHOLE_FLOPS / 1e12:.0f} TFLOP whole, "
                         "which takes minutes, instead of showing that they are the same program as one of a fraction of the height")
