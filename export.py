@@ -6,10 +6,11 @@
     python export.py --graph engine conv3d               # both graphs: for the Neural Engine, and for the phone's GPU
     python export.py --verify out/ltx/ltx_17x512x512_engine.mlpackage --student out/ltx
 
-Core ML predicts on a Mac only. So every export ends with the saved package's own operations, read back from its files and
-run one by one in PyTorch, in float32 and with each result rounded to fp16, beside the student on the same latents; a very
-large one at a fraction of its height, after showing that it is the same program but for that. On a Mac real predictions
-are compared as well. The report says what a phone will have to do: operations, arithmetic, memory.
+Core ML predicts on a Mac only. So every export ends with the saved package's own operations, read back from its files
+and run one by one in PyTorch, in float32 and with each result rounded to fp16, beside the student on the same latents;
+a very large one at a fraction of its height, after showing that it is the same program but for that. On a Mac real
+predictions are compared as well. The report says what a phone will have to do: operations, what keeps them off the
+Neural Engine, arithmetic, memory.
 """
 import argparse
 import contextlib
@@ -366,13 +367,13 @@ def convert(model, size, shape, graph):
 def export(model, size=(512, 512), latent_frames=None, path="student.mlpackage", bits=None, graph="engine", note=""):
     """Write a student to `path`, an .mlpackage (ML Program, fp16, fixed shapes), and return that path.
 
-    model: a TurboVAED. size: (height, width) of the video in pixels; where it is no multiple of the compression the graph
-    decodes a little more and crops. latent_frames: None takes what makes 17 frames, 16 where first frames are kept. graph:
-    "engine", two-dimensional operations that the Neural Engine has: input "latents" (t, C, h, w) as the teacher's encoder
-    gives them, output "video" (T, 3, height, width), about [-1, 1], not clamped; or "conv3d", for the GPU: (1, C, t, h, w) to
-    (1, 3, T, height, width). bits: 8, 6 or 4 palettises the weights by k-means. note goes into the description. Written
-    beside its place and renamed; a report beside the old package goes with it. Raises ValueError for sizes below 1, other
-    bits, graphs or names, or without coremltools.
+    model: a TurboVAED. size: (height, width) of the video in pixels; where it is no multiple of the compression the
+    graph decodes a little more and crops. latent_frames: None takes what makes 17 frames, 16 where first frames are
+    kept. graph: "engine", two-dimensional operations that the Neural Engine has: input "latents" (t, C, h, w) as the
+    teacher's encoder gives them, output "video" (T, 3, height, width), about [-1, 1], not clamped; or "conv3d", for the
+    GPU: (1, C, t, h, w) to (1, 3, T, height, width). bits: 8, 6 or 4 palettises the weights by k-means. note goes into
+    the description. Written beside its place and renamed; a report beside the old package goes with it. Raises
+    ValueError for sizes below 1, other bits, graphs or names, or without coremltools.
     """
     path, config = Path(path), model.config
     if min(*size, 1 if latent_frames is None else latent_frames) < 1:
@@ -402,8 +403,7 @@ def export(model, size=(512, 512), latent_frames=None, path="student.mlpackage",
     package.output_description["video"] = f"{axes[1]}, about [-1, 1], not clamped"
     package.user_defined_metadata.update(
         config=json.dumps(asdict(config)), size=f"{size[0]}x{size[1]}", latent_frames=str(shape[2]),
-        frames=str(config.frames(shape[2])), weights_sha256=weights_hash(model), bits=str(bits or 16), note=note,
-        graph=graph)
+        frames=str(config.frames(shape[2])), weights_sha256=weights_hash(model), bits=str(bits or 16), note=note, graph=graph)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{os.getpid()}.partial.{path.name}")
     try:
@@ -456,7 +456,7 @@ NUMPY = {"FLOAT16": np.float16, "FLOAT32": np.float32, "INT32": np.int32, "INT16
 
 
 class Program:
-    """The ML Program of a package: operations in order, constants, metadata, graph. ValueError where it is damaged."""
+    """The ML Program of a package: operations in order, constants, metadata. ValueError where it is damaged."""
 
     def __init__(self, path):
         path = Path(path)
@@ -472,10 +472,11 @@ class Program:
             self.input, = main.inputs
             block = main.block_specializations[main.opset]
             self.output, = block.outputs
+            shape = self.type_of(self.input.type)[0]
+            self.graph, self.latent_frames = ("engine", shape[0]) if len(shape) == 4 else ("conv3d", shape[2])
         except Exception as error:      # protobuf, the package's reader and NumPy each have their own
             raise ValueError(f"{path}: damaged, or no Core ML program of one input and output: {error}") from None
         self.metadata = dict(spec.description.metadata.userDefined)
-        self.graph = "engine" if len(self.type_of(self.input.type)[0]) == 4 else "conv3d"
         self.file_bytes = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
         self.constants, self.stored, self.operations = {}, {}, []       # stored: bytes of a constant in weight.bin
         self.largest_square = 0.0       # sum of squares that a norm has met, while running
@@ -605,8 +606,9 @@ def tensor_or_number(constant):
 def run(program, latents, fp16):
     """Run the program's operations one by one, in float32; fp16=True rounds what each of them gives to fp16.
 
-    latents float32 -> video float32, both as `for_graph` lays them out. A value is freed after its last use. Raises ValueError
-    for an operation or parameter that is not known, a failing one, and one whose output is not of the declared shape.
+    latents float32 -> video float32, both as `for_graph` lays them out. A value is freed after its last use. Raises
+    ValueError for an operation or parameter that is not known, a failing one, and one whose output is not of the
+    declared shape.
     """
     from tqdm import tqdm
     values, unused = {program.input.name: latents}, last_uses(program)
@@ -684,7 +686,7 @@ def compare(path, model, seed=0):
     program, model = Program(path), copy.deepcopy(model).float().cpu().channels_last()
     check_weights(program, model, path)
     height, width = map(int, program.metadata["size"].split("x"))
-    shape = latent_shape(model.config, (height, width), int(program.metadata["latent_frames"]))
+    shape = latent_shape(model.config, (height, width), program.latent_frames)
     latents = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
     expected = for_graph(model.eval()(latents)[..., :height, :width], program.graph)
     latents = for_graph(latents, program.graph)
@@ -711,8 +713,8 @@ def check(results):
 
 
 def same_but_for_height(program, other):
-    """Raise ValueError unless two programs are the same operations with the same wiring, weights and parameters, but for
-    heights in shapes, which are all longer by one factor."""
+    """Raise ValueError unless two programs are the same operations with the same wiring, weights and parameters, but
+    for heights in shapes, which are all longer by one factor."""
     tall, short = (p.type_of(p.input.type)[0] for p in (program, other))
     grown = lambda a, b: len(a) == len(b) and all(x == y or x * short[-2] == y * tall[-2] for x, y in zip(a, b))
     names = {program.input.name: other.input.name}          # of a value here: its name there
@@ -746,14 +748,14 @@ def prove_by_height(path, model):
     """
     program, config = Program(path), model.config
     height, width = map(int, program.metadata["size"].split("x"))
-    t, h = int(program.metadata["latent_frames"]), program.type_of(program.input.type)[0][-2]
+    h = program.type_of(program.input.type)[0][-2]
     rows = next((n for n in range(8, h) if h % n == 0), None)
     if not rows or height != h * config.compression[1] or program.metadata["bits"] != "16":
         return None
     check_weights(program, model, path)
     with tempfile.TemporaryDirectory() as folder:
         size, small = (rows * config.compression[1], width), Path(folder) / "small.mlpackage"
-        export(model, size, t, small, graph=program.graph)
+        export(model, size, program.latent_frames, small, graph=program.graph)
         same_but_for_height(program, Program(small))
         return compare(small, model) | {"run_at": f"{size[0]}x{size[1]}"}
 
@@ -785,7 +787,7 @@ def why_not(op, shapes, constants):
         "3D convolution": op.kind == "conv" and len(shapes[0]) > 4,
         "runs on the CPU or GPU only": op.kind == "gather",
         "rewrites memory": op.kind == "transpose",
-        "not known to run there": op.kind not in ENGINE | {"conv", "gather", "transpose"},
+        "not known to run there": op.kind not in ENGINE,
         "rank above 4": max(map(len, shapes)) > 4,
         "height or width above 16384, channels or frames above 65536":
             any(max(shape[-2:]) > 16384 or max(shape) > 65536 for shape in shapes),

@@ -72,15 +72,16 @@ def constant(operations, op, parameter):
 
 @pytest.mark.parametrize("upsampling", UPSAMPLING)
 @pytest.mark.parametrize("name", [name for name in CONFIGS if name != "cog"])       # cog is hunyuan's network
-@both
-def test_the_rewritten_graph_computes_the_same_video(name, upsampling, graph):
+def test_the_rewritten_graphs_compute_the_same_video(name, upsampling):
     model = small(name, upsampling=upsampling)
-    twin = export.phone_twin(model, graph)
-    for t, h, w in ((1, 1, 1), (2, 2, 1), (5, 1, 2)):
+    twins = {graph: export.phone_twin(model, graph) for graph in GRAPHS}
+    for t, h, w in ((1, 1, 1), (2, 2, 1), (4, 1, 1)):
         latents = torch.randn(1, 8, t, h, w)
         with torch.no_grad():
-            video = twin(export.for_graph(latents, graph))
-            assert (video - export.for_graph(model(latents), graph)).abs().max() < 2e-5
+            video = model(latents)
+            for graph, twin in twins.items():
+                error = twin(export.for_graph(latents, graph)) - export.for_graph(video, graph)
+                assert error.abs().max() < 2e-5
 
 
 @both
@@ -94,26 +95,27 @@ def test_a_trained_student_keeps_its_video_and_its_weights(tiny, graph):
 
 
 def test_ltx_at_full_size_keeps_within_its_operations(tmp_path):
-    """Per graph, of which the engine's moves little more than the other, in no more memory."""
+    """The graph of 3D convolutions has 221, moves 4.56 GB and keeps 19 + 17 + 17 frames of up3 alive: hardly more, and
+    no more, do here."""
     torch.manual_seed(0)
-    model = TurboVAED(CONFIGS["ltx"])
-    reports = []
-    for graph in GRAPHS:
-        path = export.export(model, (512, 512), path=tmp_path / f"{graph}.mlpackage", graph=graph)
-        reports.append(export.report(export.Program(path)))
-        assert reports[-1]["flops"] == pytest.approx(0.813e12, rel=0.01)
-        assert reports[-1]["package_bytes"] == pytest.approx(2 * 41.9e6, rel=0.01)
-    engine, conv3d = reports
-    assert engine["operations"] <= 596 and engine["operations"] - engine["views"] <= 326
-    assert engine["highest_rank"] == 4 and engine["off_engine"] == 0
-    assert engine["bytes_moved"] < 1.25 * conv3d["bytes_moved"]
-    assert conv3d["operations"] <= 221 and "transpose" not in conv3d["kinds"] and conv3d["highest_rank"] <= 5
-    assert conv3d["parts"]["mid"]["operations"] == 15
-    # up3's convolutions: 19 frames of 64 channels at 128x128 in, 17 out, the residual beside them
+    path = export.export(TurboVAED(CONFIGS["ltx"]), (512, 512), path=tmp_path / "ltx.mlpackage")
+    r = export.report(export.Program(path))
+    assert r["operations"] <= 596 and r["operations"] - r["views"] <= 326
+    assert r["flops"] == pytest.approx(0.813e12, rel=0.01) and r["bytes_moved"] < 1.2 * 4.563e9
+    assert r["package_bytes"] == pytest.approx(2 * 41.9e6, rel=0.01)
     frame = 2 * 64 * 128 * 128
-    assert conv3d["peak_activation_bytes"] == frame * (19 + 17 + 17) and engine["peak_activation_bytes"] < frame * 53
-    assert conv3d["largest_tensor"]["shape"] == (1, 64, 19, 128, 128)
-    assert conv3d["parts"]["up3"]["largest_bytes"] == frame * 19
+    assert r["peak_activation_bytes"] < frame * (19 + 17 + 17)
+    assert r["largest_tensor"]["shape"] == (9, 512, 64, 64) and r["largest_bytes"] == 2 * 9 * 512 * 64 * 64
+    assert r["parts"]["out"]["largest_bytes"] == frame * 17
+
+
+def test_the_shipped_student_keeps_within_its_operations(packages):
+    engine, conv3d = (export.report(export.Program(packages[graph])) for graph in GRAPHS)
+    assert conv3d["operations"] <= 135 and "transpose" not in conv3d["kinds"] and conv3d["highest_rank"] == 5
+    assert engine["operations"] - engine["views"] <= 194 and engine["flops"] == conv3d["flops"]
+    # the last norm: its input and its output, 8 channels of 16 frames at 32x40, and their lengths
+    assert conv3d["peak_activation_bytes"] == engine["peak_activation_bytes"] == 2 * 16 * 32 * 40 * (8 + 8 + 1)
+    assert engine["bytes_moved"] < 1.4 * conv3d["bytes_moved"]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -124,7 +126,7 @@ def test_the_engines_graph_has_nothing_that_keeps_off_the_engine(config, tmp_pat
     """Of every configuration, at the larger of the default sizes and with as many frames: the rules ask for kinds, ranks
     and sizes, of which the other size has the same and smaller. Narrow and with few resnets: more are more of the same."""
     name = next(name for name in CONFIGS if CONFIGS[name] == config)
-    model = small(name, resnets=(1, 0, 0, 0, 1))
+    model = small(name, resnets=(1, 0, 0, 0, 0))
     program = export.Program(export.export(model, (720, 1280), path=tmp_path / "a.mlpackage"))
     assert {len(shape) for op in program.operations for _, shape, _ in op.outputs} == {4}
     r = export.report(program)
@@ -216,7 +218,7 @@ def test_a_failed_export_leaves_what_was_there(tiny, package, tmp_path, monkeypa
 
 
 @pytest.mark.parametrize("name, changes", [("ltx", {}), ("hunyuan", dict(upsampling="interpolate")), ("dc", {})])
-@pytest.mark.parametrize("graph, t", [("engine", 1), ("engine", 2), ("conv3d", 2)])
+@pytest.mark.parametrize("graph, t", [("engine", 2), ("conv3d", 1)])
 def test_any_size_any_student(name, changes, graph, t, tmp_path):
     model = small(name, resnets=(1, 0, 1, 0, 1), **changes)
     space = model.config.compression[1]
@@ -317,7 +319,8 @@ def test_truncated_files_are_found(tiny, package, tmp_path, file):
 
 @both
 def test_a_large_package_is_the_small_one_but_for_its_height(tiny, tmp_path, graph):
-    large = export.export(tiny, (192, 40), 4, tmp_path / "large.mlpackage", graph=graph)
+    t = 2 if graph == "engine" else 4
+    large = export.export(tiny, (192, 40), t, tmp_path / "large.mlpackage", graph=graph)
     results = export.prove_by_height(large, tiny)
     assert results["run_at"] == "64x40"
     assert results["float32"]["worst_error"] < 0.005 and results["fp16"]["worst_error"] < 0.01
@@ -343,7 +346,7 @@ def test_a_large_package_is_the_small_one_but_for_its_height(tiny, tmp_path, gra
         values = constant(operations, op, "shape").immediateValue.tensor.ints.values
         values[1], values[2] = values[2], values[1]
 
-    small = export.Program(export.export(tiny, (64, 40), 4, tmp_path / "small.mlpackage", graph=graph))
+    small = export.Program(export.export(tiny, (64, 40), t, tmp_path / "small.mlpackage", graph=graph))
     export.same_but_for_height(export.Program(large), small)
     for change in (weight, wiring, frame, shape):
         wrong = export.Program(copy_of(large, tmp_path / f"{change.__name__}.mlpackage", change))
