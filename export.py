@@ -84,18 +84,75 @@ class PhoneChannelNorm(ChannelNorm):
 
 
 class PhoneResnet(Resnet):
-    def forward(self, x):
-        h = self.conv1(self.activation(rms_norm(x)))
-        h = self.conv2(F.silu(rms_norm(h)))
-        return h + (self.conv_shortcut(self.norm3(x)) if hasattr(self, "conv_shortcut") else x)
+    def forward(self, x, *step):
+        h = self.conv1(self.activation(rms_norm(x)), *step)
+        h = self.conv2(F.silu(rms_norm(h)), *step)
+        x = self.conv_shortcut(self.norm3(x)) if hasattr(self, "conv_shortcut") else x
+        return h + (step[0].delayed(x, self.reach(0, 0)) if step else x)
 
 
 class PhoneTurboVAED(TurboVAED):
-    def forward(self, latents):
-        x = self.conv_in(latents)
-        for layer in (self.mid_block, *self.up_blocks, *self.upsamplers2d()):
+    def forward(self, x, *step):
+        for layer in self.layers():
+            x = layer(x, *step)
+        for layer in self.upsamplers2d():
             x = layer(x)
-        return self.conv_out(F.silu(rms_norm(x)))
+        return self.conv_out(F.silu(rms_norm(x)), *step)
+
+
+class Step:
+    """A step of a stream, which layers of the "engine" graph are handed: N latent frames, whatever their place in a clip.
+
+    kept: what each place in the decoder that needs frames of before is given, (n, C, H, W), in order; keeps: what it
+    gives the next step. Every layer runs from the first step on, with zeros for what was before, so its frames come
+    late: the clip's own begin at frame `first` of what it is given, counted over all steps. What comes before and after
+    is wrong and is cut off at last, but where a convolution meets the clip's ends it must see the end frame repeated.
+    edges (3, P), as (3 P, 1, 1, 1), says so for each of P convolutions: 1 in the step in which its clip begins, in which
+    it ends, and in all after that. None: none of them, the middle of a clip.
+    """
+
+    def __init__(self, frames, kept, edges=None):
+        self.frames, self.kept, self.edges, self.keeps = frames, list(kept), edges, []
+        self.first, self.dropped, self.places = 0, 0, []     # places: steps and frames in them at which clips begin and end
+
+    def before(self, n, x):
+        """The n frames before x, where (0, C, H, W) were given: none, to find out what is kept."""
+        kept = self.kept.pop(0)
+        return kept if len(kept) else x.new_zeros(n, *x.shape[1:])
+
+    def delayed(self, x, n):
+        x = torch.cat([self.before(n, x), x])
+        self.keeps.append(x[-n:])
+        return x[:-n]
+
+    def grow(self, r, drop):
+        self.frames, self.first, self.dropped = r * self.frames, r * self.first + drop, r * self.dropped + drop
+
+    def around(self, x, n):
+        """([frames before], x, []) for windows that reach n frames to each side: x once more, but n frames late."""
+        kept, i, total = self.before(2 * n, x), len(self.places), 0 if self.edges is None else len(self.edges) // 3
+        begins, ends = divmod(self.first, len(x)), divmod(self.first - self.dropped - 1, len(x))
+        self.places.append((begins, ends))
+        self.first += n
+        if not total:
+            self.keeps.append(torch.cat([kept, x])[-2 * n:])
+            return frames_of(kept), x, []
+        begin, end, over = (self.edges[j * total + i][None] for j in range(3))
+        blend = lambda x, to, share: x * (1 - share) + to * share
+        x = torch.cat([kept, blend(x, kept[-1:], over)])
+        begins, ends = 2 * n + begins[1], 2 * n + ends[1]
+        x = torch.cat([blend(x[:begins], x[begins:begins + 1], begin), x[begins:]])
+        if ends + 1 < len(x):
+            x = torch.cat([x[:ends + 1], blend(x[ends + 1:], x[ends:ends + 1], end)])
+        self.keeps.append(x[-2 * n:])
+        return [], x, []
+
+
+def around(x, n, *step):
+    """([frames before], x, [frames after]) for windows that reach n frames to each side."""
+    if step and n:
+        return step[0].around(x, n)
+    return [take(x, 0, 1)] * n, x, [take(x, len(x) - 1, len(x))] * n
 
 
 def take(x, start, end):
@@ -116,22 +173,24 @@ class EngineConv3d(Conv3d):
         x = x.reshape(-1, self.conv.weight.shape[1], *x.shape[2:])
         return F.conv2d(x, self.conv.weight, self.conv.bias, padding=self.conv.padding[1:])
 
-    def forward(self, x):
+    def forward(self, x, *step):
         """Every k-th window of k frames begins where the one before it ends, so k slices of x hold all that lie in x: a
         convolution of each, and one concat that puts their outputs in order. Windows that reach beyond are copied.
         Where outputs are so wide that the concat moves more than copies would, all are, and one convolution is all."""
-        k, frames = self.conv.kernel_size[0], frames_of(x)
-        before, after = frames[:1] * (k // 2), frames[-1:] * (k // 2)       # a stream's state would stand here
-        frames = before + frames + after
+        k = self.conv.kernel_size[0]
+        before, x, after = around(x, k // 2, *step)
+        frames = before + frames_of(x) + after
         windows = range(len(frames) - k + 1)
         inside = windows[len(before):len(windows) - len(after)]
         if k == 1 or k * len(inside) * x.shape[1] <= len(windows) * self.conv.out_channels:
             inside = ()
         copied = [t for t in windows if t not in inside]
-        outputs = self.convolve(torch.cat([frame for t in copied for frame in frames[t:t + k]]) if k > 1 else x)
         if not inside:
-            return outputs
-        outputs = dict(zip(copied, frames_of(outputs)))
+            return self.convolve(torch.cat([frame for t in copied for frame in frames[t:t + k]]) if k > 1 else x)
+        outputs = {}
+        if copied:
+            ends = self.convolve(torch.cat([frame for t in copied for frame in frames[t:t + k]]))
+            outputs.update(zip(copied, frames_of(ends)))
         for phase in range(k):
             if part := inside[phase::k]:
                 outputs.update(zip(part, frames_of(self.convolve(take(x, phase, phase + k * len(part))))))
@@ -145,9 +204,10 @@ class EngineSeparableConv3d(SeparableConv3d):
         self.pointwise_conv.weight = torch.nn.Parameter(self.pointwise_conv.weight.squeeze(2))
         del self.depthwise_conv.weight
 
-    def forward(self, x):
+    def forward(self, x, *step):
         r, T, bias = len(self.taps) // 2, len(x), self.depthwise_conv.bias
-        x = torch.cat([take(x, 0, 1)] * r + [x] + [take(x, T - 1, T)] * r)      # here too
+        before, x, after = around(x, r, *step)
+        x = torch.cat([*before, x, *after]) if before else x
         h = F.conv2d(take(x, 0, T), self.taps[0], bias, padding=r, groups=len(bias))
         for i, weight in enumerate(self.taps[1:], start=1):
             h = h + F.conv2d(x[i:i + T], weight, padding=r, groups=len(bias))
@@ -162,16 +222,23 @@ class EngineUpsampler(Upsampler):
         for p in list(self.conv.parameters())[-2:] if self.upsampling != "interpolate" else ():
             p.copy_(p.unflatten(0, sizes).movedim(axis, 0).flatten(0, 2))
 
-    def forward(self, x):
+    def forward(self, x, *step):
         r_t, r_s = self.factors
         if self.upsampling == "interpolate":
             x = F.interpolate(x, scale_factor=r_s, mode="nearest") if r_s > 1 else x
             frames = [frame for frame in frames_of(x) for _ in range(r_t)]
-            return self.conv(torch.cat(frames[self.drop:]) if r_t > 1 else x)
-        x = self.conv(x)
+            return self.conv(torch.cat(frames[self.dropped(step):]) if r_t > 1 else x, *step)
+        x = self.conv(x, *step)
         x = x.reshape(r_t * len(x), -1, *x.shape[2:])
-        x = take(x, self.drop, len(x))
+        x = take(x, self.dropped(step), len(x))
         return F.pixel_shuffle(x, r_s) if r_s > 1 else x
+
+
+    def dropped(self, step):
+        """Frames to drop: in a stream none, the clip's own begin so much later."""
+        for s in step:
+            s.grow(self.factors[0], self.drop)
+        return 0 if step else self.drop
 
 
 class EngineUpsampler2d(Upsampler2d):
