@@ -4,6 +4,7 @@
     python export.py --student out/ltx --size 512x512 --bits 8
     python export.py --config ltx --random               # no checkpoint at hand: for speed only
     python export.py --graph engine conv3d               # both graphs: for the Neural Engine, and for the phone's GPU
+    python export.py --stream 2                          # video of any length, two latent frames at a time
     python export.py --verify out/ltx/ltx_17x512x512_engine.mlpackage --student out/ltx
 
 Core ML predicts on a Mac only. So every export ends with the saved package's own operations, read back from its files
@@ -35,7 +36,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from model import (BLOCKS, CONFIGS, OWN_FILE, ChannelNorm, Conv3d, Resnet, SeparableConv3d, TurboVAED, Upsampler,
+from model import (BLOCKS, CONFIGS, OWN_FILE, ChannelNorm, Conv3d, Resnet, SeparableConv3d, TurboVAED, TurboVAEDConfig, Upsampler,
                    Upsampler2d, check_writable, newest_student, number, replace_files, run_command, summary)
 
 SHIPPED = Path(__file__).resolve().parent / "assets" / "tiny_student.safetensors"
@@ -88,7 +89,7 @@ class PhoneResnet(Resnet):
         h = self.conv1(self.activation(rms_norm(x)), *step)
         h = self.conv2(F.silu(rms_norm(h)), *step)
         x = self.conv_shortcut(self.norm3(x)) if hasattr(self, "conv_shortcut") else x
-        return h + (step[0].delayed(x, self.reach(0, 0)) if step else x)
+        return h + (step[0].delay(x, self.reach(0, 0)) if step else x)
 
 
 class PhoneTurboVAED(TurboVAED):
@@ -101,51 +102,52 @@ class PhoneTurboVAED(TurboVAED):
 
 
 class Step:
-    """A step of a stream, which layers of the "engine" graph are handed: N latent frames, whatever their place in a clip.
+    """A step of a stream, as layers of the "engine" graph are handed it: N latent frames, whatever their place in the clip.
 
-    kept: what each place in the decoder that needs frames of before is given, (n, C, H, W), in order; keeps: what it
-    gives the next step. Every layer runs from the first step on, with zeros for what was before, so its frames come
-    late: the clip's own begin at frame `first` of what it is given, counted over all steps. What comes before and after
-    is wrong and is cut off at last, but where a convolution meets the clip's ends it must see the end frame repeated.
-    edges (3, P), as (3 P, 1, 1, 1), says so for each of P convolutions: 1 in the step in which its clip begins, in which
-    it ends, and in all after that. None: none of them, the middle of a clip.
+    Every layer runs from the first step on, with zeros for what was before, and what it makes of frames around it comes
+    late: the clip's own begin at frame `first` of what a layer is given, counted over all steps. What is before and after
+    them is wrong, and cut off at last; but a convolution at the clip's ends must see the end frame repeated. edges
+    (3 P, 1, 1, 1) says so for each of P convolutions: 1 in the step in which its clip begins, in which it ends, and in
+    all after that; None in a step with nothing but zeros. kept: the frames (n, C, H, W) of before that each place
+    in the decoder needs, in order; keeps: those that the next step needs.
     """
 
-    def __init__(self, frames, kept, edges=None):
-        self.frames, self.kept, self.edges, self.keeps = frames, list(kept), edges, []
-        self.first, self.dropped, self.places = 0, 0, []     # places: steps and frames in them at which clips begin and end
+    def __init__(self, kept=(), edges=None):
+        self.kept, self.edges, self.keeps = list(kept), edges, []
+        self.others = None if edges is None else edges * -1 + 1         # the engine adds and multiplies
+        self.first, self.dropped = 0, 0
+        self.places = []        # (steps, frames) in which each convolution's clip begins, and ends after the last latents
 
     def before(self, n, x):
-        """The n frames before x, where (0, C, H, W) were given: none, to find out what is kept."""
-        kept = self.kept.pop(0)
-        return kept if len(kept) else x.new_zeros(n, *x.shape[1:])
+        return self.kept.pop(0) if self.kept else x.new_zeros(n, *x.shape[1:])
 
-    def delayed(self, x, n):
+    def delay(self, x, n):
         x = torch.cat([self.before(n, x), x])
-        self.keeps.append(x[-n:])
-        return x[:-n]
+        self.keeps.append(x[len(x) - n:])
+        return x[:len(x) - n]
 
     def grow(self, r, drop):
-        self.frames, self.first, self.dropped = r * self.frames, r * self.first + drop, r * self.dropped + drop
+        self.first, self.dropped = r * self.first + drop, r * self.dropped + drop
 
     def around(self, x, n):
         """([frames before], x, []) for windows that reach n frames to each side: x once more, but n frames late."""
-        kept, i, total = self.before(2 * n, x), len(self.places), 0 if self.edges is None else len(self.edges) // 3
-        begins, ends = divmod(self.first, len(x)), divmod(self.first - self.dropped - 1, len(x))
-        self.places.append((begins, ends))
+        kept, begin, end = self.before(2 * n, x), divmod(self.first, len(x)), divmod(self.first - self.dropped - 1, len(x))
+        self.places.append((begin, end))
         self.first += n
-        if not total:
-            self.keeps.append(torch.cat([kept, x])[-2 * n:])
-            return frames_of(kept), x, []
-        begin, end, over = (self.edges[j * total + i][None] for j in range(3))
-        blend = lambda x, to, share: x * (1 - share) + to * share
-        x = torch.cat([kept, blend(x, kept[-1:], over)])
-        begins, ends = 2 * n + begins[1], 2 * n + ends[1]
-        x = torch.cat([blend(x[:begins], x[begins:begins + 1], begin), x[begins:]])
-        if ends + 1 < len(x):
-            x = torch.cat([x[:ends + 1], blend(x[ends + 1:], x[ends:ends + 1], end)])
-        self.keeps.append(x[-2 * n:])
-        return [], x, []
+        if self.edges is not None:
+            kept, x = [], self.repeat_ends(kept, x, 2 * n + begin[1], 2 * n + end[1] + 1)
+        self.keeps.append((x if len(x) > 2 * n else torch.cat([kept, x]))[-2 * n:])
+        return frames_of(kept) if len(kept) else [], x, []
+
+    def repeat_ends(self, kept, x, begin, end):
+        """kept and x in one, where it is the step for it with frame `begin` in place of those before, the one before
+        `end` from there on, or the last one kept in place of all of x."""
+        i, total = len(self.places) - 1, len(self.edges) // 3
+        begins, ends, over = ((self.others[j:j + 1], self.edges[j:j + 1]) for j in (i, total + i, 2 * total + i))
+        either = lambda x, other, shares: x * shares[0] + other * shares[1]
+        x = torch.cat([kept, either(x, kept[len(kept) - 1:], over)])
+        x = torch.cat([either(x[:begin], x[begin:begin + 1], begins), x[begin:]])
+        return torch.cat([x[:end], either(x[end:], x[end - 1:end], ends)]) if end < len(x) else x
 
 
 def around(x, n, *step):
@@ -414,33 +416,36 @@ def part_of(node):
     """The decoder's part that a node of the exported graph belongs to."""
     path = [name for name, _ in node.meta.get("nn_module_stack", {}).values()]
     modules = ("conv_in", "mid_block", *(f"up_blocks.{i}" for i in range(4)))
-    return next((part for part, module in zip(PARTS, modules) if f"decoder.{module}" in path), "out")
+    within = lambda module: any(f"{name}.".startswith(f"decoder.{module}.") for name in path)
+    return next((part for part, module in zip(PARTS, modules) if within(module)), "out")
 
 
-def convert(model, size, shape, graph):
-    """The student as a coremltools MLModel whose operations are named after the decoder's parts."""
-    ct, latents = coremltools(), torch.zeros(for_graph(torch.empty(shape), graph).shape)
+def convert(module, inputs, outputs):
+    """A module as a coremltools MLModel whose operations are named after the decoder's parts. inputs: {name: tensor};
+    outputs: names."""
+    ct = coremltools()
     with torch.no_grad():
-        program = torch.export.export(Crop(phone_twin(model, graph), size).eval(), (latents,)).run_decompositions({})
+        program = torch.export.export(module.eval(), tuple(inputs.values())).run_decompositions({})
     for node in program.graph.nodes:
         if node.op == "call_function" and not any(user.op == "output" for user in node.users):
             node.name = f"{part_of(node)}_{node.name}"
     # iOS 18 (macOS 15) is the first whose palettised weights are stored in 4 and 6 bits.
-    return ct.convert(program, inputs=[ct.TensorType(name="latents", shape=latents.shape, dtype=np.float16)],
-                      outputs=[ct.TensorType(name="video", dtype=np.float16)], compute_precision=ct.precision.FLOAT16,
-                      minimum_deployment_target=ct.target.iOS18, skip_model_load=True)
+    return ct.convert(program, inputs=[ct.TensorType(name=name, shape=x.shape, dtype=np.float16) for name, x in inputs.items()],
+                      outputs=[ct.TensorType(name=name, dtype=np.float16) for name in outputs],
+                      compute_precision=ct.precision.FLOAT16, minimum_deployment_target=ct.target.iOS18, skip_model_load=True)
 
 
-def export(model, size=(512, 512), latent_frames=None, path="student.mlpackage", bits=None, graph="engine", note=""):
+def export(model, size=(512, 512), latent_frames=None, path="student.mlpackage", bits=None, graph="engine", stream=None, note=""):
     """Write a student to `path`, an .mlpackage (ML Program, fp16, fixed shapes), and return that path.
 
     model: a TurboVAED. size: (height, width) of the video in pixels; where it is no multiple of the compression the
     graph decodes a little more and crops. latent_frames: None takes what makes 17 frames, 16 where first frames are
     kept. graph: "engine", two-dimensional operations that the Neural Engine has: input "latents" (t, C, h, w) as the
     teacher's encoder gives them, output "video" (T, 3, height, width), about [-1, 1], not clamped; or "conv3d", for the
-    GPU: (1, C, t, h, w) to (1, 3, T, height, width). bits: 8, 6 or 4 palettises the weights by k-means. note goes into
-    the description. Written beside its place and renamed; a report beside the old package goes with it. Raises
-    ValueError for sizes below 1, other bits, graphs or names, or without coremltools.
+    GPU: (1, C, t, h, w) to (1, 3, T, height, width). bits: 8, 6 or 4 palettises the weights by k-means. stream: in place
+    of a clip, a step of so many latent frames of a stream, see `run_stream`; it decodes whole latents, without a crop.
+    note goes into the description. Written beside its place and renamed; a report beside the old package goes with it.
+    Raises ValueError for sizes below 1, other bits, graphs or names, or without coremltools.
     """
     path, config = Path(path), model.config
     if min(*size, 1 if latent_frames is None else latent_frames) < 1:
@@ -451,35 +456,94 @@ def export(model, size=(512, 512), latent_frames=None, path="student.mlpackage",
         raise ValueError(f"the graph is {' or '.join(GRAPHS)}, not {graph}")
     if path.suffix != ".mlpackage":
         raise ValueError(f"{path}: a Core ML package's name ends in .mlpackage")
-    shape = latent_shape(config, size, latent_frames)
+    if stream and (graph != "engine" or bits or stream < 1):
+        raise ValueError("a stream's step is of at least 1 latent frame, in the engine graph and in fp16")
+    shape = latent_shape(config, size, stream or latent_frames)
     with contextlib.redirect_stderr(sys.stderr if sys.stderr.isatty() else io.StringIO()):      # coremltools' progress bars
         try:
-            package = convert(copy.deepcopy(model).float().cpu(), tuple(size), shape, graph)
+            twin, about = phone_twin(copy.deepcopy(model).float().cpu(), graph), {}
+            latents = for_graph(torch.zeros(shape), graph)
+            if stream:
+                packages, about["stream"] = convert_stream(twin, latents)
+            else:
+                packages = {"main": convert(Crop(twin, tuple(size)), {"latents": latents}, ["video"])}
         except RuntimeError as error:
             if "FileWriter" not in str(error):
                 raise
             raise OSError(f"{path}: its weights cannot be written to {tempfile.gettempdir()}; is the disk full?") from None
         if bits:        # below 10,000 weights coremltools would want scikit-learn, and little is to be saved
             from coremltools.optimize import coreml as compress
-            package = compress.palettize_weights(package, compress.OptimizationConfig(compress.OpPalettizerConfig(
-                mode="kmeans", nbits=bits, weight_threshold=10_000)))
-    package.short_description = f"Turbo-VAED: latents to video. {note}".strip()
-    package.license = "Code: MIT. Weights: under the licence of the teacher they were distilled from."
-    axes = ("(t, C, h, w)", "(T, 3, H, W)") if graph == "engine" else ("(1, C, t, h, w)", "(1, 3, T, H, W)")
-    package.input_description["latents"] = f"{axes[0]}: as the teacher's encoder gives them, no scaling factor"
-    package.output_description["video"] = f"{axes[1]}, about [-1, 1], not clamped"
-    package.user_defined_metadata.update(
-        config=json.dumps(asdict(config)), size=f"{size[0]}x{size[1]}", latent_frames=str(shape[2]),
-        frames=str(config.frames(shape[2])), weights_sha256=weights_hash(model), bits=str(bits or 16), note=note, graph=graph)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{os.getpid()}.partial.{path.name}")
-    try:
-        package.save(str(partial))
-        (partial / "executorch_debug_handle_mapping.json").unlink(missing_ok=True)      # the converter's own, no part of it
-        install(partial, path)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+            packages["main"] = compress.palettize_weights(packages["main"], compress.OptimizationConfig(
+                compress.OpPalettizerConfig(mode="kmeans", nbits=bits, weight_threshold=10_000)))
+        about |= dict(config=json.dumps(asdict(config)), size=f"{size[0]}x{size[1]}", latent_frames=str(shape[2]),
+                      frames=str(config.frames(shape[2])), weights_sha256=weights_hash(model), bits=str(bits or 16), note=note,
+                      graph=graph)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(f".{os.getpid()}.partial.{path.name}")
+        try:
+            save(packages, partial, about)
+            install(partial, path)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
     return path
+
+
+def convert_stream(twin, latents):
+    """({"step": package, "edge": package}, when clips begin and end, as JSON) of a stream in steps of those latents' length."""
+    probe = Step()
+    with torch.no_grad():
+        twin(latents, probe)
+    state = {f"state_{i}": kept for i, kept in enumerate(probe.keeps)}
+    edges = {"edges": torch.zeros(3 * len(probe.places), 1, 1, 1)}
+    inputs, outputs = {"latents": latents, **state}, ["video", *(f"next_{name}" for name in state)]
+    when = {"first_frame": probe.first, "begins": [begin for (begin, _), _ in probe.places],
+            "ends": [end for _, (end, _) in probe.places]}
+    return {"step": convert(StreamStep(twin, len(state)), inputs, outputs),
+            "edge": convert(StreamStep(twin, len(state)), inputs | edges, outputs)}, json.dumps(when)
+
+
+class StreamStep(torch.nn.Module):
+    """(latents, what was kept ..., edges or not) to (video, what is kept ...)."""
+
+    def __init__(self, decoder, states):
+        super().__init__()
+        self.decoder, self.states = decoder, states
+
+    def forward(self, latents, *given):
+        step = Step(given[:self.states], *given[self.states:])
+        return (self.decoder(latents, step), *step.keeps)
+
+
+ABOUT = {"latents": "({}): as the teacher's encoder gives them, no scaling factor",
+         "video": "({}), about [-1, 1], not clamped",
+         "edges": "(3 P, 1, 1, 1), of P convolutions: 1 in the step in which its clip begins, in which it ends, and after that"}
+
+
+def save(packages, path, metadata):
+    """Write {function: MLModel}, one "main" or several that share their weights, to `path` with what they say of themselves."""
+    ct = coremltools()
+    if "main" in packages:
+        packages["main"].save(str(path))
+    else:
+        with tempfile.TemporaryDirectory() as folder:
+            functions = ct.utils.MultiFunctionDescriptor()
+            for name, package in packages.items():
+                package.save(f"{folder}/{name}.mlpackage")
+                functions.add_function(f"{folder}/{name}.mlpackage", "main", name)
+            functions.default_function_name = next(iter(packages))
+            ct.utils.save_multifunction(functions, str(path))
+    (path / "executorch_debug_handle_mapping.json").unlink(missing_ok=True)         # the converter's own, no part of it
+    spec = ct.utils.load_spec(str(path))
+    described = spec.description
+    described.metadata.shortDescription = f"Turbo-VAED: latents to video. {metadata['note']}".strip()
+    described.metadata.license = "Code: MIT. Weights: under the licence of the teacher they were distilled from."
+    described.metadata.userDefined.update(metadata)
+    axes = ("t, C, h, w", "T, 3, H, W") if metadata["graph"] == "engine" else ("1, C, t, h, w", "1, 3, T, H, W")
+    for part in (described, *described.functions):
+        for feature in (*part.input, *part.output):
+            text = ABOUT.get(feature.name, "frames that the next step needs: the first one's are zeros")
+            feature.shortDescription = text.format(axes[feature.name == "video"])
+    (path / "Data" / "com.apple.CoreML" / "model.mlmodel").write_bytes(spec.SerializeToString())
 
 
 def install(made, path):
@@ -523,9 +587,11 @@ NUMPY = {"FLOAT16": np.float16, "FLOAT32": np.float32, "INT32": np.int32, "INT16
 
 
 class Program:
-    """The ML Program of a package: operations in order, constants, metadata. ValueError where it is damaged."""
+    """The ML Program of a package: operations in order, constants, metadata, graph. ValueError where it is damaged.
 
-    def __init__(self, path):
+    function: None is the default one, for a stream "step"; its other is "edge"."""
+
+    def __init__(self, path, function=None):
         path = Path(path)
         if not path.is_dir():
             raise FileNotFoundError(f"{path}: no such Core ML package")
@@ -535,14 +601,15 @@ class Program:
         try:
             spec = ct.utils.load_spec(str(path))
             self.blob = np.memmap(path / "Data/com.apple.CoreML/weights/weight.bin", np.uint8, "r")
-            main = spec.mlProgram.functions["main"]
-            self.input, = main.inputs
+            main = spec.mlProgram.functions[function or spec.description.defaultFunctionName or "main"]
             block = main.block_specializations[main.opset]
-            self.output, = block.outputs
-            shape = self.type_of(self.input.type)[0]
+            self.inputs = {x.name: self.type_of(x.type)[0] for x in main.inputs}        # latents first
+            self.outputs = list(block.outputs)                                          # video first
+            self.input, self.output = next(iter(self.inputs)), self.outputs[0]
+            shape = self.inputs[self.input]
             self.graph, self.latent_frames = ("engine", shape[0]) if len(shape) == 4 else ("conv3d", shape[2])
         except Exception as error:      # protobuf, the package's reader and NumPy each have their own
-            raise ValueError(f"{path}: damaged, or no Core ML program of one input and output: {error}") from None
+            raise ValueError(f"{path}: damaged, or no Core ML program: {error}") from None
         self.metadata = dict(spec.description.metadata.userDefined)
         self.file_bytes = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
         self.constants, self.stored, self.operations = {}, {}, []       # stored: bytes of a constant in weight.bin
@@ -643,6 +710,7 @@ MIL = {
     "linear_activation": lambda x, alpha, beta: x * alpha + beta,
     "real_div": lambda x, y: x / y,
     "add": lambda x, y: x + y,
+    "mul": lambda x, y: x * y,
     "silu": lambda x: F.silu(x),
     "relu": lambda x: x.relu(),
     "reshape": lambda x, shape: x.reshape(shape),
@@ -658,7 +726,7 @@ def last_uses(program):
     for i, op in enumerate(program.operations):
         last.update(dict.fromkeys([name for name, _, _ in op.outputs] + sum(op.inputs.values(), []), i))
     for name, i in last.items():
-        if name not in program.constants and name != program.output:
+        if name not in program.constants and name not in program.outputs:
             uses.setdefault(i, []).append(name)
     return uses
 
@@ -673,12 +741,12 @@ def tensor_or_number(constant):
 def run(program, latents, fp16):
     """Run the program's operations one by one, in float32; fp16=True rounds what each of them gives to fp16.
 
-    latents float32 -> video float32, both as `for_graph` lays them out. A value is freed after its last use. Raises
-    ValueError for an operation or parameter that is not known, a failing one, and one whose output is not of the
-    declared shape.
+    latents float32 -> video float32, both as `for_graph` lays them out; or {input: tensor} -> {output: tensor}. A value
+    is freed after its last use. Raises ValueError for an operation or parameter that is not known, a failing one, and
+    one whose output is not of the declared shape.
     """
     from tqdm import tqdm
-    values, unused = {program.input.name: latents}, last_uses(program)
+    values, unused = dict(latents) if isinstance(latents, dict) else {program.input: latents}, last_uses(program)
     for i, op in enumerate(tqdm(program.operations, unit="op", leave=False, disable=not sys.stderr.isatty())):
         where = f"operation {i}, {op.kind} {op.outputs[0][0]}"
         if op.kind not in MIL:
@@ -699,7 +767,7 @@ def run(program, latents, fp16):
             program.largest_square = max(program.largest_square, values[name].max().item() ** 2)
         for name in unused.get(i, ()):
             del values[name]
-    return values[program.output]
+    return {name: values[name] for name in program.outputs} if isinstance(latents, dict) else values[program.output]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -713,6 +781,36 @@ def difference(video, expected):
     """Worst absolute error, and PSNR in dB with a peak of 2, the width of [-1, 1]."""
     error = video - expected
     return {"worst_error": error.abs().max().item(), "psnr": 10 * (4 / error.square().mean().clamp(1e-20)).log10().item()}
+
+
+def run_stream(package, latents, call):
+    """Decode latents (t, C, h, w) of a clip, t a multiple of the step's, by a stream's package as an app does it.
+
+    package: its Program, for sizes and metadata. call(function, {input: tensor}) -> {output: tensor} runs one step: "edge"
+    where a convolution's clip begins, ends or is over, which `edges` says, else "step". Steps go on, with whatever latents,
+    until all frames are out; the first `first_frame` are none of the clip's. Returns (video (T, 3, H, W), calls of each).
+    """
+    when, config = json.loads(package.metadata["stream"]), TurboVAEDConfig(**json.loads(package.metadata["config"]))
+    state = {name: torch.zeros(shape) for name, shape in package.inputs.items() if name.startswith("state_")}
+    chunks, video, calls = latents.split(package.latent_frames), [], Counter()
+    first, count = when["first_frame"], config.frames(len(latents))
+    while sum(map(len, video)) < first + count:
+        s = len(video)
+        edges = [[float(s == begin) for begin in when["begins"]], [float(s == len(chunks) + end) for end in when["ends"]],
+                 [float(s > len(chunks) + end) for end in when["ends"]]]
+        given = {"latents": chunks[min(s, len(chunks) - 1)], **state}
+        edge = any(map(any, edges))
+        out = call("edge" if edge else "step", given | ({"edges": torch.tensor(edges).view(-1, 1, 1, 1)} if edge else {}))
+        video.append(out["video"])
+        state = {name: out[f"next_{name}"] for name in state}
+        calls["edge" if edge else "step"] += 1
+    return torch.cat(video)[first:first + count], calls
+
+
+def stream_length(program, steps=10):
+    """How many latent frames make a clip with so many steps in the middle, for a stream's package."""
+    when = json.loads(program.metadata["stream"])
+    return program.latent_frames * (max(when["begins"]) - min(when["ends"]) + 1 + steps)
 
 
 @torch.no_grad()
@@ -730,15 +828,20 @@ def check_weights(program, model, path):
         raise ValueError(f"{path} was exported from other weights than this student's")
 
 
-def predict(path, units, latents):
-    """Core ML's video, float32, on those compute units of this Mac; latents as the package takes them."""
-    ct = coremltools()
-    try:
-        package = ct.models.MLModel(str(path), compute_units=ct.ComputeUnit[units])
-        video = package.predict({"latents": latents.numpy().astype(np.float16)})["video"]
-        return torch.from_numpy(np.asarray(video, np.float32))
-    except Exception as error:      # Core ML's own, of many classes
-        raise ValueError(f"{path}: Core ML cannot run it on {units}: {summary(error)}") from None
+def predictor(path, units):
+    """Core ML on those compute units of this Mac: call(function or None, {input: tensor}) -> {output: float32 tensor}."""
+    ct, loaded = coremltools(), {}
+
+    def call(function, given):
+        try:
+            if function not in loaded:
+                more = {"function_name": function} if function else {}
+                loaded[function] = ct.models.MLModel(str(path), compute_units=ct.ComputeUnit[units], **more)
+            out = loaded[function].predict({name: x.numpy().astype(np.float16) for name, x in given.items()})
+            return {name: torch.from_numpy(np.asarray(x, np.float32)) for name, x in out.items()}
+        except Exception as error:      # Core ML's own, of many classes
+            raise ValueError(f"{path}: Core ML cannot run it on {units}: {summary(error)}") from None
+    return call
 
 
 @torch.inference_mode()
@@ -753,21 +856,29 @@ def compare(path, model, seed=0):
     program, model = Program(path), copy.deepcopy(model).float().cpu().channels_last()
     check_weights(program, model, path)
     height, width = map(int, program.metadata["size"].split("x"))
-    shape = latent_shape(model.config, (height, width), program.latent_frames)
+    streams = "stream" in program.metadata
+    shape = latent_shape(model.config, (height, width), stream_length(program) if streams else program.latent_frames)
     latents = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-    expected = for_graph(model.eval()(latents)[..., :height, :width], program.graph)
+    expected = for_graph(model.eval()(latents)[..., :height, :width] if not streams else model(latents), program.graph)
     latents = for_graph(latents, program.graph)
     results = {}
     if program.metadata["bits"] != "16":
         palettised = with_weights_of(program, model)(latents)[..., :height, :width]
         results["palettised"] = difference(palettised, expected)
         expected = palettised
-    results["float32"] = difference(run(program, latents, fp16=False), expected)
-    results["fp16"] = difference(run(program, latents, fp16=True), expected)
-    results["fp16"]["largest_sum_of_squares"] = program.largest_square
+    functions = {"step": program, "edge": Program(path, "edge")} if streams else {"main": program}
+    for which, fp16 in (("float32", False), ("fp16", True)):
+        call = lambda function, given: run(functions[function], given, fp16)
+        video, calls = run_stream(program, latents, call) if streams else (call("main", latents), Counter(main=1))
+        results[which] = difference(video, expected)
+    results["fp16"]["largest_sum_of_squares"] = max(function.largest_square for function in functions.values())
+    if streams:
+        results["calls"] = dict(calls)
     if sys.platform == "darwin":
         for which, units in (("core_ml", "CPU_ONLY"), ("neural_engine", "CPU_AND_NE")):     # the second has no bound
-            results[which] = difference(predict(path, units, latents), expected)
+            call = predictor(path, units)
+            video = run_stream(program, latents, call)[0] if streams else call(None, {"latents": latents})["video"]
+            results[which] = difference(video, expected)
     return results
 
 
@@ -782,9 +893,9 @@ def check(results):
 def same_but_for_height(program, other):
     """Raise ValueError unless two programs are the same operations with the same wiring, weights and parameters, but
     for heights in shapes, which are all longer by one factor."""
-    tall, short = (p.type_of(p.input.type)[0] for p in (program, other))
+    tall, short = (p.inputs[p.input] for p in (program, other))
     grown = lambda a, b: len(a) == len(b) and all(x == y or x * short[-2] == y * tall[-2] for x, y in zip(a, b))
-    names = {program.input.name: other.input.name}          # of a value here: its name there
+    names = dict(zip(program.inputs, other.inputs))         # of a value here: its name there
     if len(program.operations) != len(other.operations):
         raise ValueError(f"{len(program.operations)} operations, {len(other.operations)} at the smaller height")
     for i, (a, b) in enumerate(zip(program.operations, other.operations)):
@@ -805,8 +916,8 @@ def same_but_for_height(program, other):
             names[x] = y
         if not same:
             raise ValueError(f"operation {i}, {a.kind} {a.outputs[0][0]}, is not what it is at the smaller height")
-    if names[program.output] != other.output:
-        raise ValueError("the output is not that of the smaller height")
+    if [names[name] for name in program.outputs] != other.outputs:
+        raise ValueError("the outputs are not those of the smaller height")
 
 
 def prove_by_height(path, model):
@@ -814,16 +925,20 @@ def prove_by_height(path, model):
     showing that the two programs are the same but for it. None where no such height exists, or weights are palettised.
     """
     program, config = Program(path), model.config
+    streams = "stream" in program.metadata
     height, width = map(int, program.metadata["size"].split("x"))
-    h = program.type_of(program.input.type)[0][-2]
-    rows = next((n for n in range(8, h) if h % n == 0), None)
-    if not rows or height != h * config.compression[1] or program.metadata["bits"] != "16":
+    t, h = program.latent_frames, program.inputs[program.input][-2]
+    least = 1 if streams else 8         # a stream is many steps, in which the height matters as little
+    rows = next((n for n in range(least, h) if h % n == 0), None)
+    cropped = height != h * config.compression[1] and not streams
+    if not rows or cropped or program.metadata["bits"] != "16":
         return None
     check_weights(program, model, path)
     with tempfile.TemporaryDirectory() as folder:
         size, small = (rows * config.compression[1], width), Path(folder) / "small.mlpackage"
-        export(model, size, program.latent_frames, small, graph=program.graph)
-        same_but_for_height(program, Program(small))
+        export(model, size, t, small, graph=program.graph, stream=t if streams else None)
+        for function in ("step", "edge") if streams else (None,):
+            same_but_for_height(Program(path, function), Program(small, function))
         return compare(small, model) | {"run_at": f"{size[0]}x{size[1]}"}
 
 
@@ -875,7 +990,7 @@ def report(program):
     outputs once. peak_activation_bytes: all that is alive at once in program order, inputs and outputs of the operation
     included. largest_bytes: the largest tensor. Core ML may fuse operations and need less.
     """
-    shapes = {program.input.name: program.type_of(program.input.type)[0]}
+    shapes = dict(program.inputs)
     sizes = {name: 2 * math.prod(shape) for name, shape in shapes.items()}
     unused, alive, root, seen, off_engine = last_uses(program), set(shapes), {}, set(), {}
     parts = {part: dict(operations=0, views=0, off_engine=0, parameters=0, weight_bytes=0, flops=0, bytes_moved=0,
@@ -912,7 +1027,8 @@ def report(program):
     kinds, largest = Counter(op.kind for op in program.operations), max(shapes, key=sizes.get)
     over = lambda key: max if key in ("peak_activation_bytes", "largest_bytes") else sum
     total = {key: over(key)(row[key] for row in parts.values()) for key in parts["out"]}
-    return {**total, "package_bytes": program.file_bytes,
+    stream = {"stream": program.latent_frames} if "stream" in program.metadata else {}
+    return {**total, **stream, "package_bytes": program.file_bytes,
             "fp16_bytes": program.file_bytes + sum(2 * program.constants[n].size - program.stored[n] for n in seen),
             "highest_rank": max(map(len, shapes.values())),
             "largest_tensor": {"name": largest, "shape": shapes[largest], "bytes": sizes[largest]},
@@ -942,12 +1058,16 @@ def prove(path, model, r, whole=False):
     """Compare the package with the student, print how they differ; the report with the proof, or ValueError if too
     much."""
     started = time.perf_counter()
-    results = (prove_by_height(path, model) if r["flops"] > WHOLE_FLOPS and not whole else None) or compare(path, model)
+    flops = r["flops"] * (3 * stream_length(Program(path)) // r["stream"] if "stream" in r else 1)
+    results = (prove_by_height(path, model) if flops > WHOLE_FLOPS and not whole else None) or compare(path, model)
     words = {"palettised": "its weights against the student's", "float32": "its operations in float32",
              "fp16": "its operations, each rounded to fp16",
              "core_ml": "Core ML's prediction on the CPU", "neural_engine": "with the Neural Engine"}
     if "run_at" in results:
         print(f"run at {results['run_at']}, where it is the same program but for the height (--whole runs all of it):")
+    if "calls" in results:
+        print("a clip of {step} steps in the middle and {edge} where layers begin and end, against the whole decode:".format(
+            **results["calls"]))
     for which, result in [(which, result) for which, result in results.items() if which in words]:
         print(f"{words[which]}: worst error {result['worst_error']:.2g}, PSNR {result['psnr']:.1f} dB")
     if largest := results["fp16"]["largest_sum_of_squares"]:
@@ -974,6 +1094,8 @@ def parse():
     parser.add_argument("--bits", type=int, choices=(8, 6, 4), help="palettise the weights (default: fp16)")
     parser.add_argument("--graph", nargs="+", choices=GRAPHS, default=["engine"], help="engine: two-dimensional, for "
                         "the Neural Engine (default); conv3d: for the phone's GPU; or both")
+    parser.add_argument("--stream", type=number(int, 1), metavar="N", help="export a step of a stream: N latent frames at a "
+                        "time, with what layers keep going in and out, so that a phone plays video of any length")
     parser.add_argument("--out", metavar="DIR", help="folder for the packages (default: the student's run, else out/export)")
     parser.add_argument("--whole", action="store_true", help=f"run packages of more than {WHOLE_FLOPS / 1e12:.0f} TFLOP whole, "
                         "which takes minutes, instead of showing that they are the same program as one of a fraction of the height")
@@ -986,6 +1108,8 @@ def parse():
             parser.error(f"--size is HEIGHTxWIDTH in pixels, such as 720x1280; not {size}")
         sizes.append((int(height), int(width)))
     args.size = sizes
+    if args.stream and (args.bits or args.latent_frames or args.graph != ["engine"]):
+        parser.error("--stream N is in the engine graph and fp16, and says itself how many latent frames a step takes")
     if args.random and (not args.config or args.student):
         parser.error("--random needs --config NAME and goes without --student")
     if args.config and not args.random and not args.student:
@@ -1039,7 +1163,8 @@ def main():
         return write_report(path, prove(path, model, report(Program(path)), args.whole))
     bits, paths = f"_{args.bits}bit" * bool(args.bits), {}
     for size, graph in itertools.product(args.size, args.graph):
-        frames = model.config.frames(latent_shape(model.config, size, args.latent_frames)[2])
+        frames = f"{model.config.frames(latent_shape(model.config, size, args.latent_frames)[2])}"
+        frames = f"stream{args.stream}" if args.stream else frames
         paths[size, graph] = folder / f"{name}_{frames}x{size[0]}x{size[1]}_{graph}{bits}.mlpackage"
         check_whose(paths[size, graph], model)
     check_writable(folder)
@@ -1047,9 +1172,12 @@ def main():
         started, made = time.perf_counter(), path.with_name(f".{os.getpid()}.{path.name}")
         try:        # what is there stays until the new package is proven
             note = "Random weights: for speed only." if args.random else ""
-            export(model, size, args.latent_frames, made, args.bits, graph, note)
+            export(model, size, args.latent_frames, made, args.bits, graph, args.stream, note)
             r = report(Program(made))
             print(f"{path}: exported in {time.perf_counter() - started:.0f} s\n{table(r)}", flush=True)
+            if args.stream:
+                r["edge"] = report(Program(made, "edge"))
+                print(f"the same where layers begin and end:\n{table(r['edge'])}", flush=True)
             r = prove(made, model, r, args.whole)
             install(made, path)
             write_report(path, r)
