@@ -129,15 +129,15 @@ class Step:
     def grow(self, r, drop):
         self.first, self.dropped = r * self.first + drop, r * self.dropped + drop
 
-    def around(self, x, n):
-        """([frames before], x, []) for windows that reach n frames to each side: x once more, but n frames late."""
+    def before_and(self, x, n):
+        """([2 n frames before], x), or ([], both in one), for windows of 2 n + 1 frames: as many as x, n frames late."""
         kept, begin, end = self.before(2 * n, x), divmod(self.first, len(x)), divmod(self.first - self.dropped - 1, len(x))
         self.places.append((begin, end))
         self.first += n
         if self.edges is not None:
             kept, x = [], self.repeat_ends(kept, x, 2 * n + begin[1], 2 * n + end[1] + 1)
         self.keeps.append((x if len(x) > 2 * n else torch.cat([kept, x]))[-2 * n:])
-        return frames_of(kept) if len(kept) else [], x, []
+        return frames_of(kept) if len(kept) else [], x
 
     def repeat_ends(self, kept, x, begin, end):
         """kept and x in one, where it is the step for it with frame `begin` in place of those before, the one before
@@ -148,13 +148,6 @@ class Step:
         x = torch.cat([kept, either(x, kept[len(kept) - 1:], over)])
         x = torch.cat([either(x[:begin], x[begin:begin + 1], begins), x[begin:]])
         return torch.cat([x[:end], either(x[end:], x[end - 1:end], ends)]) if end < len(x) else x
-
-
-def around(x, n, *step):
-    """([frames before], x, [frames after]) for windows that reach n frames to each side."""
-    if step and n:
-        return step[0].around(x, n)
-    return [take(x, 0, 1)] * n, x, [take(x, len(x) - 1, len(x))] * n
 
 
 def take(x, start, end):
@@ -180,8 +173,10 @@ class EngineConv3d(Conv3d):
         convolution of each, and one concat that puts their outputs in order. Windows that reach beyond are copied.
         Where outputs are so wide that the concat moves more than copies would, all are, and one convolution is all."""
         k = self.conv.kernel_size[0]
-        before, x, after = around(x, k // 2, *step)
-        frames = before + frames_of(x) + after
+        before, x = step[0].before_and(x, k // 2) if step and k > 1 else (None, x)
+        frames = frames_of(x)
+        before, after = (frames[:1] * (k // 2), frames[-1:] * (k // 2)) if before is None else (before, [])
+        frames = before + frames + after
         windows = range(len(frames) - k + 1)
         inside = windows[len(before):len(windows) - len(after)]
         if k == 1 or k * len(inside) * x.shape[1] <= len(windows) * self.conv.out_channels:
@@ -208,8 +203,8 @@ class EngineSeparableConv3d(SeparableConv3d):
 
     def forward(self, x, *step):
         r, T, bias = len(self.taps) // 2, len(x), self.depthwise_conv.bias
-        before, x, after = around(x, r, *step)
-        x = torch.cat([*before, x, *after]) if before else x
+        before, x = step[0].before_and(x, r) if step else ([take(x, 0, 1)] * r, x)
+        x = torch.cat([*before, x, *([] if step else [take(x, T - 1, T)] * r)]) if before else x
         h = F.conv2d(take(x, 0, T), self.taps[0], bias, padding=r, groups=len(bias))
         for i, weight in enumerate(self.taps[1:], start=1):
             h = h + F.conv2d(x[i:i + T], weight, padding=r, groups=len(bias))
@@ -459,6 +454,7 @@ def export(model, size=(512, 512), latent_frames=None, path="student.mlpackage",
     if stream and (graph != "engine" or bits or stream < 1):
         raise ValueError("a stream's step is of at least 1 latent frame, in the engine graph and in fp16")
     shape = latent_shape(config, size, stream or latent_frames)
+    size = tuple(d * n for d, n in zip(config.compression[1:], shape[3:])) if stream else size
     with contextlib.redirect_stderr(sys.stderr if sys.stderr.isatty() else io.StringIO()):      # coremltools' progress bars
         try:
             twin, about = phone_twin(copy.deepcopy(model).float().cpu(), graph), {}
@@ -1163,8 +1159,10 @@ def main():
         return write_report(path, prove(path, model, report(Program(path)), args.whole))
     bits, paths = f"_{args.bits}bit" * bool(args.bits), {}
     for size, graph in itertools.product(args.size, args.graph):
-        frames = f"{model.config.frames(latent_shape(model.config, size, args.latent_frames)[2])}"
-        frames = f"stream{args.stream}" if args.stream else frames
+        shape = latent_shape(model.config, size, args.latent_frames)
+        frames = f"stream{args.stream}" if args.stream else model.config.frames(shape[2])
+        if args.stream:         # an app crops what it shows
+            size = tuple(d * n for d, n in zip(model.config.compression[1:], shape[3:]))
         paths[size, graph] = folder / f"{name}_{frames}x{size[0]}x{size[1]}_{graph}{bits}.mlpackage"
         check_whose(paths[size, graph], model)
     check_writable(folder)

@@ -5,7 +5,8 @@ import os
 import shutil
 import subprocess
 import sys
-from dataclasses import replace
+import types
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -531,3 +532,78 @@ def test_wrong_arguments(tiny, tmp_path):
         with pytest.raises(ValueError):
             export.export(tiny, size, 1, tmp_path / name, bits)
     assert not list(tmp_path.iterdir())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# streams
+
+@pytest.fixture(scope="module")
+def stream_package(tiny, tmp_path_factory):
+    return export.export(tiny, (16, 16), path=tmp_path_factory.mktemp("stream") / "stream.mlpackage", stream=2)
+
+
+def schedule(twin, chunk, config):
+    """What `run_stream` reads of a package, for a twin whose steps take chunks of this shape."""
+    probe = export.Step()
+    twin(chunk, probe)
+    when = {"first_frame": probe.first, "begins": [begin for (begin, _), _ in probe.places],
+            "ends": [end for _, (end, _) in probe.places]}
+    return types.SimpleNamespace(latent_frames=len(chunk), metadata={"stream": json.dumps(when), "config": json.dumps(asdict(config))},
+                                 inputs={f"state_{i}": kept.shape for i, kept in enumerate(probe.keeps)})
+
+
+@pytest.mark.parametrize("n", [1, 2, 3])
+@pytest.mark.parametrize("name, changes", [("ltx", {}), ("dc", {}), ("tiny", dict(upsampling="interpolate", kernel=7)),
+                                           ("tiny", dict(drop_first=True, upsampling="pixel_shuffle_3d"))])
+@torch.no_grad()
+def test_steps_of_a_stream_decode_clips_of_any_length_exactly(name, changes, n):
+    """From one step to more than the decoder's delay, with what is before and after each clip of no consequence."""
+    model = small(name, resnets=(1, 1, 1, 1, 1), **changes)
+    twin = export.phone_twin(model, "engine")
+    package = schedule(twin, torch.zeros(n, 8, 1, 2), model.config)
+
+    def call(function, given):
+        step = export.Step([given[key] for key in package.inputs], given.get("edges"))
+        return {"video": twin(given["latents"], step), **{f"next_state_{i}": x for i, x in enumerate(step.keeps)}}
+    for length in (1, 2, export.stream_length(package, 2) // n):
+        latents = torch.randn(length * n, 8, 1, 2)
+        video, calls = export.run_stream(package, latents, call)
+        want = export.for_graph(model(latents.transpose(0, 1)[None]), "engine")
+        assert (video - want).abs().max() < 3e-5 and (length < 3 or calls["step"] >= 2)
+
+
+def test_a_streams_package_is_its_student_and_stays_on_the_engine(tiny, stream_package):
+    results = export.compare(stream_package, tiny)
+    assert results["float32"]["worst_error"] < 5e-3 and results["fp16"]["psnr"] > 70 and results["calls"]["step"] == 10
+    for function in ("step", "edge"):
+        r = export.report(export.Program(stream_package, function))
+        assert not r["off_engine"] and r["highest_rank"] == 4 and r["stream"] == 2
+    step, edge = (export.Program(stream_package, function) for function in ("step", "edge"))
+    assert step.stored.keys() and step.file_bytes < 1.9e6           # its two functions share their weights
+    assert [*edge.inputs][:-1] == [*step.inputs] and [*edge.inputs][-1] == "edges"
+
+
+@pytest.mark.parametrize("key", ["begins", "ends", "first_frame"])
+def test_a_stream_that_begins_or_ends_a_step_late_is_found(tiny, stream_package, tmp_path, key):
+    path = Path(shutil.copytree(stream_package, tmp_path / "late.mlpackage"))
+    file = path / "Data/com.apple.CoreML/model.mlmodel"
+    import coremltools as ct
+    spec = ct.utils.load_spec(str(file))
+    when = json.loads(spec.description.metadata.userDefined["stream"])
+    if key == "first_frame":
+        when[key] += 1
+    else:
+        when[key][5] += 1
+    spec.description.metadata.userDefined["stream"] = json.dumps(when)
+    file.write_bytes(spec.SerializeToString())
+    with pytest.raises(ValueError, match="is not the student"):
+        export.verify(path, tiny)
+
+
+def test_a_streams_package_is_exported_proven_and_verified_by_command(tmp_path, command, capsys):
+    assert command("--student", str(ROOT / "assets/tiny_student.safetensors"), "--stream", "1", "--size", "20x16") is None
+    path, = (tmp_path / "out/export").glob("*.mlpackage")
+    assert path.name == "tiny_student_stream1x24x16_engine.mlpackage"
+    r = json.loads(path.with_suffix(".json").read_text())
+    assert r["proof"]["calls"]["step"] == 10 and r["edge"]["operations"] > r["operations"]
+    assert export.Program(path).metadata["size"] == "24x16" and "10 steps in the middle" in capsys.readouterr().out
