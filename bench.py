@@ -347,14 +347,15 @@ async def time_package(path, unit, device, rounds):
     from coremltools.models.ml_program.experimental.perf_utils import MLModelBenchmarker
     model = coremltools.models.MLModel(str(path), skip_model_load=True, compute_units=coremltools.ComputeUnit[unit])
     description = model.get_spec().description
-    shapes = {f.name: tuple(f.type.multiArrayType.shape) for f in (*description.input, *description.output)}
+    part = next((f for f in description.functions if f.name == description.defaultFunctionName), description)  # a stream's step
+    shapes = {f.name: tuple(f.type.multiArrayType.shape) for f in (*part.input, *part.output)}
     ranks = len(shapes.get("latents", ())), len(shapes.get("video", ()))
     if ranks not in ((4, 4), (5, 5)):
         raise ValueError(f"{path}: has {shapes} instead of latents (t, C, h, w) and video (T, 3, H, W), or (1, C, t, h, w) "
                          "and (1, 3, T, H, W)")
     graph, said = "engine" if ranks == (4, 4) else "conv3d", dict(description.metadata.userDefined)
     frames, height, width = shapes["video"][0 if graph == "engine" else 2], *shapes["video"][-2:]
-    inputs = {"latents": torch.randn(shapes["latents"]).numpy()}
+    inputs = {f.name: torch.randn(shapes[f.name]).numpy() for f in part.input}
     name = next((n for n, c in CONFIGS.items() if json.dumps(asdict(c)) == said.get("config")), None)
     row = {"model": path.stem, "way": unit, "graph": graph, "frames": frames, "height": height, "width": width,
            "student": (said.get("weights_sha256"), said.get("bits")), **of_paper("paper_iphone", name, height, width)}

@@ -449,6 +449,17 @@ def test_the_graphs_of_a_student_are_compared_beside_the_papers_figures(apple, t
     assert "paper's" in out and "SnapGen-V 31.5, H3AE 38.1" in out and "195.4" not in out
 
 
+def test_a_streams_package_is_timed_by_its_step(apple, tmp_path):
+    utils = apple.coremltools.utils
+    functions = utils.MultiFunctionDescriptor()
+    for name, space in (("edge", 4), ("step", 8)):
+        functions.add_function(str(make_package(tmp_path / f"{name}.mlpackage", "engine", space)), "main", name)
+    functions.default_function_name = "step"
+    utils.save_multifunction(functions, str(tmp_path / "stream.mlpackage"))
+    rows = apple.bench(tmp_path, "--mlpackage", str(tmp_path / "stream.mlpackage"))
+    assert [(row["frames"], row["height"], row["width"]) for row in rows] == [(8, 32, 40)] * 4
+
+
 def test_the_papers_figures_are_those_of_its_tables():
     """Of its family by name and size, and of nothing else."""
     assert module.of_paper("paper_iphone", "ltx", 720, 1280) == {"paper_iphone": 38.1}
