@@ -31,7 +31,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial, partialmethod
 from pathlib import Path
 
@@ -54,6 +54,13 @@ GPU_RUNS = (    # what --gpu measures, the most telling first
       for size in ("512x512", "720x1280") for name in ("dc", "hunyuan", "ltx") if (name, size) != ("ltx", "512x512")))
 LAST_START = 390        # seconds after which --gpu begins nothing more: it is to end within nine minutes
 UNITS = ("ALL", "CPU_AND_NE", "CPU_AND_GPU", "CPU_ONLY")      # Core ML's choices of compute units
+PAPER = {   # the paper's frames per second, Tables 3 and 4: on an A100 and on an iPhone 16 Pro
+    "paper_a100": {("ltx", 512, 512): 841.6, ("ltx", 720, 1280): 255.6, ("dc", 512, 512): 552.5, ("dc", 720, 1280): 167.0,
+                   ("hunyuan", 512, 512): 87.5, ("cog", 512, 512): 87.5},
+    "paper_iphone": {("ltx", 512, 512): 161.8, ("ltx", 720, 1280): 38.1, ("dc", 512, 512): 112.7, ("dc", 720, 1280): 25.3,
+                     ("hunyuan", 512, 512): 10.6, ("cog", 512, 512): 10.6}}
+RIVALS = {"paper_a100": "an A100; its rivals' there, at 512x512: H3AE 195.4",
+          "paper_iphone": "an iPhone 16 Pro; its rivals' there, at 512x512: SnapGen-V 31.5, H3AE 38.1"}
 # option: (the mode that it goes with, its default there)
 BELONGS = {"batch": ("train", 1), "lpips_frames": ("train", 2), "team": ("iphone", None),
            "chunk": ("stream", 4), "lengths": ("stream", [10, 100, 600])}
@@ -62,7 +69,8 @@ COLUMNS = {     # of the table, where any row has them: header, text of a row's 
     "ms": "{milliseconds:.2f}", "spread": "{spread:.2f}", "FPS": "{fps:.1f}", "TFLOP/s": "{tflops:.3f}",
     "of matrix rate": "{of_matrix_rate:.1%}", "of copy rate": "{of_copy_rate:.1%}", "peak GB": "{peak_gb:.2f}",
     "load ms": "{load_milliseconds:.0f}", "latents": "{latents}", "first frame ms": "{first_milliseconds:.0f}",
-    "speed-up": "{speed_up:.2f}x", "not measured": "{reason}"}
+    "speed-up": "{speed_up:.2f}x", "over conv3d": "{over_conv3d:.2f}x",
+    "paper's A100": "{paper_a100:.1f}", "paper's iPhone": "{paper_iphone:.1f}", "not measured": "{reason}"}
 BLOCK_COLUMNS = {key: COLUMNS[key] for key in ("model", "way", "clip", "ms", "spread", "speed-up")} | {
     part: f"{{blocks[{part}]:.2f}} {{shares[{part}]:.0%}}" for part in (*PARTS, "upsamplers")}
 
@@ -193,6 +201,11 @@ def make_latents(config, name, frames, height, width, device, dtype):
     return latents.contiguous(memory_format=layout), config.frames(t), d_h * latents.shape[3], d_w * latents.shape[4]
 
 
+def of_paper(where, *which):
+    """For a row: the paper's frames per second of (name of a configuration, height, width), if it has any."""
+    return {where: PAPER[where][which]} if which in PAPER[where] else {}
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # What is measured. Each returns rows for bench.json.
 
@@ -229,6 +242,7 @@ def bench_students(args, device, dtype):
         rows += [{"model": name, "way": way, "frames": frames, "height": height, "width": width,
                   "parameters": count(modules[way]),
                   **figures(seconds, way, frames, "teacher" if "teacher" in runs else "eager", work.get(way, work["eager"]), amounts),
+                  **(of_paper("paper_a100", name, *size) if device.type == "cuda" and way != "teacher" else {}),
                   **(peak_memory(run, device, nbytes(modules[way])) if way != "CUDA graphs" else {})}      # those hold theirs
                  for way, run in runs.items()]
     return rows
@@ -361,12 +375,18 @@ async def time_package(path, unit, device, rounds):
     from coremltools.models.ml_program.experimental.perf_utils import MLModelBenchmarker
     model = coremltools.models.MLModel(str(path), skip_model_load=True, compute_units=coremltools.ComputeUnit[unit])
     description = model.get_spec().description
-    shapes = {f.name: tuple(f.type.multiArrayType.shape) for f in (*description.input, *description.output)}
-    if len(shapes.get("latents", ())) != 5 or len(shapes.get("video", ())) != 5:
-        raise ValueError(f"{path}: has {shapes} instead of latents (1, C, t, h, w) and video (1, 3, T, H, W)")
-    frames, height, width = shapes["video"][2:]
-    inputs = {"latents": torch.randn(shapes["latents"]).numpy()}
-    row = {"model": path.stem, "way": unit, "frames": frames, "height": height, "width": width}
+    part = next((f for f in description.functions if f.name == description.defaultFunctionName), description)  # a stream's step
+    shapes = {f.name: tuple(f.type.multiArrayType.shape) for f in (*part.input, *part.output)}
+    ranks = len(shapes.get("latents", ())), len(shapes.get("video", ()))
+    if ranks not in ((4, 4), (5, 5)):
+        raise ValueError(f"{path}: has {shapes} instead of latents (t, C, h, w) and video (T, 3, H, W), or (1, C, t, h, w) "
+                         "and (1, 3, T, H, W)")
+    graph, said = "engine" if ranks == (4, 4) else "conv3d", dict(description.metadata.userDefined)
+    frames, height, width = shapes["video"][0 if graph == "engine" else 2], *shapes["video"][-2:]
+    inputs = {f.name: torch.randn(shapes[f.name]).numpy() for f in part.input}
+    name = next((n for n, c in CONFIGS.items() if json.dumps(asdict(c)) == said.get("config")), None)
+    row = {"model": path.stem, "way": unit, "graph": graph, "frames": frames, "height": height, "width": width,
+           "student": (said.get("weights_sha256"), said.get("bits")), **of_paper("paper_iphone", name, height, width)}
     try:
         benchmarker = MLModelBenchmarker(model, device)
         row["load_milliseconds"] = (await benchmarker.benchmark_load()).samples[0]
@@ -436,6 +456,10 @@ def bench_packages(args):
     rows = asyncio.run(time_packages(paths, args.rounds or 10, args.team if args.iphone else None))
     if not any("fps" in row for row in rows):
         raise ValueError(f"nothing could be measured; {rows[0]['way']}: {rows[0]['error']}")
+    same = lambda row: [row[key] for key in ("student", "frames", "height", "width", "way")]
+    for row, other in itertools.permutations([row for row in rows if "fps" in row], 2):
+        if (row["graph"], other["graph"]) == ("engine", "conv3d") and same(row) == same(other):
+            row["over_conv3d"] = row["fps"] / other["fps"]      # of the same student, on the same units
     return rows
 
 
@@ -578,6 +602,8 @@ def report(rows, args):
     if any("matrix_tflops" in row for row in rows):
         rates = tuple(statistics.median(row[key] for row in rows if key in row) for key in ("matrix_tflops", "copy_gb_per_s"))
         print("measured here, in turns with the rest: %.2f TFLOP/s of a matrix product, %.0f GB/s of a copy" % rates)
+    for where in (where for where in PAPER if any(where in row for row in rows)):
+        print(f"the paper's frames per second are of {RIVALS[where]}")
     if args.train:
         print(f"arithmetic of a sample: {', '.join(r['way'] + ' %.2f TFLOP' % (r['flops_per_sample'] / 1e12) for r in rows)}")
     for row in rows:

@@ -349,7 +349,7 @@ FLAGS = {
     "evaluate.py": "--data --root --split --student --teacher --teacher-weights --against --metrics --lpips-weights "
                    "--i3d --clips --frames --size --batch --seed --device --dtype --threads --out --reconstruct "
                    "--latents --generate --pipeline --no",
-    "export.py": "--student --config --random --size --latent-frames --bits --no-gather --plain --out --whole --verify",
+    "export.py": "--student --config --random --size --latent-frames --bits --graph --out --whole --verify",
     "bench.py": "--config --student --size --frames --teacher --no-teacher --blocks --mlpackage --iphone --team "
                 "--features --batch --lpips-frames --dtype --device --out",
     "train.py": "--teacher --config --data --frames --size --batch --seed --device --out --steps --resume --align --lr "
@@ -365,7 +365,7 @@ LIKELY = {      # what somebody who means well gives these flags
     "--frames": "1 4 8 9 16", "--student": f"{STUDENT} out/run a/b folder file clip.mp4", "--teacher": "tiny ltx dc no",
     "--config": "tiny ltx cog", "--teacher-weights": "random folder file a/b",
     "--metrics": "psnr ssim temporal lpips fvd",
-    "--out": "out/x file folder .", "--verify": "folder file x.mlpackage", "--bits": "8 6", "--latent-frames": "1 2 0",
+    "--out": "out/x file folder .", "--verify": "folder file x.mlpackage", "--bits": "8 6", "--latent-frames": "1 2 0", "--graph": "conv3d",
     "--reconstruct": "clip.mp4 out.mp4", "--latents": "folder file", "--generate": "file folder clip.mp4",
     "--pipeline": "folder a/b",
     "--device": "cpu cuda cuda:1 mps", "--steps": "1 2", "--lr": "0 1e-3 nan", "--align": "mid up9", "--stride": "1 9"}

@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 import types
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -358,13 +359,14 @@ class Apple:
                 pass
 
             async def predict(self, inputs, state=None):
-                assert inputs["latents"].shape == (1, 16, 2, 4, 5) and inputs["latents"].dtype == "float32"
+                assert inputs["latents"].shape in ((1, 16, 2, 4, 5), (2, 16, 4, 5)) and inputs["latents"].dtype == "float32"
                 if self.compute_units.name == apple.crash_on:
                     if self.device:
                         self.device.session.alive = False
                     raise RuntimeError("out of memory. And more than one line\nof it")
                 first = self.last_predict_duration_in_nano_seconds is None
-                self.last_predict_duration_in_nano_seconds = 99_000_000 if first else 20_000_000      # the first warms up
+                taken = 20_000_000 if inputs["latents"].ndim == 5 else 8_000_000
+                self.last_predict_duration_in_nano_seconds = 99_000_000 if first else taken         # the first warms up
 
             async def retrieve_compute_plan(self):
                 return Plan(self.spec_or_path)
@@ -426,19 +428,27 @@ def apple(monkeypatch):
     return Apple(monkeypatch)
 
 
-@pytest.fixture(scope="module")
-def package(tmp_path_factory):
-    """A package with the inputs and outputs that export.py gives: (1, 16, 2, 4, 5) to (1, 3, 8, 32, 40)."""
+def make_package(path, graph="conv3d", space=8, **metadata):
+    """A package with the inputs and outputs that export.py gives: (1, 16, 2, 4, 5) to (1, 3, 8, 4 space, 5 space), or for the
+    Neural Engine (2, 16, 4, 5) to (8, 3, 4 space, 5 space)."""
     coremltools = pytest.importorskip("coremltools")
     from coremltools.converters.mil import Builder as mb
+    shape, size, reps = (((2, 16, 4, 5), [2, 3, 4, 5], [4, 1, space, space]) if graph == "engine" else
+                         ((1, 16, 2, 4, 5), [1, 3, 2, 4, 5], [1, 1, 4, space, space]))
 
-    @mb.program(input_specs=[mb.TensorSpec(shape=(1, 16, 2, 4, 5))], opset_version=coremltools.target.iOS17)
+    @mb.program(input_specs=[mb.TensorSpec(shape=shape)], opset_version=coremltools.target.iOS17)
     def program(latents):
-        return mb.tile(x=mb.slice_by_size(x=latents, begin=[0] * 5, size=[1, 3, 2, 4, 5]), reps=[1, 1, 4, 8, 8], name="video")
+        return mb.tile(x=mb.slice_by_size(x=latents, begin=[0] * len(shape), size=size), reps=reps, name="video")
 
-    path = tmp_path_factory.mktemp("packages") / "tiny.mlpackage"
-    coremltools.convert(program, minimum_deployment_target=coremltools.target.iOS17, skip_model_load=True).save(str(path))
+    model = coremltools.convert(program, minimum_deployment_target=coremltools.target.iOS17, skip_model_load=True)
+    model.user_defined_metadata.update(metadata)
+    model.save(str(path))
     return path
+
+
+@pytest.fixture(scope="module")
+def package(tmp_path_factory):
+    return make_package(tmp_path_factory.mktemp("packages") / "tiny.mlpackage")
 
 
 def test_a_package_on_every_compute_unit_of_a_mac(apple, package, tmp_path, capsys):
@@ -453,6 +463,41 @@ def test_a_package_on_every_compute_unit_of_a_mac(apple, package, tmp_path, caps
         assert [(op["operation"], op["unit"]) for op in row["slowest"]] == [("tile", "NeuralEngine"), ("cast", "CPU"), ("cast", "CPU")]
     out = capsys.readouterr().out
     assert "NeuralEngine 60%, CPU 40%" in out and "tile video" in out and (tmp_path / "bench.png").exists()
+
+
+def test_the_graphs_of_a_student_are_compared_beside_the_papers_figures(apple, tmp_path, monkeypatch, capsys):
+    """Those of one student, clip and choice of units: 2.5 times as fast is what the table says, once."""
+    monkeypatch.setitem(module.PAPER["paper_iphone"], ("ltx", 32, 40), 161.8)
+    said = dict(config=json.dumps(asdict(CONFIGS["ltx"])), weights_sha256="a", bits="16")
+    paths = [make_package(tmp_path / "a_engine.mlpackage", "engine", **said),
+             make_package(tmp_path / "a_conv3d.mlpackage", **said),
+             make_package(tmp_path / "b_engine.mlpackage", "engine", **said | {"bits": "8"})]
+    rows = apple.bench(tmp_path, "--mlpackage", *map(str, paths))
+    assert [(row["frames"], row["height"], row["width"]) for row in rows] == [(8, 32, 40)] * 12
+    assert [row.get("over_conv3d") for row in rows] == [pytest.approx(2.5)] * 4 + [None] * 8
+    assert {row["paper_iphone"] for row in rows} == {161.8} and "paper_a100" not in rows[0]
+    out = capsys.readouterr().out
+    assert out.count("2.50x") == 4 and out.count("161.8") == 12
+    assert "paper's" in out and "SnapGen-V 31.5, H3AE 38.1" in out and "195.4" not in out
+
+
+def test_a_streams_package_is_timed_by_its_step(apple, tmp_path):
+    utils = apple.coremltools.utils
+    functions = utils.MultiFunctionDescriptor()
+    for name, space in (("edge", 4), ("step", 8)):
+        functions.add_function(str(make_package(tmp_path / f"{name}.mlpackage", "engine", space)), "main", name)
+    functions.default_function_name = "step"
+    utils.save_multifunction(functions, str(tmp_path / "stream.mlpackage"))
+    rows = apple.bench(tmp_path, "--mlpackage", str(tmp_path / "stream.mlpackage"))
+    assert [(row["frames"], row["height"], row["width"]) for row in rows] == [(8, 32, 40)] * 4
+
+
+def test_the_papers_figures_are_those_of_its_tables():
+    """Of its family by name and size, and of nothing else."""
+    assert module.of_paper("paper_iphone", "ltx", 720, 1280) == {"paper_iphone": 38.1}
+    assert module.of_paper("paper_a100", "dc", 512, 512) == {"paper_a100": 552.5}
+    assert module.of_paper("paper_iphone", "cog", 512, 512) == {"paper_iphone": 10.6}
+    assert module.of_paper("paper_iphone", "cog", 720, 1280) == module.of_paper("paper_a100", "tiny", 512, 512) == {}
 
 
 def test_a_package_on_a_phone(apple, package, tmp_path, monkeypatch):
