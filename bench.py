@@ -659,7 +659,7 @@ def parse(words=None):
         "the shipped one)")
     add("--size", nargs="+", metavar="HxW", help="of the video in pixels (default 512x512 and 720x1280 on a GPU, 256x256 on a "
         "CPU; --blocks and --stream 512x512 and 128x128; --train 256x256 and 128x128; --features 128x128)")
-    add("--frames", type=number(int, 1), default=17, help="of a clip, or the most below that latents decode to (default 17)")
+    add("--frames", type=number(int, 1), help="of a clip, or the most below that latents decode to (default 17)")
     add("--teacher", action=argparse.BooleanOptionalAction, help="the teachers' decoders too (default: without --config)")
     add("--compile", action=argparse.BooleanOptionalAction, default=True, help="torch.compile too (default)")
     add("--decode", action="store_true", help="optimized for inference as well, and no teacher unless --teacher")
@@ -713,6 +713,11 @@ def parse(words=None):
     others = ("blocks", "train", "features", "iphone", "mlpackage")
     for other in (name for name in others if args.student and getattr(args, name) not in (None, False)):
         parser.error(f"--student goes without --{other}")
+    if args.decode and not args.stream and modes:
+        parser.error(f"--decode goes without --{modes[0]}")
+    if args.stream and (args.teacher or args.frames):
+        parser.error("--stream goes without --teacher and --frames: its clips are of --lengths latent frames")
+    args.frames = args.frames or 17
     if args.student and len(args.config or ()) > 1:
         parser.error("--student goes with one --config at most: its own")
     if args.teacher is None:

@@ -28,6 +28,7 @@ import warnings
 from collections import Counter, deque
 from contextlib import suppress
 from datetime import timedelta
+from fractions import Fraction
 from functools import partial
 from heapq import heappop, heappush
 from importlib.metadata import version
@@ -51,6 +52,7 @@ from model import (CONFIGS, OWN_FILE, TurboVAED, check_fit, check_writable, devi
                    replace_files, run_command)
 from teachers import TEACHERS, load_teacher
 
+FLOATS = ("F8_E4M3", "F8_E5M2", "F16", "BF16", "F32", "F64")      # as safetensors calls what latents may be
 SHIPPED = Path(__file__).resolve().parent / "assets" / "tiny_student.safetensors"
 WRITTEN = ("compare.png", "compare.mp4", "results.md", "results.json")
 # What goes with the modes that evaluate nothing, beside --device, --dtype and --threads.
@@ -659,7 +661,10 @@ def reconstruct(teacher, student, source, target, frames, device, dtype):
         video = torch.from_numpy(np.stack(images)).permute(3, 0, 1, 2)[None].to(device, dtype).div(127.5).sub(1)
         t, h, w = video.shape[2:]
         video = F.pad(video, (0, -w % d_w, 0, -h % d_h, 0, frames - t), mode="replicate")
-        decoded = student(teacher.encode(video, sample=False))[..., :t, :h, :w]
+        latents = teacher.encode(video, sample=False)
+        if not latents.isfinite().all():
+            raise ValueError(f"the {teacher.name} teacher's latents are not finite in {str(dtype)[6:]}: another --dtype")
+        decoded = student(latents)[..., :t, :h, :w]
         if not decoded.isfinite().all():
             raise ValueError(f"after {len(errors)} frames the student gave values that are not finite")
         return frames_of(decoded)
@@ -741,11 +746,14 @@ def decode_latents(student, source, target, fps, device, dtype):
         nonlocal count
         with safe_open(source, "pt") as file, av.open(f"file:{path}", "w") as out:
             names = list(file.keys())
-            held = file.get_slice("latents" if "latents" in names or not names else names[0])
+            if not names:
+                raise ValueError(f"{source} holds no tensor")
+            held = file.get_slice("latents" if "latents" in names else names[0])
             shape = held.get_shape()
-            if len(names) > 1 and "latents" not in names or len(shape) not in (4, 5) or shape[:-4] not in ([], [1]):
-                raise ValueError(f'{source} holds {", ".join(names)}, {shape}, but "latents" are needed, '
-                                 '(C, t, h, w) or (1, C, t, h, w)')
+            several, fits = len(names) > 1 and "latents" not in names, len(shape) in (4, 5) and shape[:-4] in ([], [1])
+            if several or not fits or 0 in shape or held.get_dtype() not in FLOATS:
+                raise ValueError(f'{source} holds {", ".join(names)}, {held.get_dtype()} {shape}, but "latents" are '
+                                 'needed, floating-point, (C, t, h, w) or (1, C, t, h, w)')
             chunks = (held[..., i:i + 4, :, :].to(device, dtype) for i in range(0, shape[-3], 4))
             stream = None
             for video in student.stream(chunk if chunk.ndim == 5 else chunk[None] for chunk in chunks):
@@ -817,6 +825,17 @@ def generate(args, device):
 
 # ----------------------------------------------------------------------------------------------------------
 
+def frame_rate(text):
+    """An argparse type: "24", "29.97" or "30000/1001" as a Fraction up to 1000."""
+    try:
+        rate = Fraction(text).limit_denominator(1001)
+    except (ValueError, ZeroDivisionError):
+        rate = 0
+    if not 0 < rate <= 1000:
+        raise argparse.ArgumentTypeError(f"takes frames per second up to 1000, such as 24 or 30000/1001, not {text!r}")
+    return rate
+
+
 def size_of(text):
     """"512" or "360x640" -> (height, width)."""
     try:
@@ -861,7 +880,7 @@ def parse():
     add("--reconstruct", nargs=2, metavar=("IN", "OUT"), help="a video through encoder and first student, audio and time stamps kept; nothing else")
     add("--decode", nargs=2, metavar=("LATENTS", "OUT"),
         help="saved latents, a .safetensors file, through the first student; nothing else")
-    add("--fps", type=number(int, 1), default=24, help="frames per second of --decode's video (default 24)")
+    add("--fps", type=frame_rate, help="frames per second of --decode's video, such as 29.97 or 30000/1001 (default 24)")
     add("--latents", metavar="DIR", help="evaluate on saved latents: students against teacher, and both against real video, if --data has any")
     add("--generate", metavar="PROMPTS", help="make --latents with --pipeline, a file a line; --size and --frames are the pipeline's")
     add("--pipeline", metavar="HUB_ID", help="a diffusers pipeline, or a folder with one")
@@ -900,6 +919,8 @@ def check_inputs(args):
                     video_stream(container)
             except BROKEN as error:
                 raise ValueError(f"{source}: {why(error)}") from None
+        elif source.suffix.lower() != ".safetensors":
+            raise ValueError(f"{source}: --decode reads .safetensors")
         if target.is_dir():
             raise OSError(f"--{'reconstruct' if args.reconstruct else 'decode'} cannot write {target}: it is a folder")
         return check_writable(target.parent)
@@ -973,7 +994,7 @@ def saved_latents(args, files, device):
         student.channels_last()
     target.parent.mkdir(parents=True, exist_ok=True)
     start = time.perf_counter()
-    count = decode_latents(student, source, target, args.fps, device, getattr(torch, args.dtype))
+    count = decode_latents(student, source, target, args.fps or 24, device, getattr(torch, args.dtype))
     print(f"{target}: {count} frames by {name}, {count / (time.perf_counter() - start):.2f} frames per second, "
           "video encoding included")
 

@@ -28,6 +28,7 @@ from collections import Counter
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import product
+from operator import index
 from pathlib import Path
 
 import torch
@@ -39,6 +40,7 @@ BLOCKS = ("mid", "up0", "up1", "up2", "up3")
 UPSAMPLING = ("decoupled", "pixel_shuffle_3d", "interpolate")
 ONEDNN = torch.backends.mkldnn.is_available()
 LARGE = 2 ** 27         # numbers in a layer's output, above which `decode` streams if it is not told otherwise
+LEAST_TILE = 8          # latents to a side, below which `max_memory` takes no tiles: they would be nearly all seam
 WORK = 13               # largest outputs that fit into what a layer needs while it runs: measured on CPUs; 8 are live
 
 
@@ -211,13 +213,15 @@ def rms_norm(x, eps=1e-8):
     return x * torch.rsqrt(x.float().square().mean(1, keepdim=True) + eps).to(x.dtype)
 
 
-@torch.library.custom_op("turbo_vaed::onednn", mutates_args=())
 def onednn(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, padding: list[int], groups: int) -> torch.Tensor:
     """A convolution by oneDNN at any size: PyTorch itself hands small clips to a kernel several times as slow."""
     return torch.mkldnn_convolution(x, weight, bias, padding, [1] * 3, [1] * 3, groups).contiguous()
 
 
-@onednn.register_fake
+compiled_onednn = torch.library.custom_op("turbo_vaed::onednn", onednn, mutates_args=())      # its first call takes 2 s
+
+
+@compiled_onednn.register_fake
 def _(x, weight, bias, padding, groups):
     return F.conv3d(x, weight, bias, 1, padding, 1, groups).contiguous()
 
@@ -228,7 +232,8 @@ def convolve(conv, x, context):
         return conv(x)
     if x.device.type != "cpu" or x.dtype != torch.float32 or not x.is_contiguous():
         return conv(x)
-    return onednn(x, conv.weight, conv.bias, conv.padding, conv.groups)
+    run = compiled_onednn if torch.compiler.is_compiling() else onednn
+    return run(x, conv.weight, conv.bias, conv.padding, conv.groups)
 
 
 # Every layer below says in `reach` how far it looks to each side: from r frames (axis 0) or pixels (axis 1) beside its
@@ -506,8 +511,13 @@ class TurboVAED(nn.Module):
         return [getattr(self, f"upsampler2d_{i + 1}") for i in range(count)]
 
     def check(self, latents):
-        if latents.ndim != 5 or latents.shape[1] != self.config.latent_channels:
+        if latents.ndim != 5 or latents.shape[1] != self.config.latent_channels or not latents.numel():
             raise ValueError(f"latents must be (B, {self.config.latent_channels}, t, h, w), got {tuple(latents.shape)}")
+
+    def check_dtype(self, latents):
+        own = self.conv_in.conv.weight.dtype
+        if latents.dtype != own and not torch.is_autocast_enabled(latents.device.type):
+            raise ValueError(f"the student is {own}, the latents are {latents.dtype}: convert either with .to(dtype)")
 
     def layers(self):
         """What forward runs through before `out`, one after the other."""
@@ -561,14 +571,20 @@ class TurboVAED(nn.Module):
         nothing fits.
         """
         self.check(latents)
+        self.check_dtype(latents)
         B, _, t, h, w = latents.shape
         if max_memory is not None:
-            if chunk or tile:
+            if not (chunk is None and tile is None):
                 raise ValueError("max_memory chooses chunk and tile: give it alone")
             chunk, tile = self.fit(latents, max_memory)
-        tile = (tile, tile) if isinstance(tile, int) else tile or (h, w)
-        if min(1 if chunk is None else chunk, *tile) < 1:
-            raise ValueError(f"chunk and tile are at least 1 latent, got {chunk} and {tile}")
+        try:
+            tile = (h, w) if tile is None else tuple(map(index, tile if isinstance(tile, (tuple, list)) else (tile, tile)))
+            chunk = chunk if chunk is None else index(chunk)
+            if len(tile) != 2 or min(tile) < 1 or chunk is not None and chunk < 1:
+                raise ValueError
+        except (TypeError, ValueError):
+            raise ValueError(f"chunk is a number of latents from 1 on, tile one or two (rows, columns); "
+                             f"got {chunk} and {tile}") from None
         chunk = chunk or max(1, LARGE // self.largest(B, 1, min(h, tile[0]), min(w, tile[1])))
         reach, (_, d_h, d_w) = self.reach(1), self.config.compression
         if any(side < n and side <= 2 * reach for side, n in zip(tile, (h, w))):
@@ -602,17 +618,18 @@ class TurboVAED(nn.Module):
         size = latents.element_size()
         held = 2 * sum(p.nbytes for p in self.parameters())         # oneDNN orders them anew
         held += size * B * 3 * math.prod(self.config.compression) * t * h * w
-        work = WORK * (4 if latents.device.type == "cpu" else size)         # oneDNN computes half precision in float32
+        work = WORK * (max(size, 4) if latents.device.type == "cpu" else size)       # oneDNN has half precision in float32
 
         def need(chunk, h, w):      # a layer's frames are those of the chunk and a few that it looks ahead
             state = size * B * kept * h * w if chunk < t else 0
             return (held + state + work * self.largest(B, chunk + 1, h, w)) / 1e9
 
-        for side in range(max(h, w), 0, -1):
+        for side in range(max(h, w), LEAST_TILE - 1, -1):
             tile = min(side, h), min(side, w)
             if need(1, *tile) <= max_memory or need(t, *tile) <= max_memory:
                 return max(chunk for chunk in range(1, t + 1) if need(chunk, *tile) <= max_memory), tile
-        raise ValueError(f"these latents need at least {need(1, 1, 1):.2f} GB, of which {held / 1e9:.2f} are the weights "
+        least = need(1, min(h, LEAST_TILE), min(w, LEAST_TILE))
+        raise ValueError(f"these latents need at least {least:.3g} GB, of which {held / 1e9:.3g} are the weights "
                          f"and the video, not {max_memory}; `stream` gives the video piece by piece")
 
     def channels_last(self):
@@ -638,10 +655,19 @@ class TurboVAED(nn.Module):
             if isinstance(module, nn.Conv3d):
                 module.optimized = True
         self.compiles = dict(dynamic=False, mode=None if compile is True else compile) if compile else None
-        if compile:
+        self.compile_again()
+        return self
+
+    def compile_again(self):
+        self._compiled_call_impl = None
+        if self.compiles:
             torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)     # sizes, not 8 of them
             self.compile(**self.compiles)
-        return self
+
+    def __setstate__(self, state):
+        """A copy, or what comes out of a pickle, is compiled if the original was."""
+        super().__setstate__(state)
+        self.compile_again()
 
     def own(self, x):
         """x in memory of its own: what comes out of a CUDA graph is overwritten when that is replayed."""
@@ -758,13 +784,13 @@ class Stream:
 
     def __init__(self, student):
         self.student, self.delay, rate = student, student.reach(0), 1
-        self.latents, self.chunk, self.ended = None, 0, False       # none of the latest, frames of the longest chunk
+        self.latents, self.chunk, self.latest = None, 0, 0          # none of the clip's, frames of the longest chunk, of the latest
+        self.ended = self.running = False
         self.steps = []                 # (layer, frames that it looks ahead, its frames for one latent, its context)
         for layer in student.layers():
             self.steps.append((layer, layer.reach(0, 0), rate, Context(last=False)))
             rate *= layer.factors[0] if isinstance(layer, (Upsampler, Resampler)) else 1
         self.steps.append((student.out, student.conv_out.reach(0, 0), rate, Context(last=False)))
-        self.compiled = torch.compile(student.step, **student.compiles) if student.compiles else None
 
     def __call__(self, latents):
         return self.join(self.run(latents))
@@ -780,15 +806,20 @@ class Stream:
 
     def take(self, latents):
         """The latents, if they can be the next; without any, none of the latest ones' shape."""
-        if self.ended or latents is self.latents is None:
-            raise ValueError("this stream has ended: each clip needs one" if self.ended else "no latents were given")
+        for wrong, reason in ((self.ended, "this stream has ended: each clip needs one"),
+                              (self.running, "this stream was interrupted within a chunk: begin a new one"),
+                              (latents is self.latents is None, "no latents were given")):
+            if wrong:
+                raise ValueError(reason)
         if latents is None:
             return self.latents
         self.student.check(latents)
-        none = latents[:, :, :0]
-        if not latents.shape[2] or self.latents is not None and none.shape != self.latents.shape:
-            raise ValueError(f"the latents of a stream have one size and at least one frame; got {tuple(latents.shape)}"
-                             + (f" after {tuple(self.latents.shape)}" if self.latents is not None else ""))
+        self.student.check_dtype(latents)
+        none = latents[:, :, :0].clone()        # of its own: a view would keep the whole chunk alive
+        like = lambda x: (x.shape, x.dtype, x.device)
+        if self.latents is not None and like(none) != like(self.latents):
+            raise ValueError(f"the latents of a stream have one size, precision and place; got {tuple(latents.shape)}, "
+                             f"{latents.dtype}, after {tuple(self.latents.shape)}, {self.latents.dtype}")
         self.latents, self.chunk = none, max(self.chunk, latents.shape[2])
         return latents
 
@@ -800,11 +831,15 @@ class Stream:
         the last ones those that it looks ahead as well. They go on in pieces of the usual length, each through all the
         layers before the next one starts, so that the end needs no more memory than the middle.
         """
-        latents = self.take(latents)
-        if self.compiled and not last and latents.shape[2] == self.chunk and not any(c.first for *_, c in self.steps):
-            frames, kept = self.compiled(latents, [context.kept for *_, context in self.steps])
+        latents, before = self.take(latents), self.latest
+        self.running, self.latest = True, latents.shape[2]
+        # Compiled once for each length of a chunk, so lengths that come but once are not.
+        if self.student.compiles and not last and before == self.latest and not any(c.first for *_, c in self.steps):
+            compiled = torch.compile(self.student.step, **self.student.compiles)
+            frames, kept = compiled(latents, [context.kept for *_, context in self.steps])
             for (*_, context), x in zip(self.steps, kept):
                 context.kept = [self.student.own(frames) for frames in x]
+            self.running = False
             yield self.student.own(frames)
             return
         work = [(0, latents, last)]          # (number of the step, frames for it, whether they are its last)
@@ -828,6 +863,7 @@ class Stream:
             context.last = last
             work.append((i + 1, layer(x, context), last))
             context.first = False
+        self.running = False
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -902,22 +938,22 @@ def use_student(pipe_or_vae, student):
         warnings.warn("this VAE's pipelines mix noise into the latents before decoding where decode_timestep or "
                       "decode_noise_scale is not 0, and the student does not take it out: call them with "
                       "decode_noise_scale=0.0", stacklevel=2)
-    compiles = student.compiles
-    student = copy.deepcopy(student).eval()         # the caller's own keeps its precision and its place
-    if compiles:                                    # what is compiled is not copied
-        student.compile(**compiles)
+    student = placed = copy.deepcopy(student).eval()        # the caller's own keeps its precision and its place
 
     @torch.no_grad()
     def decode(z, *conditioning, return_dict=True, **more):      # a timestep, a generator: the student needs neither
+        nonlocal placed
         hook = getattr(vae, "_hf_hook", None)       # accelerate's, where models are offloaded; as diffusers' own decode
         if hook:
-            hook.pre_forward(student)
-        student.to(z.device, z.dtype)
+            hook.pre_forward(placed)
+        if placed.conv_in.conv.weight.dtype != z.dtype:     # always from the precision that it came in
+            placed = copy.deepcopy(student).to(z.device, z.dtype)
+        placed.to(z.device)
         if z.is_cuda:
-            student.channels_last()
-        video = student.decode(z, chunk=1 if getattr(vae, "use_tiling", False) else None)
+            placed.channels_last()
+        video = placed.decode(z, chunk=1 if getattr(vae, "use_tiling", False) else None)
         if hook:
-            student.to("cpu")
+            placed.to("cpu")
         if not return_dict:
             return (video,)
         from diffusers.models.autoencoders.vae import DecoderOutput

@@ -1,5 +1,6 @@
 """The student: the published decoders' numbers, the paper's ablations, checkpoints in and out, what compilers need."""
 
+import copy
 import json
 import math
 import os
@@ -488,6 +489,50 @@ def test_streams_compiled():
     torch.testing.assert_close(got, want, atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("where", ["conv_in", "up_blocks.2.resnets.0"])
+def test_a_stream_that_broke_off_does_not_go_on(where):
+    """What its layers keep is no longer of one moment: any frames after that would be wrong."""
+    model, broken = rough(MICRO), [False]
+
+    def fail(*_):
+        if broken[0]:
+            raise torch.OutOfMemoryError("no memory")
+    model.get_submodule(where).register_forward_hook(fail)
+    stream, latents = model.streamer(), torch.randn(1, 3, 1, 1, 1)
+    for _ in range(stream.delay + 2):
+        stream(latents)
+    broken[0] = True
+    with pytest.raises(torch.OutOfMemoryError):
+        stream(latents)
+    broken[0] = False
+    for go_on in (lambda: stream(latents), stream.flush):
+        with pytest.raises(ValueError) as error:
+            go_on()
+        one_line(error, "interrupted", "begin a new one")
+    abandoned = model.streamer()
+    next(abandoned.run(torch.randn(1, 3, abandoned.delay + 9, 1, 1)))
+    with pytest.raises(ValueError, match="interrupted"):
+        abandoned(latents)
+
+
+def test_a_chunk_that_cannot_be_the_next_changes_nothing():
+    model, latents = rough(MICRO), torch.randn(1, 3, 12, 1, 2)
+    stream, frames = model.streamer(), []
+    for chunk in latents.split(3, dim=2):
+        for wrong in (chunk.double(), chunk.half(), chunk[:, :, :0], chunk[0], *([chunk[..., :1]] if frames else [])):
+            with pytest.raises(ValueError):
+                stream(wrong)
+        frames.append(stream(chunk))
+    assert torch.equal(torch.cat([*frames, stream.flush()], dim=2), torch.cat(list(model.stream(latents.split(3, dim=2))), dim=2))
+
+
+def test_a_stream_keeps_nothing_of_the_callers_tensor():
+    latents = torch.randn(1, 3, 400, 2, 2)
+    stream = rough(MICRO).streamer()
+    stream(latents[:, :, :1])
+    assert stream.latents.untyped_storage().nbytes() == 0
+
+
 @pytest.mark.parametrize("name", [name for name in NETWORKS if name != "hunyuan15"])       # in time it is hunyuan
 @torch.no_grad()
 def test_frames_come_as_soon_as_they_can_be_known_and_as_late_as_said(name):
@@ -668,13 +713,15 @@ def test_as_much_memory_as_allowed_is_used_and_no_more():
 
 def test_what_cannot_be_decoded_in_pieces_is_one_line():
     model, latents = seeded(MICRO), torch.zeros(1, 3, 2, 2, 2)
-    for wrong, says in (({"chunk": -1}, "at least 1"), ({"tile": (0, 4)}, "at least 1"), ({"chunk": 1, "max_memory": 8}, "alone")):
+    for wrong, says in (({"chunk": -1}, "from 1 on"), ({"tile": (0, 4)}, "from 1 on"), ({"tile": (3,)}, "one or two"),
+                        ({"tile": 2.5}, "one or two"), ({"chunk": 1, "max_memory": 8}, "alone"), ({"chunk": 0, "max_memory": 8}, "alone")):
         with pytest.raises(ValueError) as error:
             model.decode(latents, **wrong)
         one_line(error, says)
-    with pytest.raises(ValueError) as error:
-        model.decode(latents[0])
-    one_line(error, "(B, 3, t, h, w)")
+    for wrong, says in ((latents[0], "(B, 3, t, h, w)"), (latents[:, :, :0], "(1, 3, 0, 2, 2)"), (latents.half(), "float16")):
+        with pytest.raises(ValueError) as error:
+            model.decode(wrong)
+        one_line(error, says)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -732,6 +779,24 @@ def test_the_middle_of_a_stream_is_compiled_once_for_all_streams(graphs):
     for _ in range(2):
         torch.testing.assert_close(torch.cat(list(model.stream(chunks)), dim=2), want, atol=1e-5, rtol=0)
     assert graphs() == 1
+    odd = torch.randn(1, 3, 4, 2, 2)            # one longer chunk does not end it, and is not compiled itself
+    want, got = model(torch.cat([odd, *chunks], dim=2)), torch.cat(list(model.stream([odd, *chunks])), dim=2)
+    torch.testing.assert_close(got, want, atol=1e-5, rtol=0)
+    assert graphs() == 2                        # the other one is of the whole clip
+
+
+@torch.no_grad()
+def test_copies_of_what_is_optimized_are_compiled_with_weights_of_their_own(graphs):
+    model, latents = rough(replace(MICRO, resnets=(0, 0, 1, 0, 0))).optimize_for_inference(), torch.randn(1, 3, 2, 2, 2)
+    copied = pickle.loads(pickle.dumps(copy.deepcopy(model)))
+    stream = copy.deepcopy(model.streamer())
+    want = model(latents)
+    torch.nn.init.zeros_(model.conv_out.conv.weight)
+    assert torch.equal(copied(latents), want) and graphs() == 1       # one graph, its weights are what it is given
+    assert copied._compiled_call_impl is not None
+    torch.testing.assert_close(torch.cat([stream(latents), stream.flush()], dim=2), want, atol=1e-5, rtol=0)
+    model.optimize_for_inference(compile=False)(latents[..., :1])
+    assert graphs() == 1 and model.compiles is None
 
 
 @torch.no_grad()
@@ -750,6 +815,8 @@ def test_in_a_pipeline_what_is_optimized_stays_compiled(graphs):
     use_student(pipe, student.optimize_for_inference())
     torch.testing.assert_close(pipe.vae.decode(latents).sample, want, atol=1e-5, rtol=0)
     assert graphs() == 1
+    pipe.vae.decode(latents.bfloat16())         # its precision is that of the latents, and no loss
+    torch.testing.assert_close(pipe.vae.decode(latents).sample, want, atol=1e-5, rtol=0)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
