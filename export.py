@@ -185,8 +185,8 @@ def replicate(x, n):
 
 
 def pixel_shuffle(x, r):
-    """(1, C r², T, H, W) -> (1, C, T, r H, r W): one 2D pixel shuffle of the frames stacked into a tall one, since rows of
-    different frames never meet."""
+    """(1, C r², T, H, W) -> (1, C, T, r H, r W): one 2D pixel shuffle of the frames stacked into a tall one, since rows
+    of different frames never meet."""
     return F.pixel_shuffle(x.flatten(2, 3), r).unflatten(2, (x.shape[2], -1)) if r > 1 else x
 
 
@@ -403,7 +403,8 @@ def export(model, size=(512, 512), latent_frames=None, path="student.mlpackage",
     package.output_description["video"] = f"{axes[1]}, about [-1, 1], not clamped"
     package.user_defined_metadata.update(
         config=json.dumps(asdict(config)), size=f"{size[0]}x{size[1]}", latent_frames=str(shape[2]),
-        frames=str(config.frames(shape[2])), weights_sha256=weights_hash(model), bits=str(bits or 16), note=note, graph=graph)
+        frames=str(config.frames(shape[2])), weights_sha256=weights_hash(model), bits=str(bits or 16), graph=graph,
+        note=note)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{os.getpid()}.partial.{path.name}")
     try:
