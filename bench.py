@@ -55,10 +55,10 @@ GPU_RUNS = (    # what --gpu measures, the most telling first
 LAST_START = 390        # seconds after which --gpu begins nothing more: it is to end within nine minutes
 UNITS = ("ALL", "CPU_AND_NE", "CPU_AND_GPU", "CPU_ONLY")      # Core ML's choices of compute units
 PAPER = {   # the paper's frames per second, Tables 3 and 4: on an A100 and on an iPhone 16 Pro
-    "paper_a100": {("ltx", 512, 512): 841.6, ("ltx", 720, 1280): 255.6, ("dc", 512, 512): 552.5, ("dc", 720, 1280): 167.0,
-                   ("hunyuan", 512, 512): 87.5, ("cog", 512, 512): 87.5},
-    "paper_iphone": {("ltx", 512, 512): 161.8, ("ltx", 720, 1280): 38.1, ("dc", 512, 512): 112.7, ("dc", 720, 1280): 25.3,
-                     ("hunyuan", 512, 512): 10.6, ("cog", 512, 512): 10.6}}
+    "paper_a100": {("ltx", 512, 512): 841.6, ("ltx", 720, 1280): 255.6, ("dc", 512, 512): 552.5,
+                   ("dc", 720, 1280): 167.0, ("hunyuan", 512, 512): 87.5, ("cog", 512, 512): 87.5},
+    "paper_iphone": {("ltx", 512, 512): 161.8, ("ltx", 720, 1280): 38.1, ("dc", 512, 512): 112.7,
+                     ("dc", 720, 1280): 25.3, ("hunyuan", 512, 512): 10.6, ("cog", 512, 512): 10.6}}
 RIVALS = {"paper_a100": "an A100; its rivals' there, at 512x512: H3AE 195.4",
           "paper_iphone": "an iPhone 16 Pro; its rivals' there, at 512x512: SnapGen-V 31.5, H3AE 38.1"}
 # option: (the mode that it goes with, its default there)
@@ -379,8 +379,8 @@ async def time_package(path, unit, device, rounds):
     shapes = {f.name: tuple(f.type.multiArrayType.shape) for f in (*part.input, *part.output)}
     ranks = len(shapes.get("latents", ())), len(shapes.get("video", ()))
     if ranks not in ((4, 4), (5, 5)):
-        raise ValueError(f"{path}: has {shapes} instead of latents (t, C, h, w) and video (T, 3, H, W), or (1, C, t, h, w) "
-                         "and (1, 3, T, H, W)")
+        raise ValueError(f"{path}: has {shapes} instead of latents (t, C, h, w) and video (T, 3, H, W), or "
+                         "(1, C, t, h, w) and (1, 3, T, H, W)")
     graph, said = "engine" if ranks == (4, 4) else "conv3d", dict(description.metadata.userDefined)
     frames, height, width = shapes["video"][0 if graph == "engine" else 2], *shapes["video"][-2:]
     inputs = {f.name: torch.randn(shapes[f.name]).numpy() for f in part.input}

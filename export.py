@@ -249,8 +249,8 @@ def replicate(x, n):
 
 
 def pixel_shuffle(x, r):
-    """(1, C r², T, H, W) -> (1, C, T, r H, r W): one 2D pixel shuffle of the frames stacked into a tall one, since rows of
-    different frames never meet."""
+    """(1, C r², T, H, W) -> (1, C, T, r H, r W): one 2D pixel shuffle of the frames stacked into a tall one, since rows
+    of different frames never meet."""
     return F.pixel_shuffle(x.flatten(2, 3), r).unflatten(2, (x.shape[2], -1)) if r > 1 else x
 
 

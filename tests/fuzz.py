@@ -365,7 +365,8 @@ LIKELY = {      # what somebody who means well gives these flags
     "--frames": "1 4 8 9 16", "--student": f"{STUDENT} out/run a/b folder file clip.mp4", "--teacher": "tiny ltx dc no",
     "--config": "tiny ltx cog", "--teacher-weights": "random folder file a/b",
     "--metrics": "psnr ssim temporal lpips fvd",
-    "--out": "out/x file folder .", "--verify": "folder file x.mlpackage", "--bits": "8 6", "--latent-frames": "1 2 0", "--graph": "conv3d",
+    "--out": "out/x file folder .", "--verify": "folder file x.mlpackage", "--bits": "8 6", "--latent-frames": "1 2 0",
+    "--graph": "conv3d",
     "--reconstruct": "clip.mp4 out.mp4", "--latents": "folder file", "--generate": "file folder clip.mp4",
     "--pipeline": "folder a/b",
     "--device": "cpu cuda cuda:1 mps", "--steps": "1 2", "--lr": "0 1e-3 nan", "--align": "mid up9", "--stride": "1 9"}

@@ -122,12 +122,12 @@ def test_the_shipped_student_keeps_within_its_operations(packages):
 # ---------------------------------------------------------------------------------------------------------------------
 # what keeps an operation off the Neural Engine
 
-@pytest.mark.parametrize("config", dict.fromkeys(c for c in CONFIGS.values() if c.head == "shuffle"), ids=lambda c: next(n for n in CONFIGS if CONFIGS[n] == c))
-def test_the_engines_graph_has_nothing_that_keeps_off_the_engine(config, tmp_path):
-    """Of every configuration, at the larger of the default sizes and with as many frames: the rules ask for kinds, ranks
-    and sizes, of which the other size has the same and smaller. Narrow and with few resnets: more are more of the same."""
-    name = next(name for name in CONFIGS if CONFIGS[name] == config)
-    model = small(name, resnets=(1, 0, 0, 0, 0))
+@pytest.mark.parametrize("name", {c: name for name, c in CONFIGS.items() if c.head == "shuffle"}.values())   # one network, one name
+def test_the_engines_graph_has_nothing_that_keeps_off_the_engine(name, tmp_path):
+    """Of every configuration, at the larger of the default sizes and with as many frames: the rules ask for kinds,
+    ranks and sizes, of which the other size has the same and smaller. Narrow and with few resnets: more are more of the
+    same."""
+    config, model = CONFIGS[name], small(name, resnets=(1, 0, 0, 0, 0))
     program = export.Program(export.export(model, (720, 1280), path=tmp_path / "a.mlpackage"))
     assert {len(shape) for op in program.operations for _, shape, _ in op.outputs} == {4}
     r = export.report(program)
@@ -339,7 +339,8 @@ def test_a_large_package_is_the_small_one_but_for_its_height(tiny, tmp_path, gra
             frames = [o for o in operations if o.type == "concat"][-1].inputs["values"].arguments
             frames[-1].name = frames[-2].name
         else:
-            header = constant(operations, [o for o in operations if o.type == "gather"][-1], "indices").blobFileValue.offset
+            last = [o for o in operations if o.type == "gather"][-1]
+            header = constant(operations, last, "indices").blobFileValue.offset
             weights[int.from_bytes(weights[header + 16:header + 24], "little")] += 1
 
     def shape(operations, weights):         # frames for rows
@@ -449,7 +450,8 @@ def test_two_students_of_one_teacher_do_not_share_a_package(tiny, tmp_path, comm
     other.save_pretrained(tmp_path / "b.safetensors", {"teacher": "tiny"})
     for name in "ab":
         command("--student", f"{name}.safetensors", *flags)
-    assert {path.name for path in (tmp_path / "out/export").glob("*.mlpackage")} == {"tiny_a_4x16x16_engine.mlpackage", "tiny_b_4x16x16_engine.mlpackage"}
+    written = {path.name for path in (tmp_path / "out/export").glob("*.mlpackage")}
+    assert written == {"tiny_a_4x16x16_engine.mlpackage", "tiny_b_4x16x16_engine.mlpackage"}
     other.save_pretrained(tmp_path / "a.safetensors")
     with pytest.raises(ValueError, match="tiny_a_4x16x16_engine.mlpackage is another student's: name another folder"):
         command("--student", "a.safetensors", *flags)
