@@ -624,7 +624,7 @@ class TurboVAED(nn.Module):
             state = size * B * kept * h * w if chunk < t else 0
             return (held + state + work * self.largest(B, chunk + 1, h, w)) / 1e9
 
-        for side in range(max(h, w), LEAST_TILE - 1, -1):
+        for side in range(max(h, w), min(max(h, w), LEAST_TILE) - 1, -1):
             tile = min(side, h), min(side, w)
             if need(1, *tile) <= max_memory or need(t, *tile) <= max_memory:
                 return max(chunk for chunk in range(1, t + 1) if need(chunk, *tile) <= max_memory), tile

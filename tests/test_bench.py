@@ -293,6 +293,8 @@ def test_a_full_disk_is_one_line_that_names_the_file_and_leaves_all_that_was_the
     (["--batch", "2"], "--batch goes with --train only"), (["--lpips-frames", "2"], "--lpips-frames goes with --train"),
     (["--team", "x", "--mlpackage"], "--team goes with --iphone"), (["--chunk", "2"], "--chunk goes with --stream"),
     (["--blocks", "--lengths", "2"], "--lengths goes with --stream"), (["--config", "tiny", "tiny"], "names one twice"),
+    (["--stream", "--frames", "9"], "--stream goes without"), (["--stream", "--config", "tiny", "--teacher"], "--stream goes without"),
+    (["--blocks", "--decode"], "--decode goes without --blocks"),
     (["--stream", "--train"], "--stream goes without --train"), (["--features", "--mlpackage"], "without --mlpackage")])
 def test_wrong_flags_are_one_line(monkeypatch, capsys, flags, words):
     monkeypatch.setattr(sys, "argv", ["bench.py", *flags])

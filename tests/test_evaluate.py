@@ -1,4 +1,5 @@
 """Evaluation: metrics that agree with closed forms and other implementations, and commands that leave what they promise."""
+import argparse
 import hashlib
 import json
 import math
@@ -487,6 +488,21 @@ def test_a_video_keeps_frames_time_and_sound(student, run, tmp_path, monkeypatch
     assert not list(tmp_path.glob(".out*"))
 
 
+def test_frame_rates_are_those_of_players():
+    assert [evaluate.frame_rate(text) for text in ("24", "29.97", "30000/1001")] == [24, Fraction(2997, 100), Fraction(30000, 1001)]
+    for wrong in ("0", "-1", "2147483648", "1/0", "nan", "x"):
+        with pytest.raises(argparse.ArgumentTypeError, match="up to 1000"):
+            evaluate.frame_rate(wrong)
+
+
+def test_a_teacher_that_half_precision_breaks_is_named(tmp_path):
+    teacher = evaluate.load_teacher("tiny", dtype=torch.float16)
+    source = write_video(tmp_path / "in.mp4", list(np.random.default_rng(0).integers(0, 255, (8, 64, 64, 3), np.uint8)))
+    with pytest.raises(ValueError) as error:
+        evaluate.reconstruct(teacher, None, source, tmp_path / "out.mp4", 8, torch.device("cpu"), torch.float16)
+    assert "the tiny teacher's latents are not finite in float16" in str(error.value)
+
+
 @pytest.mark.parametrize("frames", [1, 2, 8])
 def test_windows_are_joined_in_order_and_colours_survive(tmp_path, frames):
     """With an encoder and a decoder that change nothing, what comes out is what went in, but for the video codec."""
@@ -889,6 +905,7 @@ def test_wrong_input_gets_one_line(tmp_path):
     (["--decode", "a.safetensors", "b.mp4"], "no file a.safetensors"),
     (["--reconstruct", "a.mp4", "b.mp4", "--out", "x"], "--reconstruct goes without --out"),
     (["--reconstruct", "a.mp4", "b.mp4", "--metrics", "psnr"], "--reconstruct goes without --metrics"),
+    (["--decode", __file__, "b.mp4"], "reads .safetensors"), (["--fps", "24"], "--fps is of --decode only"),
     (["--decode", "a.safetensors", "b.mp4", "--latents", "x"], "--decode goes without --latents"),
     (["--decode", "a.safetensors", "b.mp4", "--teacher-weights", "x"], "--decode goes without --teacher-weights"),
     (["--fps", "30"], "--fps is of --decode only"), (["--pipeline", "x"], "--pipeline is of --generate only"),
@@ -937,12 +954,12 @@ def test_saved_latents_become_a_video(tmp_path, monkeypatch, capsys, tensors):
     torch.manual_seed(0)
     saved = {name: torch.randn(shape) for name, shape in tensors.items()}
     save_file(saved, tmp_path / "z.safetensors")
-    monkeypatch.setattr(sys, "argv", ["evaluate.py", "--device", "cpu", "--student", str(evaluate.SHIPPED), "--fps", "30",
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", "--device", "cpu", "--student", str(evaluate.SHIPPED), "--fps", "30000/1001",
                                       "--decode", str(tmp_path / "z.safetensors"), str(tmp_path / "new" / "out.mp4")])
     evaluate.main()
     assert "44 frames" in capsys.readouterr().out
     with av.open(str(tmp_path / "new" / "out.mp4")) as container:
-        assert container.streams.video[0].average_rate == 30
+        assert container.streams.video[0].average_rate == Fraction(30000, 1001)
         got = torch.stack([torch.from_numpy(frame.to_ndarray(format="rgb24")) for frame in container.decode(video=0)])
     latents = next(iter(saved.values())).reshape(1, 16, 11, 3, 4)
     with torch.no_grad():
@@ -954,10 +971,16 @@ def test_saved_latents_become_a_video(tmp_path, monkeypatch, capsys, tensors):
 
 
 @pytest.mark.parametrize("tensors, says", [({"latents": (2, 16, 1, 2, 2)}, "(1, C, t, h, w)"), ({"a": (16, 1, 2, 2), "b": (1,)}, "a, b"),
-                                           ({"latents": (8, 1, 2, 2)}, "(B, 16, t, h, w)"), (None, "z.safetensors")])
+                                           ({"latents": (8, 1, 2, 2)}, "(B, 16, t, h, w)"), (None, "z.safetensors"),
+                                           ({}, "holds no tensor"), ({"latents": (16, 1, 2, 0)}, "(C, t, h, w)"),
+                                           ({"int32": (16, 1, 2, 2)}, "I32"), ({"complex64": (16, 1, 2, 2)}, "floating")])
 def test_latents_that_are_none_are_one_line(tmp_path, tensors, says):
     source, target = tmp_path / "z.safetensors", tmp_path / "out.mp4"
-    save_file({name: torch.zeros(shape) for name, shape in tensors.items()}, source) if tensors else source.write_text("no")
+    kind = lambda name: getattr(torch, name, torch.float32)
+    if tensors is None:
+        source.write_text("no")
+    else:
+        save_file({name: torch.zeros(shape, dtype=kind(name)) for name, shape in tensors.items()}, source)
     with pytest.raises(ValueError) as error:
         evaluate.decode_latents(TurboVAED(CONFIGS["tiny"]), source, target, 24, torch.device("cpu"), torch.float32)
     assert says in str(error.value) and "\n" not in str(error.value) and list(tmp_path.iterdir()) == [source]

@@ -709,6 +709,10 @@ def test_as_much_memory_as_allowed_is_used_and_no_more():
     with pytest.raises(ValueError) as error:
         model.decode(latents, max_memory=4)
     one_line(error, "at least 4.", "not 4", "stream")
+    model, latents = rough(MICRO), torch.randn(1, 3, 5, 2, 3)
+    torch.testing.assert_close(model.decode(latents, max_memory=1), model(latents))
+    with pytest.raises(ValueError, match="at least"):
+        model.decode(torch.zeros(1, 3, 5, 40, 40), max_memory=0.001)      # tiles of 1x1 would be all seam
 
 
 def test_what_cannot_be_decoded_in_pieces_is_one_line():
