@@ -36,8 +36,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from model import (BLOCKS, CONFIGS, OWN_FILE, ChannelNorm, Conv3d, Resnet, SeparableConv3d, TurboVAED, TurboVAEDConfig, Upsampler,
-                   Upsampler2d, check_writable, newest_student, number, replace_files, run_command, summary)
+from model import (BLOCKS, CONFIGS, OWN_FILE, ChannelNorm, Conv3d, Resnet, SeparableConv3d, TurboVAED, TurboVAEDConfig,
+                   Upsampler, Upsampler2d, check_writable, newest_student, number, replace_files, run_command, summary)
 
 SHIPPED = Path(__file__).resolve().parent / "assets" / "tiny_student.safetensors"
 PARTS = ("conv_in", *BLOCKS, "out")
@@ -102,21 +102,21 @@ class PhoneTurboVAED(TurboVAED):
 
 
 class Step:
-    """A step of a stream, as layers of the "engine" graph are handed it: N latent frames, whatever their place in the clip.
+    """A step of a stream, as layers of the "engine" graph are handed it: N latent frames, anywhere in the clip.
 
-    Every layer runs from the first step on, with zeros for what was before, and what it makes of frames around it comes
-    late: the clip's own begin at frame `first` of what a layer is given, counted over all steps. What is before and after
-    them is wrong, and cut off at last; but a convolution at the clip's ends must see the end frame repeated. edges
-    (3 P, 1, 1, 1) says so for each of P convolutions: 1 in the step in which its clip begins, in which it ends, and in
-    all after that; None in a step with nothing but zeros. kept: the frames (n, C, H, W) of before that each place
-    in the decoder needs, in order; keeps: those that the next step needs.
+    Every layer runs from the first step on, with zeros for what was before, and what it makes of the frames around one
+    comes late: the clip's own begin at frame `first` of what a layer is given, counted over all steps. What is before
+    and after them is wrong, and cut off at last; but a convolution at the clip's ends must see the end frame repeated.
+    edges (3 P, 1, 1, 1) says so for each of P convolutions: 1 in the step in which its clip begins, in which it ends,
+    and in all after that; None in a step where all are 0. kept: the frames (n, C, H, W) of before that each place in
+    the decoder needs, in order; keeps: those that the next step needs.
     """
 
     def __init__(self, kept=(), edges=None):
         self.kept, self.edges, self.keeps = list(kept), edges, []
         self.others = None if edges is None else edges * -1 + 1         # the engine adds and multiplies
         self.first, self.dropped = 0, 0
-        self.places = []        # (steps, frames) in which each convolution's clip begins, and ends after the last latents
+        self.places = []        # of each convolution: (step, frame) of its clip's begin, and of its end from the last
 
     def before(self, n, x):
         return self.kept.pop(0) if self.kept else x.new_zeros(n, *x.shape[1:])
@@ -130,8 +130,9 @@ class Step:
         self.first, self.dropped = r * self.first + drop, r * self.dropped + drop
 
     def before_and(self, x, n):
-        """([2 n frames before], x), or ([], both in one), for windows of 2 n + 1 frames: as many as x, n frames late."""
-        kept, begin, end = self.before(2 * n, x), divmod(self.first, len(x)), divmod(self.first - self.dropped - 1, len(x))
+        """([2 n frames before], x), or ([], both in one), for windows of 2 n + 1: as many as x has frames, n late."""
+        kept, begin = self.before(2 * n, x), divmod(self.first, len(x))
+        end = divmod(self.first - self.dropped - 1, len(x))
         self.places.append((begin, end))
         self.first += n
         if self.edges is not None:
@@ -266,7 +267,7 @@ class GpuSeparableConv3d(SeparableConv3d):
 
 class GpuUpsampler(Upsampler):
     def rewrite(self):
-        """Order the convolution's output channels as (C, r_t, r_s²), as pixel_shuffle_3d has them; decoupled has r_t last."""
+        """Order the output channels as (C, r_t, r_s²), as pixel_shuffle_3d has them; decoupled has r_t last."""
         if self.upsampling == "decoupled":
             for p in list(self.conv.parameters())[-2:]:
                 p.copy_(p.unflatten(0, (-1, self.factors[1] ** 2, self.factors[0])).transpose(1, 2).flatten(0, 2))
@@ -302,9 +303,10 @@ GRAPHS = {"engine": (*BOTH, EngineConv3d, EngineSeparableConv3d, EngineUpsampler
 def rescale(twin):
     """Bring what the norms see to about 1 in size, by powers of two in the weights, which change no digit of the video.
 
-    A norm does not mind the scale of its input, fp16 does: 65504 is its largest number, also for the sum of squares where
-    hardware holds that in fp16; unscaled, the shipped student's reach 7 million. Every convolution writes to a norm or to the
-    stream of residuals, which only norms and upsamplers read. How much a convolution magnifies is estimated from its weights.
+    A norm does not mind the scale of its input, fp16 does: 65504 is its largest number, also for the sum of squares
+    where hardware holds that in fp16; unscaled, the shipped student's reach 7 million. Every convolution writes to a
+    norm or to the stream of residuals, which only norms and upsamplers read. How much a convolution magnifies is
+    estimated from its weights.
     """
     def scale(conv, by=None, read=1.0):     # conv's output, given that the scale of its input is `read` already
         *depthwise, weight, bias = conv.parameters()
@@ -425,21 +427,23 @@ def convert(module, inputs, outputs):
         if node.op == "call_function" and not any(user.op == "output" for user in node.users):
             node.name = f"{part_of(node)}_{node.name}"
     # iOS 18 (macOS 15) is the first whose palettised weights are stored in 4 and 6 bits.
-    return ct.convert(program, inputs=[ct.TensorType(name=name, shape=x.shape, dtype=np.float16) for name, x in inputs.items()],
-                      outputs=[ct.TensorType(name=name, dtype=np.float16) for name in outputs],
-                      compute_precision=ct.precision.FLOAT16, minimum_deployment_target=ct.target.iOS18, skip_model_load=True)
+    inputs = [ct.TensorType(name=name, shape=x.shape, dtype=np.float16) for name, x in inputs.items()]
+    outputs = [ct.TensorType(name=name, dtype=np.float16) for name in outputs]
+    return ct.convert(program, inputs=inputs, outputs=outputs, compute_precision=ct.precision.FLOAT16,
+                      minimum_deployment_target=ct.target.iOS18, skip_model_load=True)
 
 
-def export(model, size=(512, 512), latent_frames=None, path="student.mlpackage", bits=None, graph="engine", stream=None, note=""):
+def export(model, size=(512, 512), latent_frames=None, path="student.mlpackage", bits=None, graph="engine",
+           stream=None, note=""):
     """Write a student to `path`, an .mlpackage (ML Program, fp16, fixed shapes), and return that path.
 
     model: a TurboVAED. size: (height, width) of the video in pixels; where it is no multiple of the compression the
     graph decodes a little more and crops. latent_frames: None takes what makes 17 frames, 16 where first frames are
     kept. graph: "engine", two-dimensional operations that the Neural Engine has: input "latents" (t, C, h, w) as the
     teacher's encoder gives them, output "video" (T, 3, height, width), about [-1, 1], not clamped; or "conv3d", for the
-    GPU: (1, C, t, h, w) to (1, 3, T, height, width). bits: 8, 6 or 4 palettises the weights by k-means. stream: in place
-    of a clip, a step of so many latent frames of a stream, see `run_stream`; it decodes whole latents, without a crop.
-    note goes into the description. Written beside its place and renamed; a report beside the old package goes with it.
+    GPU: (1, C, t, h, w) to (1, 3, T, height, width). bits: 8, 6 or 4 palettises the weights by k-means. stream: in
+    place of a clip, a step of so many latent frames of a stream, see `run_stream`; it decodes whole latents, without a
+    crop. note goes into the description. Written beside its place and renamed; a report beside the old package goes with it.
     Raises ValueError for sizes below 1, other bits, graphs or names, or without coremltools.
     """
     path, config = Path(path), model.config
@@ -474,8 +478,8 @@ def export(model, size=(512, 512), latent_frames=None, path="student.mlpackage",
             packages["main"] = compress.palettize_weights(packages["main"], compress.OptimizationConfig(
                 compress.OpPalettizerConfig(mode="kmeans", nbits=bits, weight_threshold=10_000)))
         about |= dict(config=json.dumps(asdict(config)), size=f"{size[0]}x{size[1]}", latent_frames=str(shape[2]),
-                      frames=str(config.frames(shape[2])), weights_sha256=weights_hash(model), bits=str(bits or 16), note=note,
-                      graph=graph)
+                      frames=str(config.frames(shape[2])), weights_sha256=weights_hash(model), bits=str(bits or 16),
+                      note=note, graph=graph)
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_name(f".{os.getpid()}.partial.{path.name}")
         try:
@@ -487,7 +491,7 @@ def export(model, size=(512, 512), latent_frames=None, path="student.mlpackage",
 
 
 def convert_stream(twin, latents):
-    """({"step": package, "edge": package}, when clips begin and end, as JSON) of a stream in steps of those latents' length."""
+    """({"step": package, "edge": package}, when clips begin and end, as JSON) of a stream in steps of such latents."""
     probe = Step()
     with torch.no_grad():
         twin(latents, probe)
@@ -514,11 +518,11 @@ class StreamStep(torch.nn.Module):
 
 ABOUT = {"latents": "({}): as the teacher's encoder gives them, no scaling factor",
          "video": "({}), about [-1, 1], not clamped",
-         "edges": "(3 P, 1, 1, 1), of P convolutions: 1 in the step in which its clip begins, in which it ends, and after that"}
+         "edges": "(3 P, 1, 1, 1), of P convolutions: 1 in the step in which the clip begins, in which it ends, after it"}
 
 
 def save(packages, path, metadata):
-    """Write {function: MLModel}, one "main" or several that share their weights, to `path` with what they say of themselves."""
+    """Write {function: MLModel}, one "main" or several that share their weights, to `path`, and what they are."""
     ct = coremltools()
     if "main" in packages:
         packages["main"].save(str(path))
@@ -784,9 +788,10 @@ def difference(video, expected):
 def run_stream(package, latents, call):
     """Decode latents (t, C, h, w) of a clip, t a multiple of the step's, by a stream's package as an app does it.
 
-    package: its Program, for sizes and metadata. call(function, {input: tensor}) -> {output: tensor} runs one step: "edge"
-    where a convolution's clip begins, ends or is over, which `edges` says, else "step". Steps go on, with whatever latents,
-    until all frames are out; the first `first_frame` are none of the clip's. Returns (video (T, 3, H, W), calls of each).
+    package: its Program, for sizes and metadata. call(function, {input: tensor}) -> {output: tensor} runs one step:
+    "edge" where a convolution's clip begins, ends or is over, which `edges` says, else "step". Steps go on, with
+    whatever latents, until all frames are out; the first `first_frame` are none of the clip's. Returns
+    (video (T, 3, H, W), calls of each).
     """
     when, config = json.loads(package.metadata["stream"]), TurboVAEDConfig(**json.loads(package.metadata["config"]))
     state = {name: torch.zeros(shape) for name, shape in package.inputs.items() if name.startswith("state_")}
@@ -794,14 +799,16 @@ def run_stream(package, latents, call):
     first, count = when["first_frame"], config.frames(len(latents))
     while sum(map(len, video)) < first + count:
         s = len(video)
-        edges = [[float(s == begin) for begin in when["begins"]], [float(s == len(chunks) + end) for end in when["ends"]],
-                 [float(s > len(chunks) + end) for end in when["ends"]]]
+        begins, ends = torch.tensor(when["begins"]), len(chunks) + torch.tensor(when["ends"])
+        edges = torch.stack([s == begins, s == ends, s > ends])
         given = {"latents": chunks[min(s, len(chunks) - 1)], **state}
-        edge = any(map(any, edges))
-        out = call("edge" if edge else "step", given | ({"edges": torch.tensor(edges).view(-1, 1, 1, 1)} if edge else {}))
+        if edges.any():
+            given["edges"] = edges.float().view(-1, 1, 1, 1)
+        function = "edge" if edges.any() else "step"
+        out = call(function, given)
         video.append(out["video"])
         state = {name: out[f"next_{name}"] for name in state}
-        calls["edge" if edge else "step"] += 1
+        calls[function] += 1
     return torch.cat(video)[first:first + count], calls
 
 
@@ -827,7 +834,7 @@ def check_weights(program, model, path):
 
 
 def predictor(path, units):
-    """Core ML on those compute units of this Mac: call(function or None, {input: tensor}) -> {output: float32 tensor}."""
+    """Core ML on those compute units of this Mac: call(function or None, {input: tensor}) -> {output: tensor}."""
     ct, loaded = coremltools(), {}
 
     def call(function, given):
@@ -1064,8 +1071,8 @@ def prove(path, model, r, whole=False):
     if "run_at" in results:
         print(f"run at {results['run_at']}, where it is the same program but for the height (--whole runs all of it):")
     if "calls" in results:
-        print("a clip of {step} steps in the middle and {edge} where layers begin and end, against the whole decode:".format(
-            **results["calls"]))
+        print("a clip of {step} steps in the middle and {edge} where layers begin and end, against the whole decode:"
+              .format(**results["calls"]))
     for which, result in [(which, result) for which, result in results.items() if which in words]:
         print(f"{words[which]}: worst error {result['worst_error']:.2g}, PSNR {result['psnr']:.1f} dB")
     if largest := results["fp16"]["largest_sum_of_squares"]:

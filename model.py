@@ -425,7 +425,7 @@ class TurboVAED(nn.Module):
         super().__init__()
         self.config = config
         self.metadata = {}      # what a loaded file says of itself besides its configuration
-        self.checkpointing = False      # True: training recomputes each block in its backward pass instead of keeping it
+        self.checkpointing = False      # True: training recomputes each block in its backward pass
         self.compiles = None            # what optimize_for_inference was asked to compile with
         widths = config.widths
         conv = [partial(SeparableConv3d, kernel=config.kernel) if name in config.separable else Conv3d
@@ -484,7 +484,8 @@ class TurboVAED(nn.Module):
         features = {}
         x = self.conv_in(latents)
         for name, block in zip(BLOCKS, (self.mid_block, *self.up_blocks)):
-            x = checkpoint(block, x, use_reentrant=False) if self.checkpointing and torch.is_grad_enabled() else block(x)
+            again = self.checkpointing and torch.is_grad_enabled()
+            x = checkpoint(block, x, use_reentrant=False) if again else block(x)
             if name in wanted:
                 features[name] = x
         video = self.out(x)
@@ -578,7 +579,8 @@ class TurboVAED(nn.Module):
                 raise ValueError("max_memory chooses chunk and tile: give it alone")
             chunk, tile = self.fit(latents, max_memory)
         try:
-            tile = (h, w) if tile is None else tuple(map(index, tile if isinstance(tile, (tuple, list)) else (tile, tile)))
+            tile = (h, w) if tile is None else tile if isinstance(tile, (tuple, list)) else (tile, tile)
+            tile = tuple(map(index, tile))
             chunk = chunk if chunk is None else index(chunk)
             if len(tile) != 2 or min(tile) < 1 or chunk is not None and chunk < 1:
                 raise ValueError
@@ -588,7 +590,8 @@ class TurboVAED(nn.Module):
         chunk = chunk or max(1, LARGE // self.largest(B, 1, min(h, tile[0]), min(w, tile[1])))
         reach, (_, d_h, d_w) = self.reach(1), self.config.compression
         if any(side < n and side <= 2 * reach for side, n in zip(tile, (h, w))):
-            warnings.warn(f"tiles of {tile[0]}x{tile[1]} latents are not exact at their seams: above {2 * reach} they are")
+            warnings.warn(f"tiles of {tile[0]}x{tile[1]} latents are not exact at their seams: "
+                          f"above {2 * reach} they are")
         if chunk >= t and tile[0] >= h and tile[1] >= w:
             return self.own(self(latents))
         video = None
@@ -618,7 +621,8 @@ class TurboVAED(nn.Module):
         size = latents.element_size()
         held = 2 * sum(p.nbytes for p in self.parameters())         # oneDNN orders them anew
         held += size * B * 3 * math.prod(self.config.compression) * t * h * w
-        work = WORK * (max(size, 4) if latents.device.type == "cpu" else size)       # oneDNN has half precision in float32
+        # On a CPU half precision is computed in float32.
+        work = WORK * (max(size, 4) if latents.device.type == "cpu" else size)
 
         def need(chunk, h, w):      # a layer's frames are those of the chunk and a few that it looks ahead
             state = size * B * kept * h * w if chunk < t else 0
@@ -645,8 +649,8 @@ class TurboVAED(nn.Module):
         dtype: float16 or bfloat16, or None for its own. compile: True, or a mode of torch.compile, such as
         "reduce-overhead", which replays CUDA graphs: there the next model(latents) overwrites the video of the last.
         Compiled anew for each size, minutes at first and then faster, are model(latents), with it `decode` of what it
-        takes whole, and what a stream does between its start and its end. On a CPU convolutions in float32 are oneDNN's,
-        on a GPU all are laid out channels-last.
+        takes whole, and what a stream does between its start and its end. On a CPU convolutions in float32 are
+        oneDNN's, on a GPU all are laid out channels-last.
         """
         self.to(dtype=dtype).eval().requires_grad_(False)
         if next(self.parameters()).is_cuda:
@@ -661,7 +665,8 @@ class TurboVAED(nn.Module):
     def compile_again(self):
         self._compiled_call_impl = None
         if self.compiles:
-            torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)     # sizes, not 8 of them
+            dynamo = torch._dynamo.config
+            dynamo.recompile_limit = max(dynamo.recompile_limit, 64)        # sizes, where PyTorch would stop at 8
             self.compile(**self.compiles)
 
     def __setstate__(self, state):
@@ -784,7 +789,8 @@ class Stream:
 
     def __init__(self, student):
         self.student, self.delay, rate = student, student.reach(0), 1
-        self.latents, self.chunk, self.latest = None, 0, 0          # none of the clip's, frames of the longest chunk, of the latest
+        self.latents = None                         # none of the clip's, but of their shape
+        self.chunk = self.latest = 0                # latent frames of the longest and of the latest chunk
         self.ended = self.running = False
         self.steps = []                 # (layer, frames that it looks ahead, its frames for one latent, its context)
         for layer in student.layers():
@@ -1064,7 +1070,7 @@ def take_decoder(state):
     decoder. Raises ValueError where several would do."""
     words = lambda prefix: set(re.split(r"[._]", prefix.lower()))
     others = {"encoder", "teacher", "discriminator", "initial", "init"} | \
-        {"optim", "optimizer", "optimizers", "exp", "momentum", "grad", "grads", "gradients"}       # as large as the weights
+        {"optim", "optimizer", "optimizers", "exp", "momentum", "grad", "grads", "gradients"}   # as large as the weights
     matches = [m for m in map(IN_DECODER.match, state) if m and not words(m[1]) & others]
     found = Counter(m[1] for m in matches)
     if not found:
@@ -1121,9 +1127,9 @@ def count_flops(config, latent_shape):
 # Command lines.
 
 def number(kind=int, least=-math.inf, most=math.inf, above=-math.inf, below=math.inf):
-    """An argparse type: a finite `kind` (int or float) from `least` to `most`, greater than `above` and smaller than `below`."""
-    bounds = [f"{word} {bound}" for word, bound in (("at least", least), ("at most", most), ("above", above), ("below", below))
-              if math.isfinite(bound)]
+    """An argparse type: a finite `kind` (int or float) from `least` to `most`, above `above` and below `below`."""
+    words = {"at least": least, "at most": most, "above": above, "below": below}
+    bounds = [f"{word} {bound}" for word, bound in words.items() if math.isfinite(bound)]
 
     def convert(text):
         try:
@@ -1131,7 +1137,8 @@ def number(kind=int, least=-math.inf, most=math.inf, above=-math.inf, below=math
         except ValueError:
             value = math.nan
         if not (math.isfinite(value) and least <= value <= most and above < value < below):
-            raise argparse.ArgumentTypeError(f"takes a {'whole ' * (kind is int)}number {' and '.join(bounds)}, not {text!r}")
+            whole = "whole " * (kind is int)
+            raise argparse.ArgumentTypeError(f"takes a {whole}number {' and '.join(bounds)}, not {text!r}")
         return value
 
     return convert
