@@ -263,50 +263,66 @@ def bench_stream(args, device, dtype):
     """Rows for each student, size and length: streamed in chunks, with --decode also by a student that is optimized for
     inference, and whole if the machine's memory may hold it."""
     rows = []
-    for (name, student), (height, width), length in itertools.product(chosen_students(args), args.size, args.lengths):
+    for (name, student), (height, width) in itertools.product(chosen_students(args), args.size):
         student = placed(student, device, dtype)
         _, d_h, d_w = student.config.compression
-        shape = 1, student.config.latent_channels, -(-height // d_h), -(-width // d_w)
-        height, width = d_h * shape[2], d_w * shape[3]          # what is decoded
-        piece = torch.randn(*shape[:2], args.chunk, *shape[2:], device=device, dtype=dtype)
-        pieces = [piece] * (length // args.chunk) + ([piece[:, :, :length % args.chunk]] if length % args.chunk else [])
-
-        def stream(way, student):
-            start, first = now(device), None
-            for frames in student.stream(pieces):
-                first = first or now(device)
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
-            firsts[way].append(seconds_between(start, first))
-        streamers = {"streamed": student}
+        shape = 1, student.config.latent_channels, args.chunk, -(-height // d_h), -(-width // d_w)
+        chunk = torch.randn(shape, device=device, dtype=dtype)
+        students = {"streamed": student}
         if args.decode:
             torch.compiler.reset()
-            streamers["streamed, optimized"] = copy.deepcopy(student).optimize_for_inference(compile=args.compile)
-        runs, firsts = {way: partial(stream, way, module) for way, module in streamers.items()}, {way: [] for way in streamers}
-        latents, free = torch.cat(pieces, dim=2), free_memory(device)
-        try:
-            if student.fit(latents, free / 1e9)[0] >= length:
-                runs["whole"] = lambda: student(latents)
-        except ValueError:      # not even in pieces, with all of the video in memory
-            pass
-        spent, peaks = {}, {}
-        for way, run in runs.items():       # the stream's memory first: a whole decode leaves the process's heap in pieces
-            if way == "streamed, optimized":
-                run()                       # compiles
-            start = time.perf_counter()
-            peaks[way] = peak_memory(run, device, nbytes(student))
-            spent[way] = [time.perf_counter() - start]
-        if sum(map(sum, spent.values())) < 10 or args.rounds:
-            spent = take_turns(runs, device, args.rounds)
-        frames = student.config.frames(length)
-        for way in runs:
-            row = {"model": name, "way": way, "frames": frames, "height": height, "width": width, "latents": length,
-                   **figures(spent, way, frames, "whole" if "whole" in runs else None), **peaks[way]}
-            if way in streamers:
-                row |= {"chunk": args.chunk, "delay": student.streamer().delay,
-                        "first_milliseconds": 1000 * statistics.median(firsts[way])}
-            rows.append(row)
+            students["streamed, optimized"] = copy.deepcopy(student).optimize_for_inference(compile=args.compile)
+            for _ in students["streamed, optimized"].stream([chunk] * (student.streamer().delay // args.chunk + 4)):
+                pass        # compiles
+        measured = {length: stream_length(args, students, chunk, length, device) for length in args.lengths}
+        for length, (runs, firsts, spent, peaks) in measured.items():
+            add_whole(args, student, chunk, length, device, runs, spent, peaks)
+            if sum(map(sum, spent.values())) < 10 or args.rounds:
+                spent = take_turns(runs, device, args.rounds)
+            frames = student.config.frames(length)
+            for way in runs:
+                row = {"model": name, "way": way, "frames": frames, "height": d_h * shape[3], "width": d_w * shape[4],
+                       "latents": length, **figures(spent, way, frames, "whole" if "whole" in runs else None), **peaks[way]}
+                if way in students:
+                    row |= {"chunk": args.chunk, "delay": student.streamer().delay,
+                            "first_milliseconds": 1000 * statistics.median(firsts[way])}
+                rows.append(row)
     return rows
+
+
+def stream_length(args, students, chunk, length, device):
+    """Streams of so many latent frames, once each: ({way: run}, {way: [seconds to the first frame]}, {way: [seconds]},
+    {way: peak memory}). All lengths come before any whole decode, which would leave the process's heap in pieces."""
+    def stream(way):
+        start, first, rest = now(device), None, length % args.chunk
+        chunks = itertools.repeat(chunk, length // args.chunk)
+        for _ in students[way].stream(itertools.chain(chunks, [chunk[:, :, :rest]] if rest else [])):
+            first = first or now(device)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        firsts[way].append(seconds_between(start, first))
+
+    runs, firsts = {way: partial(stream, way) for way in students}, {way: [] for way in students}
+    spent, peaks = {}, {}
+    for way, run in runs.items():
+        start = time.perf_counter()
+        peaks[way] = peak_memory(run, device, nbytes(students[way]))
+        spent[way] = [time.perf_counter() - start]
+    return runs, firsts, spent, peaks
+
+
+def add_whole(args, student, chunk, length, device, runs, spent, peaks):
+    """The whole decode beside the streams of `stream_length`, if what memory there is may hold it."""
+    free, latents = free_memory(device), torch.cat([chunk] * -(-length // args.chunk), dim=2)[:, :, :length]
+    try:
+        if student.fit(latents, free / 1e9)[0] < length:
+            return
+    except ValueError:          # not even in pieces, with all of the video in memory
+        return
+    runs["whole"] = lambda: student(latents)
+    start = time.perf_counter()
+    peaks["whole"] = peak_memory(runs["whole"], device, nbytes(student))
+    spent["whole"] = [time.perf_counter() - start]
 
 
 def free_memory(device):

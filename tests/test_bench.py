@@ -487,12 +487,12 @@ def test_the_graphs_of_a_student_are_compared_beside_the_papers_figures(apple, t
 def test_a_streams_package_is_timed_by_its_step(apple, tmp_path):
     utils = apple.coremltools.utils
     functions = utils.MultiFunctionDescriptor()
-    for name, space in (("edge", 4), ("step", 8)):
-        functions.add_function(str(make_package(tmp_path / f"{name}.mlpackage", "engine", space)), "main", name)
+    for name, graph in (("edge", "conv3d"), ("step", "engine")):        # of another shape, to be told apart
+        functions.add_function(str(make_package(tmp_path / f"{name}.mlpackage", graph)), "main", name)
     functions.default_function_name = "step"
     utils.save_multifunction(functions, str(tmp_path / "stream.mlpackage"))
     rows = apple.bench(tmp_path, "--mlpackage", str(tmp_path / "stream.mlpackage"))
-    assert [(row["frames"], row["height"], row["width"]) for row in rows] == [(8, 32, 40)] * 4
+    assert [(row["graph"], row["frames"], row["height"], row["width"]) for row in rows] == [("engine", 8, 32, 40)] * 4
 
 
 def test_the_papers_figures_are_those_of_its_tables():
