@@ -50,7 +50,7 @@ from tqdm import tqdm
 from data import CLIPS_PER_SCENE, HELD_OUT_SEED, BadVideo, CachedClips, SyntheticClips, VideoClips, begin_worker, write_file
 from losses import (HEADS, LPIPS, Objective, PatchDiscriminator, StudentWithHeads, adaptive_weight, kl_loss,
                     last_layer_gradients, make_heads, sharpness)
-from model import CONFIGS, Block, TurboVAED, channels_last, check_fit, check_writable, number, out_of_memory
+from model import CONFIGS, Block, ChannelRMSNorm, TurboVAED, channels_last, check_fit, check_writable, number, out_of_memory
 from teachers import TEACHERS, load_teacher
 
 # Section 4.2: AdamW, learning rate 2e-4, betas 0.9 and 0.95, effective batch 32, 17 (dc: 16) frames at 256x256.
@@ -294,109 +294,146 @@ def end_workers():
 
 # ---------------------------------------------------------------------------------------------------------------------
 # A start from the teacher (--init teacher). A student is a narrower decoder of the teacher's kind: a way in, resnets, an
-# upsampler, resnets, an upsampler ... Its channels are some of the teacher's, its weights those between them.
+# upsampler, resnets, an upsampler ... Its channels are some of the teacher's, its weights those between them. Weights
+# here are (C, r_t, r_s, r_s, C_in, k_t, k_h, k_w) and biases (C, r_t, r_s, r_s), with factors of 1 where nothing is
+# upsampled.
 
 @torch.no_grad()
 def begin_as(student, layers):
-    """Fills the student's layers that have counterparts among a teacher's `layers` and returns their names.
+    """Fills those of the student's layers that have a counterpart among a teacher's `layers`, and returns their names.
 
-    Each stream of channels, a resnet's inner one too, keeps the most important of the teacher's: by the norm of what
-    writes a channel, from channels that are kept, times the norm of what reads it.
+    Each stream of channels, a resnet's inner one too, keeps the teacher's most independent ones. What reads a stream as
+    it is takes the others' part too, as far as the kept ones tell it; what reads it behind a norm and SiLU does without.
     """
-    pairs, reads, writes = list(counterparts(student, layers)), {}, {}
-    for name, (weight, _), source, target in pairs:
+    pairs, reads, writers = list(counterparts(student, layers)), {}, {}
+    for pair in pairs:
+        name, weight, _, source, target = pair
         if weight.ndim > 1:
             reads[source] = reads.get(source, 0) + weight.square().sum((0, 1, 2, 3, 5, 6, 7))
-            writes.setdefault(target, []).append((source, weight, width_of(student.get_submodule(name))))
-    kept = {}
-    for stream, writers in writes.items():
-        importance = sum(weight[:, :, :, :, kept.get(source, slice(None))].flatten(1).square().sum(1)
-                         for source, weight, _ in writers) * reads.get(stream, 1)
-        kept[stream] = importance.topk(min(len(importance), writers[0][2])).indices.sort().values
-    for name, (weight, bias), source, target in pairs:
-        layer, columns, rows = student.get_submodule(name), kept.get(source, slice(None)), kept.get(target)
-        if weight.ndim == 1:                                                    # of a norm
-            weight, bias = weight[columns], bias[columns]
-            layer.weight[:len(weight)], layer.bias[:len(bias)] = weight, bias
+            writers.setdefault(target, []).append(pair)
+    latents = torch.eye(student.config.latent_channels)
+    kept, told, covariance = ({"latents": x} for x in (torch.arange(len(latents)), latents, latents))
+    behind_norm = lambda name: name.endswith(("conv1", "conv2"))
+
+    def narrowed(name, weight, source):
+        if source not in kept:                                  # the inside of a resnet is chosen after what it writes
+            return weight
+        tells = torch.eye(weight.shape[4])[:, kept[source]] if behind_norm(name) else told[source]
+        return torch.einsum("opqrithw,ij->opqrjthw", weight, tells)
+
+    for stream, its in writers.items():                         # for latents, and what a norm gives, of white noise
+        cov = 0
+        for name, weight, bias, source, _ in its:
+            rows = narrowed(name, weight, source).movedim(4, -1).flatten(1, -2)             # (C, pixels and taps, C_in)
+            seen = rows if behind_norm(name) or source not in kept else rows @ covariance[source]
+            cov = cov + (seen.flatten(1) @ rows.flatten(1).T + bias.flatten(1) @ bias.flatten(1).T) / bias[0].numel()
+        keep = kept[stream] = independent(cov, reads.get(stream, torch.ones(len(cov))),
+                                          width_of(student.get_submodule(its[0][0])))
+        covariance[stream] = cov[keep][:, keep]
+        told[stream] = cov[:, keep] @ torch.linalg.pinv(covariance[stream], hermitian=True)
+        told[stream][keep] = torch.eye(len(keep))
+    for name, weight, bias, source, target in pairs:
+        layer = student.get_submodule(name)
+        if weight.ndim == 1:                                    # a norm's
+            layer.weight[:len(kept[source])], layer.bias[:len(kept[source])] = weight[kept[source]], bias[kept[source]]
             continue
-        weight, bias = weight[rows][:, :, :, :, columns], bias[rows]
+        weight, bias = narrowed(name, weight, source)[kept[target]], bias[kept[target]]
         if hasattr(layer, "factors"):
             for axis, r in enumerate((layer.factors[0], layer.factors[1], layer.factors[1]), start=1):
-                if weight.shape[axis] != r:                                     # other pixels: their mean, for all alike
+                if weight.shape[axis] != r:                     # another number of pixels: all are their mean
                     weight, bias = (x.mean(axis, keepdim=True).repeat_interleave(r, axis) for x in (weight, bias))
-            if layer.upsampling == "decoupled":                                 # (C, r_s, r_s, r_t), see model.py
+            if layer.upsampling == "decoupled":                 # channels in order (C, r_s, r_s, r_t)
                 weight, bias = weight.movedim(1, 3), bias.movedim(1, 3)
             layer = layer.conv
         place(layer, weight.flatten(0, 3), bias.flatten())
     return [name for name, *_ in pairs]
 
 
+def independent(covariance, reads, n):
+    """The n channels, in their order, that tell most of all others, each weighted by the square `reads` of what reads it:
+    one after the other the one that the ones before tell least of (pivoted Cholesky)."""
+    rest, chosen = covariance.double() * (reads * reads[:, None]).double().sqrt(), []
+    for _ in range(min(n, len(rest))):
+        left = rest.diagonal().clone()
+        left[chosen] = -1                                       # by rounding some may be below zero
+        chosen.append(left.argmax().item())
+        pivot = rest[:, chosen[-1]]
+        rest = rest - torch.outer(pivot, pivot) / pivot[chosen[-1]].clamp(1e-12)
+    return torch.tensor(sorted(chosen))
+
+
 def counterparts(student, layers):
-    """Yields (name of the student's layer, (the teacher's weight, bias), stream that it reads, that it writes). Weights
-    are (C, r_t, r_s, r_s, C_in, k_t, k_h, k_w), factors of 1 where nothing is upsampled; a norm's are (C,)."""
-    stretches, narrow = [], None                 # the teacher's: how it becomes narrower first, way in, resnets
+    """Yields (name of the student's layer, the teacher's weight, bias, stream that it reads, that it writes); a norm's
+    are (C,). The student's stretch between its upsamplers k and k + 1 goes after the teacher's, resnet after resnet."""
+    ours = [("", "conv_in", [])]                                # a resnet to another width, way in, resnets
+    for path, block in student.named_modules():
+        if isinstance(block, Block):
+            narrow = f"{path}.conv_in" if hasattr(block.conv_in, "conv1") else ""
+            if narrow and not len(block.upsamplers):
+                break                                           # no teacher does that
+            if len(block.upsamplers):
+                ours.append((narrow, f"{path}.upsamplers.0", []))
+            ours[-1][2].extend(f"{path}.resnets.{i}" for i in range(len(block.resnets)))
+
+    def resnet(name, parts, source, target):
+        streams = {"conv1": (source, name), "conv2": (name, target), "conv_shortcut": (source, target), "norm3": (source, "")}
+        for part, weights in parts.items():
+            ours = getattr(student.get_submodule(name), part, None)
+            if ours is not None and not isinstance(ours, ChannelRMSNorm):       # in which nothing is learned
+                yield f"{name}.{part}", *weights, *streams[part]
+
+    stream = "latents"
+    for (our_narrow, way_in, our_resnets), (narrow, (weight, bias), resnets) in zip(ours, stretches(layers)):
+        source = stream
+        if our_narrow:
+            eye = torch.eye(weight.shape[4])                    # where the teacher has none: the choice of channels alone
+            choice = {"conv_shortcut": (eye.view(-1, 1, 1, 1, len(eye), 1, 1, 1), torch.zeros(len(eye), 1, 1, 1))}
+            source = f"{our_narrow} out"
+            yield from resnet(our_narrow, narrow or choice, stream, source)
+        shuffles = way_in == "conv_in" or student.config.upsampling in ("decoupled", "pixel_shuffle_3d")
+        if shuffles and (our_narrow or not narrow):
+            yield way_in, weight, bias, source, way_in
+        few = min(len(our_resnets), len(resnets))
+        for i in range(few):
+            yield from resnet(our_resnets[i], resnets[i * len(resnets) // few], way_in, way_in)
+        stream = way_in
+
+
+def stretches(layers):
+    """A teacher's `layers` between its upsamplers: [(resnet to another width or None, way in, resnets)]."""
+    found, narrow = [], None
     for kind, parts in layers:
         parts = {name: (weight[:, None, None, None], bias[:, None, None, None]) if weight.ndim == 5 else (weight, bias)
                  for name, (weight, bias) in parts.items()}
         if kind != "resnet":
-            stretches.append((narrow, parts["conv"], []))
+            found.append((narrow, parts["conv"], []))
             narrow = None
         elif "conv_shortcut" not in parts:
-            stretches[-1][2].append(parts)
-        elif "norm3" in parts:
+            found[-1][2].append(parts)
+        elif "norm3" in parts:                                  # ltx's, before an upsampler as the student's
             narrow = parts
-        else:                                    # narrower after the upsampler: one convolution, where ours is before it
-            (shortcut, more), (before, (weight, bias), resnets) = parts["conv_shortcut"], stretches[-1]
-            matrix = shortcut.flatten(1)
-            weight, bias = (torch.einsum("nc,c...->n...", matrix, x) for x in (weight, bias))
-            stretches[-1] = before, (weight, bias + more), resnets
-
-    ours = [("", "conv_in", [])]
-    for place, block in student.named_modules():
-        if isinstance(block, Block):
-            if len(block.upsamplers):
-                ours.append((f"{place}.conv_in" * hasattr(block.conv_in, "conv1"), f"{place}.upsamplers.0", []))
-            elif hasattr(block.conv_in, "conv1"):
-                break                            # narrower, but no larger: no teacher does that
-            ours[-1][2].extend(f"{place}.resnets.{i}" for i in range(len(block.resnets)))
-
-    def resnet(name, parts, source, target):
-        inner = {"conv1": (source, name), "conv2": (name, target), "conv_shortcut": (source, target), "norm3": (source, None)}
-        for part, weights in parts.items():
-            if hasattr(student.get_submodule(name), part):
-                yield f"{name}.{part}", weights, *inner[part]
-
-    stream = "latents"
-    for (our_narrow, way_in, our_resnets), (narrow, (weight, bias), resnets) in zip(ours, stretches):
-        source, target = stream, way_in
-        if our_narrow:
-            eye = torch.eye(weight.shape[4])
-            chosen = {"conv_shortcut": (eye.view(-1, 1, 1, 1, len(eye), 1, 1, 1), torch.zeros(len(eye), 1, 1, 1))}
-            yield from resnet(our_narrow, narrow or chosen, stream, source := f"{our_narrow} out")
-        shuffles = way_in == "conv_in" or student.config.upsampling in ("decoupled", "pixel_shuffle_3d")
-        if shuffles and (our_narrow or not narrow):
-            yield way_in, (weight, bias), source, target
-        few = min(len(our_resnets), len(resnets))
-        for i in range(few):
-            yield from resnet(our_resnets[i], resnets[i * len(resnets) // few], target, target)
-        stream = target
+        else:                                                   # after one: its shortcut is made part of that
+            (matrix, offset), (before, way_in, resnets) = parts["conv_shortcut"], found[-1]
+            weight, bias = (torch.einsum("nc,c...->n...", matrix.flatten(1), x) for x in way_in)
+            found[-1] = before, (weight, bias + offset), resnets
+    return found
 
 
 def width_of(layer):
     conv = layer.conv if hasattr(layer, "factors") else layer
-    return getattr(conv, "pointwise_conv", getattr(conv, "conv", None)).out_channels // getattr(layer, "pixels", 1)
+    return (conv.pointwise_conv if hasattr(conv, "pointwise_conv") else conv.conv).out_channels // getattr(layer, "pixels", 1)
 
 
 def place(layer, weight, bias):
     """Puts (n_out, n_in, k_t, k_h, k_w) into the first channels of a layer, in the middle of its kernel; of a depthwise
     separable one as the nearest for each input channel: one kernel, times a number for each output channel."""
-    conv = getattr(layer, "pointwise_conv", None) or layer.conv
-    if conv is not getattr(layer, "conv", None):
+    if hasattr(layer, "depthwise_conv"):
         taps = weight.flatten(2).transpose(0, 1)                                # (n_in, n_out, taps)
         kernel = torch.linalg.eigh(taps.mT @ taps).eigenvectors[:, :, -1:]      # the first right singular vector of each
         kernel = kernel * kernel.sum(1, keepdim=True).sign()
         layer.depthwise_conv.weight[:len(kernel)] = fit(kernel.view(-1, 1, *weight.shape[2:]), layer.depthwise_conv)
         weight = (taps @ kernel).transpose(0, 1)[..., None, None]
+    conv = layer.pointwise_conv if hasattr(layer, "depthwise_conv") else layer.conv
     conv.weight[:weight.shape[0], :weight.shape[1]] = fit(weight, conv)
     conv.bias[:len(bias)] = bias
 
@@ -934,12 +971,14 @@ def read_log(path):
     return lines
 
 
-def make_run(args, device, compiles, teacher, processes):
+def make_run(args, device, compiles, teacher, processes, resumes):
     """A Run before its first step."""
     torch.manual_seed(args.seed)
     student = TurboVAED(CONFIGS[args.config])
-    if args.init == "teacher":
-        begin_as(student, teacher.layers())
+    if args.init == "teacher" and not resumes:
+        begun = begin_as(student, teacher.layers())
+        if processes.chief:
+            tqdm.write(f"{len(begun)} of the student's layers begin as the {args.teacher} teacher's: {', '.join(begun)}")
     student = student.to(device)
     student.checkpointing = args.checkpointing
     ema = copy.deepcopy(student).requires_grad_(False).eval()
@@ -1280,7 +1319,7 @@ def distil(args):
     teacher_psnr = processes.from_chief(lambda: validation.decode_with_teacher(teacher, teacher_autocast))
 
     # the run -------------------------------------------------------------------------------------------------
-    run, schedule = make_run(args, device, compiles, teacher, processes), Schedule(args)
+    run, schedule = make_run(args, device, compiles, teacher, processes, resumes), Schedule(args)
     if resumes:
         run.load(saved, out / "log.jsonl")
         if not schedule.check_left(run, saved):
