@@ -22,7 +22,7 @@ import torch
 import data
 import train
 from losses import Objective
-from model import TurboVAED
+from model import SeparableConv3d, TurboVAED
 from train import best_step, converged, damping, parse_args
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -874,6 +874,89 @@ def test_two_steps_of_a_teachers_recipe_at_reduced_width(tmp_path, here, monkeyp
     student = TurboVAED.from_pretrained(tmp_path)
     assert student.metadata["teacher"] == name and student.config == train.CONFIGS[config]
     assert student(torch.zeros(1, teacher.latent_channels, 2, 1, 1)).shape[2] == teacher.compression[0] + 1
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A start from the teacher.
+
+def small(name, teacher, **changes):
+    """A narrow student of a teacher's latents."""
+    config = train.CONFIGS[name]
+    return replace(config, **{"latent_channels": teacher.latent_channels,
+                              "widths": tuple(max(width // 32, config.patch ** 2) for width in config.widths)} | changes)
+
+
+@torch.no_grad()
+def test_a_student_of_ltxs_own_widths_begins_with_its_features():
+    """All of them, where its layers are the teacher's: a block that upsamples has ReLU in its resnets, so none here."""
+    pytest.importorskip("diffusers")
+    from test_teachers import TEACHER_KINDS, small_vae
+    teacher = TEACHER_KINDS["ltx"]("ltx", small_vae("ltx", decoder_layers_per_block=(0, 0, 0, 1, 1)))
+    student = TurboVAED(small("ltx", teacher, widths=(16, 16, 16, 16, 8), resnets=(1, 1, 0, 0, 0), patch=2, separable=()))
+    train.begin_as(student, teacher.layers())
+    latents = torch.randn(1, 8, 3, 2, 3)
+    features = student(latents, return_features=True)[1]
+    for name, want in teacher.features(latents, list(features)).items():
+        torch.testing.assert_close(features[name], want)
+
+
+@pytest.mark.parametrize("width", [96, 40])
+@torch.no_grad()
+def test_tinys_first_channels_are_the_teachers(width):
+    teacher, latents = train.load_teacher("tiny"), torch.randn(1, 16, 3, 3, 3)
+    student = TurboVAED(replace(train.CONFIGS["tiny"], widths=(width, 96, 48, 32, 32)))
+    train.begin_as(student, teacher.layers())
+    ours, mid = (x[0, :, 1].flatten(1) for x in (student.conv_in(latents), teacher.features(latents, "mid")["mid"]))
+    distance, which = torch.cdist(ours, mid).min(1)     # time is padded in another way: the middle frame
+    assert distance.max() < 1e-3 and len(which.unique()) == width
+
+
+@torch.no_grad()
+def test_a_separable_layer_begins_as_the_nearest_to_a_dense_one():
+    torch.manual_seed(0)
+    ours, dense = SeparableConv3d(4, 8, 5), torch.nn.Conv3d(4, 8, 3, padding=1)
+    x = torch.randn(1, 4, 5, 6, 6)
+    mix, kernel = dense.weight.flatten(2).square().mean(2), torch.rand(1, 4, 3, 3, 3)
+    dense.weight.copy_(mix[:, :, None, None, None] * kernel)        # one that is separable
+    train.place(ours, dense.weight, dense.bias)
+    torch.testing.assert_close(ours(x)[:, :, 2], dense(x)[:, :, 2])
+
+
+def test_the_channels_kept_are_those_that_tell_the_others():
+    x = torch.randn(6, 1000, generator=torch.Generator().manual_seed(0))
+    x[3], x[5] = 3 * x[0] + 0.1 * x[5], 2 * x[1] + 0.1 * x[5]       # two loud ones that say what others say
+    x[4] *= 0.01
+    assert train.independent(x @ x.T, torch.ones(6), 3).tolist() == [2, 3, 5]
+    assert train.independent(x @ x.T, torch.tensor([1, 1, 1, 1, 1e6, 1]), 3).tolist() == [3, 4, 5]      # much read
+
+
+@pytest.mark.parametrize("name", ["dc", "tiny", "ltx", "hunyuan", "cog", "wan21", "wan22", "ltx2", "ltx23", "hunyuan15",
+                                  "qwen", "magihuman"])
+@torch.no_grad()
+def test_every_student_begins_with_channels_of_its_teacher(name):
+    if name not in ("dc", "tiny"):
+        pytest.importorskip("diffusers")
+    from test_teachers import KINDS
+    teacher = KINDS[{"magihuman": "wan22"}.get(name, name)]()
+    student = TurboVAED(small(name, teacher))
+    before = {key: value.clone() for key, value in student.state_dict().items()}
+    begun = train.begin_as(student, teacher.layers())
+    ups = {f"up_blocks.{i}.upsamplers.0" for i, factors in enumerate(student.config.up) if factors}
+    assert {"conv_in"} | (ups if name not in ("tiny", "magihuman") else set()) <= set(begun)
+    changed = {key for key, value in student.state_dict().items() if not torch.equal(value, before[key])}
+    assert all(any(key.startswith(f"{layer}.") for key in changed) for layer in begun)
+    assert all(any(key.startswith(f"{layer}.") for layer in begun) for key in changed)
+    video = student(torch.randn(1, teacher.latent_channels, 2, 2, 2))
+    assert video.isfinite().all() and 0.01 < video.std() < 2
+
+
+def test_a_run_that_begins_as_the_teacher_says_so_once_and_goes_on_as_that(tmp_path, here, capsys):
+    here(tmp_path, "--init", "teacher", "--steps", 1)
+    assert "5 of the student's layers begin as the tiny teacher's: conv_in, up_blocks.1" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="was run with --init teacher, not random"):
+        here(tmp_path, "--steps", 2, "--resume")
+    here(tmp_path, "--init", "teacher", "--steps", 2, "--resume")
+    assert "begin as" not in capsys.readouterr().out and sorted(log(tmp_path)) == [1, 2]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
