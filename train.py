@@ -302,42 +302,25 @@ def end_workers():
 def begin_as(student, layers):
     """Fills those of the student's layers that have a counterpart among a teacher's `layers`, and returns their names.
 
-    Each stream of channels, a resnet's inner one too, keeps the teacher's most independent ones. What reads a stream as
-    it is takes the others' part too, as far as the kept ones tell it; what reads it behind a norm and SiLU does without.
+    Each stream of channels, a resnet's inner one too, keeps the teacher's most important: by the norm of what writes a
+    channel, from channels that are kept, times the norm of what reads it.
     """
     pairs, reads, writers = list(counterparts(student, layers)), {}, {}
-    for pair in pairs:
-        name, weight, _, source, target = pair
+    for name, weight, _, source, target in pairs:
         if weight.ndim > 1:
             reads[source] = reads.get(source, 0) + weight.square().sum((0, 1, 2, 3, 5, 6, 7))
-            writers.setdefault(target, []).append(pair)
-    latents = torch.eye(student.config.latent_channels)
-    kept, told, covariance = ({"latents": x} for x in (torch.arange(len(latents)), latents, latents))
-    behind_norm = lambda name: name.endswith(("conv1", "conv2"))
-
-    def narrowed(name, weight, source):
-        if source not in kept:                                  # the inside of a resnet is chosen after what it writes
-            return weight
-        tells = torch.eye(weight.shape[4])[:, kept[source]] if behind_norm(name) else told[source]
-        return torch.einsum("opqrithw,ij->opqrjthw", weight, tells)
-
-    for stream, its in writers.items():                         # for latents, and what a norm gives, of white noise
-        cov = 0
-        for name, weight, bias, source, _ in its:
-            rows = narrowed(name, weight, source).movedim(4, -1).flatten(1, -2)             # (C, pixels and taps, C_in)
-            seen = rows if behind_norm(name) or source not in kept else rows @ covariance[source]
-            cov = cov + (seen.flatten(1) @ rows.flatten(1).T + bias.flatten(1) @ bias.flatten(1).T) / bias[0].numel()
-        keep = kept[stream] = independent(cov, reads.get(stream, torch.ones(len(cov))),
-                                          width_of(student.get_submodule(its[0][0])))
-        covariance[stream] = cov[keep][:, keep]
-        told[stream] = cov[:, keep] @ torch.linalg.pinv(covariance[stream], hermitian=True)
-        told[stream][keep] = torch.eye(len(keep))
+            writers.setdefault(target, []).append((weight, source, width_of(student.get_submodule(name))))
+    kept = {"latents": torch.arange(student.config.latent_channels)}
+    for stream, its in writers.items():         # a resnet's inside comes after what it writes: there all channels count
+        importance = reads.get(stream, 1) * sum(
+            weight[:, :, :, :, kept.get(source, slice(None))].flatten(1).square().sum(1) for weight, source, _ in its)
+        kept[stream] = importance.topk(min(len(importance), its[0][2])).indices.sort().values
     for name, weight, bias, source, target in pairs:
         layer = student.get_submodule(name)
         if weight.ndim == 1:                                    # a norm's
             layer.weight[:len(kept[source])], layer.bias[:len(kept[source])] = weight[kept[source]], bias[kept[source]]
             continue
-        weight, bias = narrowed(name, weight, source)[kept[target]], bias[kept[target]]
+        weight, bias = weight[kept[target]][:, :, :, :, kept[source]], bias[kept[target]]
         if hasattr(layer, "factors"):
             for axis, r in enumerate((layer.factors[0], layer.factors[1], layer.factors[1]), start=1):
                 if weight.shape[axis] != r:                     # another number of pixels: all are their mean
@@ -347,19 +330,6 @@ def begin_as(student, layers):
             layer = layer.conv
         place(layer, weight.flatten(0, 3), bias.flatten())
     return [name for name, *_ in pairs]
-
-
-def independent(covariance, reads, n):
-    """The n channels, in their order, that tell most of all others, each weighted by the square `reads` of what reads it:
-    one after the other the one that the ones before tell least of (pivoted Cholesky)."""
-    rest, chosen = covariance.double() * (reads * reads[:, None]).double().sqrt(), []
-    for _ in range(min(n, len(rest))):
-        left = rest.diagonal().clone()
-        left[chosen] = -1                                       # by rounding some may be below zero
-        chosen.append(left.argmax().item())
-        pivot = rest[:, chosen[-1]]
-        rest = rest - torch.outer(pivot, pivot) / pivot[chosen[-1]].clamp(1e-12)
-    return torch.tensor(sorted(chosen))
 
 
 def counterparts(student, layers):
@@ -428,7 +398,7 @@ def place(layer, weight, bias):
     """Puts (n_out, n_in, k_t, k_h, k_w) into the first channels of a layer, in the middle of its kernel; of a depthwise
     separable one as the nearest for each input channel: one kernel, times a number for each output channel."""
     if hasattr(layer, "depthwise_conv"):
-        taps = weight.flatten(2).transpose(0, 1)                                # (n_in, n_out, taps)
+        taps = weight.flatten(2).transpose(0, 1).double()                       # (n_in, n_out, taps)
         kernel = torch.linalg.eigh(taps.mT @ taps).eigenvectors[:, :, -1:]      # the first right singular vector of each
         kernel = kernel * kernel.sum(1, keepdim=True).sign()
         layer.depthwise_conv.weight[:len(kernel)] = fit(kernel.view(-1, 1, *weight.shape[2:]), layer.depthwise_conv)

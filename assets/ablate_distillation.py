@@ -1,6 +1,8 @@
 """Training with and without the distillation term, on the embedded teacher: results/distillation/.
+And with a start from the teacher's weights: results/init/.
 
     python assets/ablate_distillation.py                   # all runs (some four minutes each on one core), the table, the picture
+    python assets/ablate_distillation.py --arms norm0.02 teacher --out results/init
     python assets/ablate_distillation.py --steps 50 --seeds 0 --out /tmp/ablation      # try it
 
 Every run is train.py with the embedded recipe (8 clips of 8x64x64 a step, cosine) and one thread; runs of one seed share
@@ -27,13 +29,16 @@ ARMS = {        # flags besides the recipe's; "none" is without the term, "paper
     "adamw-none": ["--distill-weight", "0", *ADAMW],
     "adamw-norm0.02": ADAMW,
     "adamw-paper": ["--equation4", *ADAMW],
+    "teacher": ["--init", "teacher"],    # besides norm0.02's
+    "adamw-teacher": ["--init", "teacher", *ADAMW],
 }
-NAMES = {"none": "without", "norm0.02": "normalised features, weight 0.02", "paper": "Equation 4, weight 1"}
+NAMES = {"none": "without", "norm0.02": "normalised features, weight 0.02", "paper": "Equation 4, weight 1",
+         "teacher": "the same, begun as the teacher"}
 
 
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
+    p.add_argument("--arms", nargs="+", choices=ARMS, default=[arm for arm in ARMS if "teacher" not in arm])
     p.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     p.add_argument("--steps", type=int, default=600)
     p.add_argument("--work", default="out/ablation", help="runs and caches (default: out/ablation)")

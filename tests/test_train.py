@@ -879,11 +879,10 @@ def test_two_steps_of_a_teachers_recipe_at_reduced_width(tmp_path, here, monkeyp
 # ---------------------------------------------------------------------------------------------------------------------
 # A start from the teacher.
 
-def small(name, teacher, **changes):
-    """A narrow student of a teacher's latents."""
-    config = train.CONFIGS[name]
-    return replace(config, **{"latent_channels": teacher.latent_channels,
-                              "widths": tuple(max(width // 32, config.patch ** 2) for width in config.widths)} | changes)
+def narrow(name, teacher, **changes):
+    """A student of a teacher's latents, in places narrower than a reduced teacher, in one wider."""
+    return replace(train.CONFIGS[name], latent_channels=teacher.latent_channels,
+                   **{"widths": (12, 12, 10, 8, 16)} | changes)
 
 
 @torch.no_grad()
@@ -892,7 +891,7 @@ def test_a_student_of_ltxs_own_widths_begins_with_its_features():
     pytest.importorskip("diffusers")
     from test_teachers import TEACHER_KINDS, small_vae
     teacher = TEACHER_KINDS["ltx"]("ltx", small_vae("ltx", decoder_layers_per_block=(0, 0, 0, 1, 1)))
-    student = TurboVAED(small("ltx", teacher, widths=(16, 16, 16, 16, 8), resnets=(1, 1, 0, 0, 0), patch=2, separable=()))
+    student = TurboVAED(narrow("ltx", teacher, widths=(16, 16, 16, 16, 8), resnets=(1, 1, 0, 0, 0), patch=2, separable=()))
     train.begin_as(student, teacher.layers())
     latents = torch.randn(1, 8, 3, 2, 3)
     features = student(latents, return_features=True)[1]
@@ -907,7 +906,7 @@ def test_tinys_first_channels_are_the_teachers(width):
     student = TurboVAED(replace(train.CONFIGS["tiny"], widths=(width, 96, 48, 32, 32)))
     train.begin_as(student, teacher.layers())
     ours, mid = (x[0, :, 1].flatten(1) for x in (student.conv_in(latents), teacher.features(latents, "mid")["mid"]))
-    distance, which = torch.cdist(ours, mid).min(1)     # time is padded in another way: the middle frame
+    distance, which = (ours[:, None] - mid).abs().amax(2).min(1)        # time is padded in another way: the middle frame
     assert distance.max() < 1e-3 and len(which.unique()) == width
 
 
@@ -922,14 +921,6 @@ def test_a_separable_layer_begins_as_the_nearest_to_a_dense_one():
     torch.testing.assert_close(ours(x)[:, :, 2], dense(x)[:, :, 2])
 
 
-def test_the_channels_kept_are_those_that_tell_the_others():
-    x = torch.randn(6, 1000, generator=torch.Generator().manual_seed(0))
-    x[3], x[5] = 3 * x[0] + 0.1 * x[5], 2 * x[1] + 0.1 * x[5]       # two loud ones that say what others say
-    x[4] *= 0.01
-    assert train.independent(x @ x.T, torch.ones(6), 3).tolist() == [2, 3, 5]
-    assert train.independent(x @ x.T, torch.tensor([1, 1, 1, 1, 1e6, 1]), 3).tolist() == [3, 4, 5]      # much read
-
-
 @pytest.mark.parametrize("name", ["dc", "tiny", "ltx", "hunyuan", "cog", "wan21", "wan22", "ltx2", "ltx23", "hunyuan15",
                                   "qwen", "magihuman"])
 @torch.no_grad()
@@ -938,11 +929,11 @@ def test_every_student_begins_with_channels_of_its_teacher(name):
         pytest.importorskip("diffusers")
     from test_teachers import KINDS
     teacher = KINDS[{"magihuman": "wan22"}.get(name, name)]()
-    student = TurboVAED(small(name, teacher))
+    student = TurboVAED(narrow(name, teacher))
     before = {key: value.clone() for key, value in student.state_dict().items()}
     begun = train.begin_as(student, teacher.layers())
     ups = {f"up_blocks.{i}.upsamplers.0" for i, factors in enumerate(student.config.up) if factors}
-    assert {"conv_in"} | (ups if name not in ("tiny", "magihuman") else set()) <= set(begun)
+    assert {"conv_in"} | (set() if name in ("tiny", "magihuman") else ups) <= set(begun)
     changed = {key for key, value in student.state_dict().items() if not torch.equal(value, before[key])}
     assert all(any(key.startswith(f"{layer}.") for key in changed) for layer in begun)
     assert all(any(key.startswith(f"{layer}.") for layer in begun) for key in changed)
