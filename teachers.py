@@ -256,17 +256,17 @@ TINY = VideoDCAEConfig(latent_channels=16, widths=(96, 96, 96), encoder_depths=(
 # a decoder's convolutions, rewritten for a student to begin with
 
 def read_conv(conv, causal=False, gain=None):
-    """A convolution's (weight (C_out, C_in, k_t, k_h, k_w), bias), float32. A causal one gets as many taps of zero ahead,
-    so that the middle one is the present frame. gain: of the norm before it, one for each input channel: folded in,
-    which is exact where a ReLU stands between, and near where a SiLU does."""
+    """A convolution's (weight (C_out, C_in, k_t, k_h, k_w), bias), float32, on the CPU. A causal one gets taps of zero
+    ahead, so that the middle one is the present frame. gain: what the norm before it multiplies each channel by, folded
+    in, which is exact where a ReLU stands between and near where a SiLU does."""
     conv = getattr(conv, "conv", conv)
-    weight = conv.weight.float()
+    weight = conv.weight.float().cpu()
     weight = weight if weight.ndim == 5 else weight[:, :, None]
     if causal:
         weight = F.pad(weight, (0, 0, 0, 0, 0, weight.shape[2] - 1))
     if gain is not None:
-        weight = weight * gain.float().view(-1, 1, 1, 1)
-    return weight, torch.zeros(len(weight)) if conv.bias is None else conv.bias.float()
+        weight = weight * gain.float().cpu().view(-1, 1, 1, 1)
+    return weight, torch.zeros(len(weight)) if conv.bias is None else conv.bias.float().cpu()
 
 
 def read_resnet(block, causal):
@@ -274,7 +274,7 @@ def read_resnet(block, causal):
     parts = {"conv1": read_conv(block.conv1, causal, gain_of(block.norm1)),
              "conv2": read_conv(block.conv2, causal, gain_of(block.norm2))}
     if isinstance(getattr(block, "norm3", None), nn.LayerNorm):
-        parts["norm3"] = block.norm3.weight.float(), block.norm3.bias.float()
+        parts["norm3"] = block.norm3.weight.float().cpu(), block.norm3.bias.float().cpu()
     shortcut = getattr(block, "conv_shortcut", None)
     if getattr(getattr(shortcut, "conv", shortcut), "weight", None) is not None:
         parts["conv_shortcut"] = read_conv(shortcut)
@@ -282,7 +282,7 @@ def read_resnet(block, causal):
 
 
 def gain_of(norm):
-    """What a norm multiplies each channel by, None if nothing. CogVideoX's depends on the latents: at latents of zero."""
+    """What a norm multiplies each channel by, or None. CogVideoX's depends on the latents: what it is at zero."""
     if hasattr(norm, "norm_layer"):
         return norm.norm_layer.weight * norm.conv_y.conv.bias
     return norm.gamma.flatten() if hasattr(norm, "gamma") else getattr(norm, "weight", None)
@@ -377,10 +377,10 @@ class Teacher(nn.Module):
         raise NotImplementedError
 
     def layers(self):
-        """The decoder's convolutions that a student has too, in order, without what the student has not (attention, the
-        last layers): ("conv", {"conv": (weight, bias)}), as `read_conv` gives them; ("resnet", {"conv1": ..., "conv2": ...,
-        and where it changes the width "conv_shortcut": ..., in ltx's "norm3": (weight, bias)}); and ("up", {"conv": ...}),
-        its weight (C, r_t, r_s, r_s, C_in, k_t, k_h, k_w), its bias (C, r_t, r_s, r_s): what a 3D pixel shuffle follows."""
+        """The decoder's convolutions as a student has them, in order, without attention and the last layers:
+        ("conv", {"conv": (weight, bias)}), (C, C_in, k_t, k_h, k_w) and (C,); ("resnet", {"conv1": ..., "conv2": ..., and
+        where it changes the width "conv_shortcut": ..., in ltx's "norm3": two of (C,)}); and ("up", {"conv": ...}) before
+        a pixel shuffle, (C, r_t, r_s, r_s, C_in, k_t, k_h, k_w) and (C, r_t, r_s, r_s). Float32, on the CPU."""
         raise NotImplementedError
 
     def features(self, latents, blocks=("mid", "up0", "up1")):
@@ -450,7 +450,7 @@ class DCAETeacher(Teacher):
 
 class DiffusersTeacher(Teacher):
     """A video VAE of diffusers: `posterior` and `decode` are its own encode and decode, untiled; subclasses add `blocks`
-    and `upsampler`, one as `layers` gives it."""
+    and `upsampler`, which gives one as `layers` does."""
     causal = True               # its convolutions see the past only
 
     def __init__(self, name, vae):
@@ -476,7 +476,8 @@ class DiffusersTeacher(Teacher):
         weight, bias = read_conv(self.vae.decoder.conv_in, self.causal)
         if getattr(self.vae, "post_quant_conv", None) is not None:
             before, offset = read_conv(self.vae.post_quant_conv)
-            weight, bias = torch.einsum("oi...,ij->oj...", weight, before.flatten(1)), bias + weight.sum((2, 3, 4)) @ offset
+            bias = bias + weight.sum((2, 3, 4)) @ offset
+            weight = torch.einsum("oi...,ij->oj...", weight, before.flatten(1))
         return weight, bias
 
     def layers(self):
@@ -638,12 +639,13 @@ class WanTeacher(DiffusersTeacher):
             yield f"up{i - 1}" if i else "mid", torch.cat(x, 2)
 
     def upsampler(self, up, block):
-        """Time by its own convolution, space by nearest neighbour and another; with Wan 2.2's shortcut around the block."""
+        """Time by its own convolution, space by nearest neighbour and another; Wan 2.2's with the shortcut around its
+        block."""
         weight, bias = read_conv(up.resample[1])
         weight, bias = polyphase(weight, (1, 2)), bias.view(-1, 1, 1, 1).expand(-1, 1, 2, 2)
         if hasattr(up, "time_conv"):
             time, offset = (x.unflatten(0, (2, -1)) for x in read_conv(up.time_conv, self.causal))
-            bias = bias + torch.einsum("ozqrm...,pm->opqr", weight, offset)
+            bias = bias + torch.einsum("ozqrmchw,pm->opqr", weight, offset)
             weight = torch.einsum("ozqrmchw,pmitxy->opqrithw", weight, time)
         shortcut = getattr(block, "avg_shortcut", None)
         if shortcut is not None and shortcut.in_channels == weight.shape[4]:

@@ -50,7 +50,8 @@ from tqdm import tqdm
 from data import CLIPS_PER_SCENE, HELD_OUT_SEED, BadVideo, CachedClips, SyntheticClips, VideoClips, begin_worker, write_file
 from losses import (HEADS, LPIPS, Objective, PatchDiscriminator, StudentWithHeads, adaptive_weight, kl_loss,
                     last_layer_gradients, make_heads, sharpness)
-from model import CONFIGS, Block, ChannelRMSNorm, TurboVAED, channels_last, check_fit, check_writable, number, out_of_memory
+from model import (CONFIGS, Block, ChannelRMSNorm, TurboVAED, channels_last, check_fit, check_writable, number,
+                   out_of_memory)
 from teachers import TEACHERS, load_teacher
 
 # Section 4.2: AdamW, learning rate 2e-4, betas 0.9 and 0.95, effective batch 32, 17 (dc: 16) frames at 256x256.
@@ -97,8 +98,8 @@ def parse_args(argv=None):
     add("--teacher-weights", help='a folder or file instead of the released weights, or "random"')
     add("--config", choices=CONFIGS, help="the student's configuration (default: the one named as the teacher)")
     add("--init", choices=("random", "teacher"), default="random",
-        help="teacher: the student's layers that have a counterpart in the teacher's decoder begin with its most important "
-             "channels (default: random)")
+        help="teacher: the student's layers that have a counterpart in the teacher's decoder begin with its most "
+             "important channels (default: random)")
     add("--data", help='a folder of videos, of any depth, or "synthetic" for made-up video *')
     add("--val-data", help="validate on this folder (default: held-out files of --data, or held-out made-up clips)")
     add("--val-clips", type=number(int, 1), default=8, help="clips to validate on, at most (default: 8)")
@@ -293,10 +294,10 @@ def end_workers():
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# A start from the teacher (--init teacher). A student is a narrower decoder of the teacher's kind: a way in, resnets, an
-# upsampler, resnets, an upsampler ... Its channels are some of the teacher's, its weights those between them. Weights
-# here are (C, r_t, r_s, r_s, C_in, k_t, k_h, k_w) and biases (C, r_t, r_s, r_s), with factors of 1 where nothing is
-# upsampled.
+# A start from the teacher (--init teacher). A student is a narrower decoder of the teacher's kind: a way in, resnets,
+# an upsampler, resnets, an upsampler ... Its channels are some of the teacher's, its weights those between them.
+# Weights here are (C, r_t, r_s, r_s, C_in, k_t, k_h, k_w) and biases (C, r_t, r_s, r_s), with factors of 1 where nothing
+# is upsampled.
 
 @torch.no_grad()
 def begin_as(student, layers):
@@ -309,7 +310,9 @@ def begin_as(student, layers):
     for name, weight, _, source, target in pairs:
         if weight.ndim > 1:
             reads[source] = reads.get(source, 0) + weight.square().sum((0, 1, 2, 3, 5, 6, 7))
-            writers.setdefault(target, []).append((weight, source, width_of(student.get_submodule(name))))
+            layer = student.get_submodule(name)
+            width = len(list(layer.parameters())[-1]) // getattr(layer, "pixels", 1)
+            writers.setdefault(target, []).append((weight, source, width))
     kept = {"latents": torch.arange(student.config.latent_channels)}
     for stream, its in writers.items():         # a resnet's inside comes after what it writes: there all channels count
         importance = reads.get(stream, 1) * sum(
@@ -339,14 +342,15 @@ def counterparts(student, layers):
     for path, block in student.named_modules():
         if isinstance(block, Block):
             narrow = f"{path}.conv_in" if hasattr(block.conv_in, "conv1") else ""
-            if narrow and not len(block.upsamplers):
-                break                                           # no teacher does that
             if len(block.upsamplers):
                 ours.append((narrow, f"{path}.upsamplers.0", []))
+            elif narrow:
+                break                                           # no teacher does that
             ours[-1][2].extend(f"{path}.resnets.{i}" for i in range(len(block.resnets)))
 
     def resnet(name, parts, source, target):
-        streams = {"conv1": (source, name), "conv2": (name, target), "conv_shortcut": (source, target), "norm3": (source, "")}
+        streams = {"conv1": (source, name), "conv2": (name, target),
+                   "conv_shortcut": (source, target), "norm3": (source, "")}
         for part, weights in parts.items():
             ours = getattr(student.get_submodule(name), part, None)
             if ours is not None and not isinstance(ours, ChannelRMSNorm):       # in which nothing is learned
@@ -356,7 +360,7 @@ def counterparts(student, layers):
     for (our_narrow, way_in, our_resnets), (narrow, (weight, bias), resnets) in zip(ours, stretches(layers)):
         source = stream
         if our_narrow:
-            eye = torch.eye(weight.shape[4])                    # where the teacher has none: the choice of channels alone
+            eye = torch.eye(weight.shape[4])                    # the choice of channels alone, if the teacher has none
             choice = {"conv_shortcut": (eye.view(-1, 1, 1, 1, len(eye), 1, 1, 1), torch.zeros(len(eye), 1, 1, 1))}
             source = f"{our_narrow} out"
             yield from resnet(our_narrow, narrow or choice, stream, source)
@@ -389,17 +393,12 @@ def stretches(layers):
     return found
 
 
-def width_of(layer):
-    conv = layer.conv if hasattr(layer, "factors") else layer
-    return (conv.pointwise_conv if hasattr(conv, "pointwise_conv") else conv.conv).out_channels // getattr(layer, "pixels", 1)
-
-
 def place(layer, weight, bias):
     """Puts (n_out, n_in, k_t, k_h, k_w) into the first channels of a layer, in the middle of its kernel; of a depthwise
     separable one as the nearest for each input channel: one kernel, times a number for each output channel."""
     if hasattr(layer, "depthwise_conv"):
         taps = weight.flatten(2).transpose(0, 1).double()                       # (n_in, n_out, taps)
-        kernel = torch.linalg.eigh(taps.mT @ taps).eigenvectors[:, :, -1:]      # the first right singular vector of each
+        kernel = torch.linalg.eigh(taps.mT @ taps).eigenvectors[:, :, -1:]      # the first right singular vectors
         kernel = kernel * kernel.sum(1, keepdim=True).sign()
         layer.depthwise_conv.weight[:len(kernel)] = fit(kernel.view(-1, 1, *weight.shape[2:]), layer.depthwise_conv)
         weight = (taps @ kernel).transpose(0, 1)[..., None, None]
@@ -948,7 +947,8 @@ def make_run(args, device, compiles, teacher, processes, resumes):
     if args.init == "teacher" and not resumes:
         begun = begin_as(student, teacher.layers())
         if processes.chief:
-            tqdm.write(f"{len(begun)} of the student's layers begin as the {args.teacher} teacher's: {', '.join(begun)}")
+            tqdm.write(f"{len(begun)} of the student's layers begin as the {args.teacher} teacher's: "
+                       + ", ".join(begun))
     student = student.to(device)
     student.checkpointing = args.checkpointing
     ema = copy.deepcopy(student).requires_grad_(False).eval()

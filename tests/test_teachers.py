@@ -17,7 +17,8 @@ import teachers as teachers_file
 from data import SyntheticClips
 from model import CONFIGS, pixel_shuffle_3d, rms_norm
 from teachers import (CONFIGURATIONS, KINDS as TEACHER_KINDS, RELEASES, TEACHERS, TINY, TINY_WEIGHTS, DCAETeacher,
-                      DiffusersTeacher, Upsample, VideoDCAE, VideoDCAEConfig, load_teacher, shuffle, temporal_tiles, unshuffle)
+                      DiffusersTeacher, Upsample, VideoDCAE, VideoDCAEConfig, load_teacher, shuffle, temporal_tiles,
+                      unshuffle)
 
 ROOT = Path(__file__).parent.parent
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -337,7 +338,8 @@ def upsamplers(teacher):
     """[(the decoder's upsampler, what lies around it and is not in its output)]."""
     decoder = teacher.vae.decoder
     if not isinstance(teacher, DiffusersTeacher):
-        return [(stage.op_list[0], None) for stage in reversed(decoder.stages) if isinstance(stage.op_list[0], Upsample)]
+        firsts = (stage.op_list[0] for stage in reversed(decoder.stages))
+        return [(up, None) for up in firsts if isinstance(up, Upsample)]
     found = [((getattr(block, "upsamplers", None) or [getattr(block, "upsampler", None)])[0],
               getattr(block, "avg_shortcut", None)) for block in decoder.up_blocks]
     return [(up, shortcut) for up, shortcut in found if up is not None]

@@ -891,7 +891,10 @@ def test_a_student_of_ltxs_own_widths_begins_with_its_features():
     pytest.importorskip("diffusers")
     from test_teachers import TEACHER_KINDS, small_vae
     teacher = TEACHER_KINDS["ltx"]("ltx", small_vae("ltx", decoder_layers_per_block=(0, 0, 0, 1, 1)))
-    student = TurboVAED(narrow("ltx", teacher, widths=(16, 16, 16, 16, 8), resnets=(1, 1, 0, 0, 0), patch=2, separable=()))
+    for p in teacher.vae.decoder.up_blocks[3].conv_in.norm3.parameters():
+        torch.nn.init.normal_(p)
+    student = TurboVAED(narrow("ltx", teacher, widths=(16, 16, 16, 16, 8), resnets=(1, 1, 0, 0, 0), patch=2,
+                               separable=()))
     train.begin_as(student, teacher.layers())
     latents = torch.randn(1, 8, 3, 2, 3)
     features = student(latents, return_features=True)[1]
@@ -906,7 +909,7 @@ def test_tinys_first_channels_are_the_teachers(width):
     student = TurboVAED(replace(train.CONFIGS["tiny"], widths=(width, 96, 48, 32, 32)))
     train.begin_as(student, teacher.layers())
     ours, mid = (x[0, :, 1].flatten(1) for x in (student.conv_in(latents), teacher.features(latents, "mid")["mid"]))
-    distance, which = (ours[:, None] - mid).abs().amax(2).min(1)        # time is padded in another way: the middle frame
+    distance, which = (ours[:, None] - mid).abs().amax(2).min(1)    # of the middle frame, since padding in time differs
     assert distance.max() < 1e-3 and len(which.unique()) == width
 
 
@@ -917,6 +920,7 @@ def test_a_separable_layer_begins_as_the_nearest_to_a_dense_one():
     x = torch.randn(1, 4, 5, 6, 6)
     mix, kernel = dense.weight.flatten(2).square().mean(2), torch.rand(1, 4, 3, 3, 3)
     dense.weight.copy_(mix[:, :, None, None, None] * kernel)        # one that is separable
+    ours.depthwise_conv.bias.zero_()                                # as a student has it
     train.place(ours, dense.weight, dense.bias)
     torch.testing.assert_close(ours(x)[:, :, 2], dense(x)[:, :, 2])
 
@@ -935,7 +939,7 @@ def test_every_student_begins_with_channels_of_its_teacher(name):
     ups = {f"up_blocks.{i}.upsamplers.0" for i, factors in enumerate(student.config.up) if factors}
     assert {"conv_in"} | (set() if name in ("tiny", "magihuman") else ups) <= set(begun)
     changed = {key for key, value in student.state_dict().items() if not torch.equal(value, before[key])}
-    assert all(any(key.startswith(f"{layer}.") for key in changed) for layer in begun)
+    assert all(any(key.startswith(f"{layer}.") for key in changed) for layer in begun if "norm3" not in layer)
     assert all(any(key.startswith(f"{layer}.") for layer in begun) for key in changed)
     video = student(torch.randn(1, teacher.latent_channels, 2, 2, 2))
     assert video.isfinite().all() and 0.01 < video.std() < 2
