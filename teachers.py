@@ -532,7 +532,7 @@ class LTXTeacher(DiffusersTeacher):
         weight, bias = (x.unflatten(0, (-1, *up.stride)) for x in read_conv(up.conv))
         pixels, width = up.stride[0] * up.stride[1] * up.stride[2], weight.shape[4]
         if up.residual:
-            weight = add_shortcut(weight, lambda c, p: c % (width // pixels) * pixels + p)
+            weight = add_shortcut(weight, lambda c, p: (c * pixels + p) % width)
         return weight, bias
 
 

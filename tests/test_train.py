@@ -914,6 +914,21 @@ def test_tinys_first_channels_are_the_teachers(width):
 
 
 @torch.no_grad()
+def test_channels_that_nothing_reads_are_not_kept():
+    pytest.importorskip("diffusers")
+    from test_teachers import TEACHER_KINDS, small_vae
+    teacher = TEACHER_KINDS["ltx"]("ltx", small_vae("ltx"))
+    decoder, silent = teacher.vae.decoder, [3, 7]
+    for reader in (decoder.mid_block.resnets[0].conv1, decoder.up_blocks[0].resnets[0].conv1,
+                   decoder.up_blocks[1].upsamplers[0].conv):
+        reader.conv.weight[:, silent] = 0
+    student = TurboVAED(narrow("ltx", teacher, widths=(14, 14, 14, 14, 16)))
+    train.begin_as(student, teacher.layers())
+    others = [c for c in range(16) if c not in silent]
+    assert torch.equal(student.conv_in.conv.weight, decoder.conv_in.conv.weight[others])
+
+
+@torch.no_grad()
 def test_a_separable_layer_begins_as_the_nearest_to_a_dense_one():
     torch.manual_seed(0)
     ours, dense = SeparableConv3d(4, 8, 5), torch.nn.Conv3d(4, 8, 3, padding=1)
