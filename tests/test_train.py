@@ -562,6 +562,8 @@ def test_every_setting_is_remembered_but_those_that_change_nothing():
     args, about = parse_args(["--size", "16"]), {"files": "a", "held_out": ["b"], "teacher_weights": "c"}
     saved = {"args": dict(vars(args)), "about": dict(about), "stage2_start": 1}
     check_resume(saved, args, about)
+    older = {name: value for name, value in saved["args"].items() if name != "init"}     # begun before there was --init
+    check_resume(saved | {"args": older}, args, about)
     for name, value in vars(args).items():
         changed = parse_args(["--size", "16"])
         setattr(changed, name, "other" if value != "other" else None)
