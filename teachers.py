@@ -288,9 +288,9 @@ def gain_of(norm):
     return norm.gamma.flatten() if hasattr(norm, "gamma") else getattr(norm, "weight", None)
 
 
-def polyphase(weight, factors):
+def polyphase(weight, bias, factors):
     """Nearest-neighbour upsampling by (time, space) and then a convolution, as one convolution before a shuffle:
-    (C, C_in, k_t, k_h, k_w) -> (C, r_t, r_s, r_s, C_in, k_t, k_h, k_w). Exact but at the edges in time."""
+    (C, C_in, k_t, k_h, k_w) -> (C, r_t, r_s, r_s, C_in, k_t, k_h, k_w). Exact but at edges where padding is not zero."""
     folds = []
     for r, k in zip((factors[0], factors[1], factors[1]), weight.shape[2:]):
         fold = torch.zeros(r, k, k)                 # (phase, tap before the upsampling, tap after it)
@@ -298,7 +298,8 @@ def polyphase(weight, factors):
             for tap in range(k):
                 fold[phase, (phase + tap - k // 2) // r + k // 2, tap] = 1
         folds.append(fold)
-    return torch.einsum("oithw,pat,qbh,rcw->opqriabc", weight, *folds)
+    weight = torch.einsum("oithw,pat,qbh,rcw->opqriabc", weight, *folds)
+    return weight, bias.view(-1, 1, 1, 1).expand(weight.shape[:4])
 
 
 def add_shortcut(weight, source):
@@ -442,10 +443,9 @@ class DCAETeacher(Teacher):
         yield "conv", {"conv": (weight, bias)}
         for up in (stage.op_list[0] for stage in reversed(decoder.stages)):
             if isinstance(up, Upsample):
-                weight, bias = read_conv(up.main["conv"])
-                weight = polyphase(weight, up.stride)
-                weight = add_shortcut(weight, lambda c, p: (c * weight[0, ..., 0, 0, 0, 0].numel() + p) // up.repeats)
-                yield "up", {"conv": (weight, bias.view(-1, 1, 1, 1).expand(weight.shape[:4]))}
+                weight, bias = polyphase(*read_conv(up.main["conv"]), up.stride)
+                pixels = bias[0].numel()
+                yield "up", {"conv": (add_shortcut(weight, lambda c, p: (c * pixels + p) // up.repeats), bias)}
 
 
 class DiffusersTeacher(Teacher):
@@ -530,7 +530,7 @@ class LTXTeacher(DiffusersTeacher):
 
     def upsampler(self, up, block):
         weight, bias = (x.unflatten(0, (-1, *up.stride)) for x in read_conv(up.conv))
-        pixels, width = up.stride[0] * up.stride[1] * up.stride[2], weight.shape[4]
+        pixels, width = bias[0].numel(), weight.shape[4]
         if up.residual:
             weight = add_shortcut(weight, lambda c, p: (c * pixels + p) % width)
         return weight, bias
@@ -548,9 +548,7 @@ class HunyuanTeacher(DiffusersTeacher):
             yield f"up{i}", x
 
     def upsampler(self, up, block):
-        weight, bias = read_conv(up.conv, self.causal)
-        weight = polyphase(weight, up.upsample_factor[:2])
-        return weight, bias.view(-1, 1, 1, 1).expand(weight.shape[:4])
+        return polyphase(*read_conv(up.conv, self.causal), up.upsample_factor[:2])
 
 
 class Hunyuan15Teacher(DiffusersTeacher):
@@ -612,9 +610,7 @@ class CogTeacher(DiffusersTeacher):
             yield f"up{i - 1}" if i else "mid", torch.cat(x, 2)
 
     def upsampler(self, up, block):
-        weight, bias = read_conv(up)
-        weight = polyphase(weight, (1 + up.compress_time, 2))
-        return weight, bias.view(-1, 1, 1, 1).expand(weight.shape[:4])
+        return polyphase(*read_conv(up), (1 + up.compress_time, 2))
 
 
 class WanTeacher(DiffusersTeacher):
@@ -641,8 +637,7 @@ class WanTeacher(DiffusersTeacher):
     def upsampler(self, up, block):
         """Time by its own convolution, space by nearest neighbour and another; Wan 2.2's with the shortcut around its
         block."""
-        weight, bias = read_conv(up.resample[1])
-        weight, bias = polyphase(weight, (1, 2)), bias.view(-1, 1, 1, 1).expand(-1, 1, 2, 2)
+        weight, bias = polyphase(*read_conv(up.resample[1]), (1, 2))
         if hasattr(up, "time_conv"):
             time, offset = (x.unflatten(0, (2, -1)) for x in read_conv(up.time_conv, self.causal))
             bias = bias + torch.einsum("ozqrmchw,pm->opqr", weight, offset)
