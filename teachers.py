@@ -290,7 +290,7 @@ def gain_of(norm):
 
 def polyphase(weight, bias, factors):
     """Nearest-neighbour upsampling by (time, space) and then a convolution, as one convolution before a shuffle:
-    (C, C_in, k_t, k_h, k_w) -> (C, r_t, r_s, r_s, C_in, k_t, k_h, k_w). Exact but at edges where padding is not zero."""
+    (C, C_in, k_t, k_h, k_w) -> (C, r_t, r_s, r_s, C_in, k_t, k_h, k_w). Exact but at edges that are not padded by 0."""
     folds = []
     for r, k in zip((factors[0], factors[1], factors[1]), weight.shape[2:]):
         fold = torch.zeros(r, k, k)                 # (phase, tap before the upsampling, tap after it)
@@ -379,9 +379,9 @@ class Teacher(nn.Module):
 
     def layers(self):
         """The decoder's convolutions as a student has them, in order, without attention and the last layers:
-        ("conv", {"conv": (weight, bias)}), (C, C_in, k_t, k_h, k_w) and (C,); ("resnet", {"conv1": ..., "conv2": ..., and
-        where it changes the width "conv_shortcut": ..., in ltx's "norm3": two of (C,)}); and ("up", {"conv": ...}) before
-        a pixel shuffle, (C, r_t, r_s, r_s, C_in, k_t, k_h, k_w) and (C, r_t, r_s, r_s). Float32, on the CPU."""
+        ("conv", {"conv": (weight, bias)}), (C, C_in, k_t, k_h, k_w) and (C,); ("resnet", {"conv1": ..., "conv2": ...,
+        and where it changes the width "conv_shortcut": ..., in ltx's "norm3": two of (C,)}); and ("up", {"conv": ...})
+        before a pixel shuffle, (C, r_t, r_s, r_s, C_in, k_t, k_h, k_w) and (C, r_t, r_s, r_s). Float32, on the CPU."""
         raise NotImplementedError
 
     def features(self, latents, blocks=("mid", "up0", "up1")):
@@ -449,8 +449,8 @@ class DCAETeacher(Teacher):
 
 
 class DiffusersTeacher(Teacher):
-    """A video VAE of diffusers: `posterior` and `decode` are its own encode and decode, untiled; subclasses add `blocks`
-    and `upsampler`, which gives one as `layers` does."""
+    """A video VAE of diffusers: `posterior` and `decode` are its own encode and decode, untiled; subclasses add
+    `blocks` and `upsampler`, which gives one as `layers` does."""
     causal = True               # its convolutions see the past only
 
     def __init__(self, name, vae):

@@ -296,8 +296,8 @@ def end_workers():
 # ---------------------------------------------------------------------------------------------------------------------
 # A start from the teacher (--init teacher). A student is a narrower decoder of the teacher's kind: a way in, resnets,
 # an upsampler, resnets, an upsampler ... Its channels are some of the teacher's, its weights those between them.
-# Weights here are (C, r_t, r_s, r_s, C_in, k_t, k_h, k_w) and biases (C, r_t, r_s, r_s), with factors of 1 where nothing
-# is upsampled.
+# Weights here are (C, r_t, r_s, r_s, C_in, k_t, k_h, k_w) and biases (C, r_t, r_s, r_s), with factors of 1 where
+# nothing is upsampled.
 
 @torch.no_grad()
 def begin_as(student, layers):
