@@ -58,14 +58,17 @@ def main():
 
     out.mkdir(parents=True, exist_ok=True)
     (out / "curves.json").write_text(json.dumps(curves, indent=1) + "\n")
-    figure, axes = plt.subplots(1, 2, figsize=(10, 3.6), sharey=True, layout="constrained")
-    for axis, prefix, title in zip(axes, ("", "adamw-"), ("Muon and AdamW, the embedded recipe", "AdamW alone")):
+    sides = {"": "Muon and AdamW, the embedded recipe", "adamw-": "AdamW alone"}
+    sides = {prefix: title for prefix, title in sides.items() if any(prefix + arm in curves for arm in NAMES)}
+    figure, axes = plt.subplots(1, len(sides), figsize=(5 * len(sides), 3.6), sharey=True, squeeze=False,
+                                layout="constrained")
+    for axis, (prefix, title) in zip(axes[0], sides.items()):
         for colour, (arm, name) in zip(("black", "tab:blue", "tab:orange", "tab:green"), NAMES.items()):
             for i, curve in enumerate(curves.get(prefix + arm, {}).values()):
                 axis.plot(curve.keys(), curve.values(), color=colour, linewidth=1, label=None if i else name)
         axis.set(xlabel="step", title=title)
         axis.legend(fontsize=8)
-    axes[0].set(ylabel="validation PSNR in dB", ylim=(14, None))
+    axes[0, 0].set(ylabel="validation PSNR in dB", ylim=(14, None))
     figure.savefig(out / "curves.png", dpi=150)
 
     steps = [args.steps // 6, args.steps // 3, args.steps]
