@@ -253,6 +253,65 @@ TINY = VideoDCAEConfig(latent_channels=16, widths=(96, 96, 96), encoder_depths=(
 
 
 # ----------------------------------------------------------------------------------------------------------
+# a decoder's convolutions, rewritten for a student to begin with
+
+def read_conv(conv, causal=False, gain=None):
+    """A convolution's (weight (C_out, C_in, k_t, k_h, k_w), bias), float32, on the CPU. A causal one gets taps of zero
+    ahead, so that the middle one is the present frame. gain: what the norm before it multiplies each channel by, folded
+    in, which is exact where a ReLU stands between and near where a SiLU does."""
+    conv = getattr(conv, "conv", conv)
+    weight = conv.weight.float().cpu()
+    weight = weight if weight.ndim == 5 else weight[:, :, None]
+    if causal:
+        weight = F.pad(weight, (0, 0, 0, 0, 0, weight.shape[2] - 1))
+    if gain is not None:
+        weight = weight * gain.float().cpu().view(-1, 1, 1, 1)
+    return weight, torch.zeros(len(weight)) if conv.bias is None else conv.bias.float().cpu()
+
+
+def read_resnet(block, causal):
+    """A resnet as {name of the student's layer: (weight, bias)}."""
+    parts = {"conv1": read_conv(block.conv1, causal, gain_of(block.norm1)),
+             "conv2": read_conv(block.conv2, causal, gain_of(block.norm2))}
+    if isinstance(getattr(block, "norm3", None), nn.LayerNorm):
+        parts["norm3"] = block.norm3.weight.float().cpu(), block.norm3.bias.float().cpu()
+    shortcut = getattr(block, "conv_shortcut", None)
+    if getattr(getattr(shortcut, "conv", shortcut), "weight", None) is not None:
+        parts["conv_shortcut"] = read_conv(shortcut)
+    return parts
+
+
+def gain_of(norm):
+    """What a norm multiplies each channel by, or None. CogVideoX's depends on the latents: what it is at zero."""
+    if hasattr(norm, "norm_layer"):
+        return norm.norm_layer.weight * norm.conv_y.conv.bias
+    return norm.gamma.flatten() if hasattr(norm, "gamma") else getattr(norm, "weight", None)
+
+
+def polyphase(weight, bias, factors):
+    """Nearest-neighbour upsampling by (time, space) and then a convolution, as one convolution before a shuffle:
+    (C, C_in, k_t, k_h, k_w) -> (C, r_t, r_s, r_s, C_in, k_t, k_h, k_w). Exact but at edges that are not padded by 0."""
+    folds = []
+    for r, k in zip((factors[0], factors[1], factors[1]), weight.shape[2:]):
+        fold = torch.zeros(r, k, k)                 # (phase, tap before the upsampling, tap after it)
+        for phase in range(r):
+            for tap in range(k):
+                fold[phase, (phase + tap - k // 2) // r + k // 2, tap] = 1
+        folds.append(fold)
+    weight = torch.einsum("oithw,pat,qbh,rcw->opqriabc", weight, *folds)
+    return weight, bias.view(-1, 1, 1, 1).expand(weight.shape[:4])
+
+
+def add_shortcut(weight, source):
+    """To a convolution before a shuffle, (C, r_t, r_s, r_s, C_in, k_t, k_h, k_w), adds a shortcut that copies channels:
+    source(c, p) is the input channel that pixel p of output channel c comes from."""
+    flat = weight.flatten(1, 3).clone()
+    c, p = torch.arange(flat.shape[0])[:, None], torch.arange(flat.shape[1])
+    flat[(c, p, source(c, p), *(k // 2 for k in flat.shape[3:]))] += 1
+    return flat.view_as(weight)
+
+
+# ----------------------------------------------------------------------------------------------------------
 # the interface
 
 class Teacher(nn.Module):
@@ -318,6 +377,13 @@ class Teacher(nn.Module):
         """(B, C, t, h, w) -> video (B, 3, T, H, W), not clamped."""
         raise NotImplementedError
 
+    def layers(self):
+        """The decoder's convolutions as a student has them, in order, without attention and the last layers:
+        ("conv", {"conv": (weight, bias)}), (C, C_in, k_t, k_h, k_w) and (C,); ("resnet", {"conv1": ..., "conv2": ...,
+        and where it changes the width "conv_shortcut": ..., in ltx's "norm3": two of (C,)}); and ("up", {"conv": ...})
+        before a pixel shuffle, (C, r_t, r_s, r_s, C_in, k_t, k_h, k_w) and (C, r_t, r_s, r_s). Float32, on the CPU."""
+        raise NotImplementedError
+
     def features(self, latents, blocks=("mid", "up0", "up1")):
         """Outputs of the decoder's named blocks, {name: (B, C, T, H, W)}. Runs no block deeper than the last one
         named. Raises ValueError for a name that this decoder does not have."""
@@ -368,9 +434,24 @@ class DCAETeacher(Teacher):
     def blocks(self, latents):
         return self.vae.decoder.blocks(latents)
 
+    def layers(self):
+        """Its own blocks are none of the student's: attention, and resnets with the norm at their end."""
+        decoder = self.vae.decoder
+        weight, bias = read_conv(decoder.project_in["main"])
+        repeats = weight.shape[0] // weight.shape[1]
+        weight = add_shortcut(weight[:, None, None, None], lambda c, p: c // repeats)[:, 0, 0, 0]
+        yield "conv", {"conv": (weight, bias)}
+        for up in (stage.op_list[0] for stage in reversed(decoder.stages)):
+            if isinstance(up, Upsample):
+                weight, bias = polyphase(*read_conv(up.main["conv"]), up.stride)
+                pixels = bias[0].numel()
+                yield "up", {"conv": (add_shortcut(weight, lambda c, p: (c * pixels + p) // up.repeats), bias)}
+
 
 class DiffusersTeacher(Teacher):
-    """A video VAE of diffusers: `posterior` and `decode` are its own encode and decode, untiled; subclasses add `blocks`."""
+    """A video VAE of diffusers: `posterior` and `decode` are its own encode and decode, untiled; subclasses add
+    `blocks` and `upsampler`, which gives one as `layers` does."""
+    causal = True               # its convolutions see the past only
 
     def __init__(self, name, vae):
         config = vae.config
@@ -390,11 +471,31 @@ class DiffusersTeacher(Teacher):
     def decode(self, latents):
         return self.vae.decode(latents.to(self.dtype), return_dict=False)[0]
 
+    def first(self):
+        """The convolution that the latents come to, with the 1x1x1 one before it where there is one."""
+        weight, bias = read_conv(self.vae.decoder.conv_in, self.causal)
+        if getattr(self.vae, "post_quant_conv", None) is not None:
+            before, offset = read_conv(self.vae.post_quant_conv)
+            bias = bias + weight.sum((2, 3, 4)) @ offset
+            weight = torch.einsum("oi...,ij->oj...", weight, before.flatten(1))
+        return weight, bias
+
+    def layers(self):
+        yield "conv", {"conv": self.first()}
+        for block in (self.vae.decoder.mid_block, *self.vae.decoder.up_blocks):
+            if getattr(block, "conv_in", None) is not None:                             # ltx's go on to upsample,
+                yield "resnet", read_resnet(block.conv_in, self.causal)
+            resnets = [("resnet", read_resnet(resnet, self.causal)) for resnet in block.resnets]
+            ups = getattr(block, "upsamplers", None) or [getattr(block, "upsampler", None)]
+            ups = [("up", {"conv": self.upsampler(up, block)}) for up in ups if up is not None]
+            yield from [*ups, *resnets] if hasattr(block, "conv_in") else [*resnets, *ups]    # the others end with that
+
 
 class LTXTeacher(DiffusersTeacher):
     """LTX-VAE, LTX-2's and LTX-2.3's, AutoencoderKLLTXVideo and AutoencoderKLLTX2Video. Releases 0.9.1 to 0.9.8 are
     conditioned on the timestep: they decode at 0.05, as their model cards have it, always with the same noise."""
     timestep = 0.05
+    causal = False
 
     def __init__(self, name, vae):
         super().__init__(name, vae)
@@ -427,6 +528,13 @@ class LTXTeacher(DiffusersTeacher):
                 x = block(x, temb, **causal)
                 yield f"up{i}", x
 
+    def upsampler(self, up, block):
+        weight, bias = (x.unflatten(0, (-1, *up.stride)) for x in read_conv(up.conv))
+        pixels, width = bias[0].numel(), weight.shape[4]
+        if up.residual:
+            weight = add_shortcut(weight, lambda c, p: (c * pixels + p) % width)
+        return weight, bias
+
 
 class HunyuanTeacher(DiffusersTeacher):
     """HunyuanVideo's VAE, AutoencoderKLHunyuanVideo."""
@@ -438,6 +546,9 @@ class HunyuanTeacher(DiffusersTeacher):
         for i, block in enumerate(decoder.up_blocks):
             x = block(x)
             yield f"up{i}", x
+
+    def upsampler(self, up, block):
+        return polyphase(*read_conv(up.conv, self.causal), up.upsample_factor[:2])
 
 
 class Hunyuan15Teacher(DiffusersTeacher):
@@ -456,6 +567,17 @@ class Hunyuan15Teacher(DiffusersTeacher):
         for i, block in enumerate(decoder.up_blocks):
             x = block(x)
             yield f"up{i}", x
+
+    def first(self):
+        weight, bias = super().first()
+        repeat = self.vae.decoder.repeat
+        return add_shortcut(weight[:, None, None, None], lambda c, p: c // repeat)[:, 0, 0, 0], bias
+
+    def upsampler(self, up, block):
+        r_t = 2 if up.add_temporal_upsample else 1
+        weight, bias = (x.unflatten(0, (r_t, 2, 2, -1)).movedim(3, 0) for x in read_conv(up.conv, self.causal))
+        width = weight.shape[4] // (4 * r_t)
+        return add_shortcut(weight, lambda c, p: p * width + c // up.repeats), bias
 
 
 class CogTeacher(DiffusersTeacher):
@@ -487,6 +609,9 @@ class CogTeacher(DiffusersTeacher):
             x = over_chunks(block, [(chunk, None, latent) for chunk, latent in zip(x, z)])
             yield f"up{i - 1}" if i else "mid", torch.cat(x, 2)
 
+    def upsampler(self, up, block):
+        return polyphase(*read_conv(up), (1 + up.compress_time, 2))
+
 
 class WanTeacher(DiffusersTeacher):
     """Wan 2.1's and 2.2's VAEs, AutoencoderKLWan. It decodes one latent frame at a time, with a cache for each
@@ -508,6 +633,19 @@ class WanTeacher(DiffusersTeacher):
         for i, block in enumerate([decoder.mid_block, *decoder.up_blocks]):
             x = over_frames(block, up=i > 0)
             yield f"up{i - 1}" if i else "mid", torch.cat(x, 2)
+
+    def upsampler(self, up, block):
+        """Time by its own convolution, space by nearest neighbour and another; Wan 2.2's with the shortcut around its
+        block."""
+        weight, bias = polyphase(*read_conv(up.resample[1]), (1, 2))
+        if hasattr(up, "time_conv"):
+            time, offset = (x.unflatten(0, (2, -1)) for x in read_conv(up.time_conv, self.causal))
+            bias = bias + torch.einsum("ozqrmchw,pm->opqr", weight, offset)
+            weight = torch.einsum("ozqrmchw,pmitxy->opqrithw", weight, time)
+        shortcut = getattr(block, "avg_shortcut", None)
+        if shortcut is not None and shortcut.in_channels == weight.shape[4]:
+            weight = add_shortcut(weight, lambda c, p: (c * shortcut.factor + p) // shortcut.repeats)
+        return weight, bias
 
 
 class QwenTeacher(WanTeacher):

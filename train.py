@@ -50,7 +50,8 @@ from tqdm import tqdm
 from data import CLIPS_PER_SCENE, HELD_OUT_SEED, BadVideo, CachedClips, SyntheticClips, VideoClips, begin_worker, write_file
 from losses import (HEADS, LPIPS, Objective, PatchDiscriminator, StudentWithHeads, adaptive_weight, kl_loss,
                     last_layer_gradients, make_heads, sharpness)
-from model import CONFIGS, TurboVAED, channels_last, check_fit, check_writable, number, out_of_memory
+from model import (CONFIGS, Block, ChannelRMSNorm, TurboVAED, channels_last, check_fit, check_writable, number,
+                   out_of_memory)
 from teachers import TEACHERS, load_teacher
 
 # Section 4.2: AdamW, learning rate 2e-4, betas 0.9 and 0.95, effective batch 32, 17 (dc: 16) frames at 256x256.
@@ -96,6 +97,9 @@ def parse_args(argv=None):
     add("--teacher", choices=TEACHERS, default="tiny", help="whose decoder to distil (default: tiny)")
     add("--teacher-weights", help='a folder or file instead of the released weights, or "random"')
     add("--config", choices=CONFIGS, help="the student's configuration (default: the one named as the teacher)")
+    add("--init", choices=("random", "teacher"), default="random",
+        help="teacher: the student's layers that have a counterpart in the teacher's decoder begin with its most "
+             "important channels (default: random)")
     add("--data", help='a folder of videos, of any depth, or "synthetic" for made-up video *')
     add("--val-data", help="validate on this folder (default: held-out files of --data, or held-out made-up clips)")
     add("--val-clips", type=number(int, 1), default=8, help="clips to validate on, at most (default: 8)")
@@ -287,6 +291,131 @@ def end_workers():
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)             # PyTorch's handler would call it a failure
     for child in multiprocessing.active_children():
         child.kill()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A start from the teacher (--init teacher). A student is a narrower decoder of the teacher's kind: a way in, resnets,
+# an upsampler, resnets, an upsampler ... Its channels are some of the teacher's, its weights those between them.
+# Weights here are (C, r_t, r_s, r_s, C_in, k_t, k_h, k_w) and biases (C, r_t, r_s, r_s), with factors of 1 where
+# nothing is upsampled.
+
+@torch.no_grad()
+def begin_as(student, layers):
+    """Fills those of the student's layers that have a counterpart among a teacher's `layers`, and returns their names.
+
+    Each stream of channels, a resnet's inner one too, keeps the teacher's most important: by the norm of what writes a
+    channel, from channels that are kept, times the norm of what reads it.
+    """
+    pairs, reads, writers = list(counterparts(student, layers)), {}, {}
+    for name, weight, _, source, target in pairs:
+        if weight.ndim > 1:
+            reads[source] = reads.get(source, 0) + weight.square().sum((0, 1, 2, 3, 5, 6, 7))
+            layer = student.get_submodule(name)
+            width = len(list(layer.parameters())[-1]) // getattr(layer, "pixels", 1)
+            writers.setdefault(target, []).append((weight, source, width))
+    kept = {"latents": torch.arange(student.config.latent_channels)}
+    for stream, its in writers.items():         # a resnet's inside comes after what it writes: there all channels count
+        importance = reads.get(stream, 1) * sum(
+            weight[:, :, :, :, kept.get(source, slice(None))].flatten(1).square().sum(1) for weight, source, _ in its)
+        kept[stream] = importance.topk(min(len(importance), its[0][2])).indices.sort().values
+    for name, weight, bias, source, target in pairs:
+        layer = student.get_submodule(name)
+        if weight.ndim == 1:                                    # a norm's
+            layer.weight[:len(kept[source])], layer.bias[:len(kept[source])] = weight[kept[source]], bias[kept[source]]
+            continue
+        weight, bias = weight[kept[target]][:, :, :, :, kept[source]], bias[kept[target]]
+        if hasattr(layer, "factors"):
+            for axis, r in enumerate((layer.factors[0], layer.factors[1], layer.factors[1]), start=1):
+                if weight.shape[axis] != r:                     # another number of pixels: all are their mean
+                    weight, bias = (x.mean(axis, keepdim=True).repeat_interleave(r, axis) for x in (weight, bias))
+            if layer.upsampling == "decoupled":                 # channels in order (C, r_s, r_s, r_t)
+                weight, bias = weight.movedim(1, 3), bias.movedim(1, 3)
+            layer = layer.conv
+        place(layer, weight.flatten(0, 3), bias.flatten())
+    return [name for name, *_ in pairs]
+
+
+def counterparts(student, layers):
+    """Yields (name of the student's layer, the teacher's weight, bias, stream that it reads, that it writes); a norm's
+    are (C,). The student's stretch between its upsamplers k and k + 1 goes after the teacher's, resnet after resnet."""
+    ours = [("", "conv_in", [])]                                # a resnet to another width, way in, resnets
+    for path, block in student.named_modules():
+        if isinstance(block, Block):
+            narrow = f"{path}.conv_in" if hasattr(block.conv_in, "conv1") else ""
+            if len(block.upsamplers):
+                ours.append((narrow, f"{path}.upsamplers.0", []))
+            elif narrow:
+                break                                           # no teacher does that
+            ours[-1][2].extend(f"{path}.resnets.{i}" for i in range(len(block.resnets)))
+
+    def resnet(name, parts, source, target):
+        streams = {"conv1": (source, name), "conv2": (name, target),
+                   "conv_shortcut": (source, target), "norm3": (source, "")}
+        for part, weights in parts.items():
+            ours = getattr(student.get_submodule(name), part, None)
+            if ours is not None and not isinstance(ours, ChannelRMSNorm):       # in which nothing is learned
+                yield f"{name}.{part}", *weights, *streams[part]
+
+    stream = "latents"
+    for (our_narrow, way_in, our_resnets), (narrow, (weight, bias), resnets) in zip(ours, stretches(layers)):
+        source = stream
+        if our_narrow:
+            eye = torch.eye(weight.shape[4])                    # the choice of channels alone, if the teacher has none
+            choice = {"conv_shortcut": (eye.view(-1, 1, 1, 1, len(eye), 1, 1, 1), torch.zeros(len(eye), 1, 1, 1))}
+            source = f"{our_narrow} out"
+            yield from resnet(our_narrow, narrow or choice, stream, source)
+        shuffles = way_in == "conv_in" or student.config.upsampling in ("decoupled", "pixel_shuffle_3d")
+        if shuffles and (our_narrow or not narrow):
+            yield way_in, weight, bias, source, way_in
+        few = min(len(our_resnets), len(resnets))
+        for i in range(few):
+            yield from resnet(our_resnets[i], resnets[i * len(resnets) // few], way_in, way_in)
+        stream = way_in
+
+
+def stretches(layers):
+    """A teacher's `layers` between its upsamplers: [(resnet to another width or None, way in, resnets)]."""
+    found, narrow = [], None
+    for kind, parts in layers:
+        parts = {name: (weight[:, None, None, None], bias[:, None, None, None]) if weight.ndim == 5 else (weight, bias)
+                 for name, (weight, bias) in parts.items()}
+        if kind != "resnet":
+            found.append((narrow, parts["conv"], []))
+            narrow = None
+        elif "conv_shortcut" not in parts:
+            found[-1][2].append(parts)
+        elif "norm3" in parts:                                  # ltx's, before an upsampler as the student's
+            narrow = parts
+        else:                                                   # after one: its shortcut is made part of that
+            (matrix, offset), (before, way_in, resnets) = parts["conv_shortcut"], found[-1]
+            weight, bias = (torch.einsum("nc,c...->n...", matrix.flatten(1), x) for x in way_in)
+            found[-1] = before, (weight, bias + offset), resnets
+    return found
+
+
+def place(layer, weight, bias):
+    """Puts (n_out, n_in, k_t, k_h, k_w) into the first channels of a layer, in the middle of its kernel; of a depthwise
+    separable one as the nearest for each input channel: one kernel, times a number for each output channel."""
+    if hasattr(layer, "depthwise_conv"):
+        taps = weight.flatten(2).transpose(0, 1).double()                       # (n_in, n_out, taps)
+        kernel = torch.linalg.eigh(taps.mT @ taps).eigenvectors[:, :, -1:]      # the first right singular vectors
+        kernel = kernel * kernel.sum(1, keepdim=True).sign()
+        layer.depthwise_conv.weight[:len(kernel)] = fit(kernel.view(-1, 1, *weight.shape[2:]), layer.depthwise_conv)
+        weight = (taps @ kernel).transpose(0, 1)[..., None, None]
+    conv = layer.pointwise_conv if hasattr(layer, "depthwise_conv") else layer.conv
+    conv.weight[:weight.shape[0], :weight.shape[1]] = fit(weight, conv)
+    conv.bias[:len(bias)] = bias
+
+
+def fit(weight, conv):
+    """A kernel in the middle of a larger one, or with its outer taps added to the outermost of a smaller one."""
+    for axis, size in zip((2, 3, 4), conv.kernel_size):
+        middle, n = weight.shape[axis] // 2, size // 2
+        places = (torch.arange(weight.shape[axis]) - middle).clamp(-n, n) + n
+        shape = list(weight.shape)
+        shape[axis] = size
+        weight = weight.new_zeros(shape).index_add(axis, places, weight)
+    return weight
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -811,10 +940,16 @@ def read_log(path):
     return lines
 
 
-def make_run(args, device, compiles, teacher, processes):
+def make_run(args, device, compiles, teacher, processes, resumes):
     """A Run before its first step."""
     torch.manual_seed(args.seed)
-    student = TurboVAED(CONFIGS[args.config]).to(device)
+    student = TurboVAED(CONFIGS[args.config])
+    if args.init == "teacher" and not resumes:
+        begun = begin_as(student, teacher.layers())
+        if processes.chief:
+            tqdm.write(f"{len(begun)} of the student's layers begin as the {args.teacher} teacher's: "
+                       + ", ".join(begun))
+    student = student.to(device)
     student.checkpointing = args.checkpointing
     ema = copy.deepcopy(student).requires_grad_(False).eval()
     with torch.no_grad():
@@ -864,7 +999,7 @@ def check_resume(saved, args, about):
     then, out = saved["args"], args.out
     may_change = MAY_CHANGE | (STAGE_2 if saved["stage2_start"] is None else set())
     for name, value in vars(args).items():
-        if name not in may_change and then.get(name) != value:
+        if name not in may_change and then.get(name, value) != value:
             raise ValueError(f"{out} was run with --{name.replace('_', '-')} {then.get(name)}, not {value}")
     held_out = ", ".join(saved["about"]["held_out"][:-1]) or "made-up clips"
     for key, what in (("held_out", f"validated on {held_out}, and now these files"),
@@ -1154,7 +1289,7 @@ def distil(args):
     teacher_psnr = processes.from_chief(lambda: validation.decode_with_teacher(teacher, teacher_autocast))
 
     # the run -------------------------------------------------------------------------------------------------
-    run, schedule = make_run(args, device, compiles, teacher, processes), Schedule(args)
+    run, schedule = make_run(args, device, compiles, teacher, processes, resumes), Schedule(args)
     if resumes:
         run.load(saved, out / "log.jsonl")
         if not schedule.check_left(run, saved):

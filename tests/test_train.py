@@ -22,7 +22,7 @@ import torch
 import data
 import train
 from losses import Objective
-from model import TurboVAED
+from model import SeparableConv3d, TurboVAED
 from train import best_step, converged, damping, parse_args
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -562,6 +562,8 @@ def test_every_setting_is_remembered_but_those_that_change_nothing():
     args, about = parse_args(["--size", "16"]), {"files": "a", "held_out": ["b"], "teacher_weights": "c"}
     saved = {"args": dict(vars(args)), "about": dict(about), "stage2_start": 1}
     check_resume(saved, args, about)
+    older = {name: value for name, value in saved["args"].items() if name != "init"}     # begun before there was --init
+    check_resume(saved | {"args": older}, args, about)
     for name, value in vars(args).items():
         changed = parse_args(["--size", "16"])
         setattr(changed, name, "other" if value != "other" else None)
@@ -874,6 +876,99 @@ def test_two_steps_of_a_teachers_recipe_at_reduced_width(tmp_path, here, monkeyp
     student = TurboVAED.from_pretrained(tmp_path)
     assert student.metadata["teacher"] == name and student.config == train.CONFIGS[config]
     assert student(torch.zeros(1, teacher.latent_channels, 2, 1, 1)).shape[2] == teacher.compression[0] + 1
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A start from the teacher.
+
+def narrow(name, teacher, **changes):
+    """A student of a teacher's latents, in places narrower than a reduced teacher, in one wider."""
+    return replace(train.CONFIGS[name], latent_channels=teacher.latent_channels,
+                   **{"widths": (12, 12, 10, 8, 16)} | changes)
+
+
+@torch.no_grad()
+def test_a_student_of_ltxs_own_widths_begins_with_its_features():
+    """All of them, where its layers are the teacher's: a block that upsamples has ReLU in its resnets, so none here."""
+    pytest.importorskip("diffusers")
+    from test_teachers import TEACHER_KINDS, small_vae
+    teacher = TEACHER_KINDS["ltx"]("ltx", small_vae("ltx", decoder_layers_per_block=(0, 0, 0, 1, 1)))
+    for p in teacher.vae.decoder.up_blocks[3].conv_in.norm3.parameters():
+        torch.nn.init.normal_(p)
+    student = TurboVAED(narrow("ltx", teacher, widths=(16, 16, 16, 16, 8), resnets=(1, 1, 0, 0, 0), patch=2,
+                               separable=()))
+    train.begin_as(student, teacher.layers())
+    latents = torch.randn(1, 8, 3, 2, 3)
+    features = student(latents, return_features=True)[1]
+    for name, want in teacher.features(latents, list(features)).items():
+        torch.testing.assert_close(features[name], want)
+
+
+@pytest.mark.parametrize("width", [96, 40])
+@torch.no_grad()
+def test_tinys_first_channels_are_the_teachers(width):
+    teacher, latents = train.load_teacher("tiny"), torch.randn(1, 16, 3, 3, 3)
+    student = TurboVAED(replace(train.CONFIGS["tiny"], widths=(width, 96, 48, 32, 32)))
+    train.begin_as(student, teacher.layers())
+    ours, mid = (x[0, :, 1].flatten(1) for x in (student.conv_in(latents), teacher.features(latents, "mid")["mid"]))
+    distance, which = (ours[:, None] - mid).abs().amax(2).min(1)    # of the middle frame, since padding in time differs
+    assert distance.max() < 1e-3 and len(which.unique()) == width
+
+
+@torch.no_grad()
+def test_channels_that_nothing_reads_are_not_kept():
+    pytest.importorskip("diffusers")
+    from test_teachers import TEACHER_KINDS, small_vae
+    teacher = TEACHER_KINDS["ltx"]("ltx", small_vae("ltx"))
+    decoder, silent = teacher.vae.decoder, [3, 7]
+    for reader in (decoder.mid_block.resnets[0].conv1, decoder.up_blocks[0].resnets[0].conv1,
+                   decoder.up_blocks[1].upsamplers[0].conv):
+        reader.conv.weight[:, silent] = 0
+    student = TurboVAED(narrow("ltx", teacher, widths=(14, 14, 14, 14, 16)))
+    train.begin_as(student, teacher.layers())
+    others = [c for c in range(16) if c not in silent]
+    assert torch.equal(student.conv_in.conv.weight, decoder.conv_in.conv.weight[others])
+
+
+@torch.no_grad()
+def test_a_separable_layer_begins_as_the_nearest_to_a_dense_one():
+    torch.manual_seed(0)
+    ours, dense = SeparableConv3d(4, 8, 5), torch.nn.Conv3d(4, 8, 3, padding=1)
+    x = torch.randn(1, 4, 5, 6, 6)
+    mix, kernel = dense.weight.flatten(2).square().mean(2), torch.rand(1, 4, 3, 3, 3)
+    dense.weight.copy_(mix[:, :, None, None, None] * kernel)        # one that is separable
+    ours.depthwise_conv.bias.zero_()                                # as a student has it
+    train.place(ours, dense.weight, dense.bias)
+    torch.testing.assert_close(ours(x)[:, :, 2], dense(x)[:, :, 2])
+
+
+@pytest.mark.parametrize("name", ["dc", "tiny", "ltx", "hunyuan", "cog", "wan21", "wan22", "ltx2", "ltx23", "hunyuan15",
+                                  "qwen", "magihuman"])
+@torch.no_grad()
+def test_every_student_begins_with_channels_of_its_teacher(name):
+    if name not in ("dc", "tiny"):
+        pytest.importorskip("diffusers")
+    from test_teachers import KINDS
+    teacher = KINDS[{"magihuman": "wan22"}.get(name, name)]()
+    student = TurboVAED(narrow(name, teacher))
+    before = {key: value.clone() for key, value in student.state_dict().items()}
+    begun = train.begin_as(student, teacher.layers())
+    ups = {f"up_blocks.{i}.upsamplers.0" for i, factors in enumerate(student.config.up) if factors}
+    assert {"conv_in"} | (set() if name in ("tiny", "magihuman") else ups) <= set(begun)
+    changed = {key for key, value in student.state_dict().items() if not torch.equal(value, before[key])}
+    assert all(any(key.startswith(f"{layer}.") for key in changed) for layer in begun if "norm3" not in layer)
+    assert all(any(key.startswith(f"{layer}.") for layer in begun) for key in changed)
+    video = student(torch.randn(1, teacher.latent_channels, 2, 2, 2))
+    assert video.isfinite().all() and 0.01 < video.std() < 2
+
+
+def test_a_run_that_begins_as_the_teacher_says_so_once_and_goes_on_as_that(tmp_path, here, capsys):
+    here(tmp_path, "--init", "teacher", "--steps", 1)
+    assert "5 of the student's layers begin as the tiny teacher's: conv_in, up_blocks.1" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="was run with --init teacher, not random"):
+        here(tmp_path, "--steps", 2, "--resume")
+    here(tmp_path, "--init", "teacher", "--steps", 2, "--resume")
+    assert "begin as" not in capsys.readouterr().out and sorted(log(tmp_path)) == [1, 2]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
