@@ -1,6 +1,8 @@
 """Training with and without the distillation term, on the embedded teacher: results/distillation/.
+And with a start from the teacher's weights (--init teacher): results/init/.
 
     python assets/ablate_distillation.py                   # all runs (some four minutes each on one core), the table, the picture
+    python assets/ablate_distillation.py --arms norm0.02 teacher adamw-norm0.02 adamw-teacher --out results/init
     python assets/ablate_distillation.py --steps 50 --seeds 0 --out /tmp/ablation      # try it
 
 Every run is train.py with the embedded recipe (8 clips of 8x64x64 a step, cosine) and one thread; runs of one seed share
@@ -27,13 +29,16 @@ ARMS = {        # flags besides the recipe's; "none" is without the term, "paper
     "adamw-none": ["--distill-weight", "0", *ADAMW],
     "adamw-norm0.02": ADAMW,
     "adamw-paper": ["--equation4", *ADAMW],
+    "teacher": ["--init", "teacher"],    # beside norm0.02
+    "adamw-teacher": ["--init", "teacher", *ADAMW],
 }
-NAMES = {"none": "without", "norm0.02": "normalised features, weight 0.02", "paper": "Equation 4, weight 1"}
+NAMES = {"none": "without", "norm0.02": "normalised features, weight 0.02", "paper": "Equation 4, weight 1",
+         "teacher": "the same, begun as the teacher"}
 
 
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
+    p.add_argument("--arms", nargs="+", choices=ARMS, default=[arm for arm in ARMS if "teacher" not in arm])
     p.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     p.add_argument("--steps", type=int, default=600)
     p.add_argument("--work", default="out/ablation", help="runs and caches (default: out/ablation)")
@@ -53,21 +58,24 @@ def main():
 
     out.mkdir(parents=True, exist_ok=True)
     (out / "curves.json").write_text(json.dumps(curves, indent=1) + "\n")
-    figure, axes = plt.subplots(1, 2, figsize=(10, 3.6), sharey=True, layout="constrained")
-    for axis, prefix, title in zip(axes, ("", "adamw-"), ("Muon and AdamW, the embedded recipe", "AdamW alone")):
-        for colour, (arm, name) in zip(("black", "tab:blue", "tab:orange"), NAMES.items()):
+    sides = {"": "Muon and AdamW, the embedded recipe", "adamw-": "AdamW alone"}
+    sides = {prefix: title for prefix, title in sides.items() if any(prefix + arm in curves for arm in NAMES)}
+    figure, axes = plt.subplots(1, len(sides), figsize=(5 * len(sides), 3.6), sharey=True, squeeze=False,
+                                layout="constrained")
+    for axis, (prefix, title) in zip(axes[0], sides.items()):
+        for colour, (arm, name) in zip(("black", "tab:blue", "tab:orange", "tab:green"), NAMES.items()):
             for i, curve in enumerate(curves.get(prefix + arm, {}).values()):
                 axis.plot(curve.keys(), curve.values(), color=colour, linewidth=1, label=None if i else name)
         axis.set(xlabel="step", title=title)
         axis.legend(fontsize=8)
-    axes[0].set(ylabel="validation PSNR in dB", ylim=(14, None))
+    axes[0, 0].set(ylabel="validation PSNR in dB", ylim=(14, None))
     figure.savefig(out / "curves.png", dpi=150)
 
-    print(f"{'arm':16} PSNR in dB after {args.steps // 3}, {args.steps} steps, mean over {len(args.seeds)} seeds (each seed's)")
+    steps = [args.steps // 6, args.steps // 3, args.steps]
+    print(f"{'arm':16} PSNR in dB after {', '.join(map(str, steps))} steps: mean over {len(args.seeds)} seeds (each)")
     for arm, seeds in curves.items():
-        at = lambda step: [curve[step] for curve in seeds.values()]
-        early = at(min(next(iter(seeds.values())), key=lambda step: abs(step - args.steps / 3)))
-        print(f"{arm:16} {statistics.mean(early):.2f}  {statistics.mean(at(args.steps)):.2f}  ({', '.join(f'{v:.2f}' for v in at(args.steps))})")
+        at = [[curve[min(curve, key=lambda known: abs(known - step))] for curve in seeds.values()] for step in steps]
+        print(f"{arm:16} " + "  ".join(f"{statistics.mean(v):.2f} ({', '.join(f'{x:.2f}' for x in v)})" for v in at))
 
 
 if __name__ == "__main__":
