@@ -9,7 +9,7 @@ RUN = .venv/bin/python
 .PHONY: demo test gpu clean
 
 demo: .venv/ready
-	$(RUN) train.py --minutes 4 --steps 100000 --out out/demo --overwrite
+	$(RUN) train.py --minutes 4 --steps 100000 --init teacher --out out/demo --overwrite
 	$(RUN) evaluate.py --student out/demo $(wildcard assets/tiny_student.safetensors) --out out/demo
 
 test: .venv/ready
