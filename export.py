@@ -451,6 +451,8 @@ def export(model, size=(512, 512), latent_frames=None, path="student.mlpackage",
         raise ValueError(f"size and latent frames must be at least 1, got {size[0]}x{size[1]} and {latent_frames}")
     if {config.upsampling, config.shortcut, config.head} & {"resample", "rms", "unpatchify"}:
         raise ValueError("students with upsampling 'resample', shortcut 'rms' or head 'unpatchify' cannot be exported")
+    if stream and config.kernel == 1 and config.separable:
+        raise ValueError("a stream's depthwise kernels are 3 or more frames long, not 1")
     if bits not in (None, 8, 6, 4):
         raise ValueError(f"weights have 8, 6 or 4 bits, or None for fp16; not {bits}")
     if graph not in GRAPHS:
@@ -553,8 +555,8 @@ def install(made, path):
     stays beside a package that it does not speak of."""
     old = path.with_name(f".{os.getpid()}.old.{path.name}")
     try:
-        path.with_suffix(".json").unlink(missing_ok=True)
         if path.exists():
+            path.with_suffix(".json").unlink(missing_ok=True)
             os.rename(path, old)            # a folder that holds files cannot be renamed over
         os.rename(made, path)
     finally:
@@ -795,6 +797,8 @@ def run_stream(package, latents, call):
     """
     when, config = json.loads(package.metadata["stream"]), TurboVAEDConfig(**json.loads(package.metadata["config"]))
     state = {name: torch.zeros(shape) for name, shape in package.inputs.items() if name.startswith("state_")}
+    if not len(latents) or len(latents) % package.latent_frames:
+        raise ValueError(f"a clip is a multiple of {package.latent_frames} latent frames, not {len(latents)}")
     chunks, video, calls = latents.split(package.latent_frames), [], Counter()
     first, count = when["first_frame"], config.frames(len(latents))
     while sum(map(len, video)) < first + count:
@@ -900,7 +904,11 @@ def same_but_for_height(program, other):
     for heights in shapes, which are all longer by one factor."""
     tall, short = (p.inputs[p.input] for p in (program, other))
     grown = lambda a, b: len(a) == len(b) and all(x == y or x * short[-2] == y * tall[-2] for x, y in zip(a, b))
-    names = dict(zip(program.inputs, other.inputs))         # of a value here: its name there
+    keys = ("stream", "config", "frames", "latent_frames")
+    same = lambda p: [*p.inputs, *p.outputs, *(p.metadata.get(key) for key in keys)]
+    if same(program) != same(other):
+        raise ValueError("names or metadata are not what they are at the smaller height")
+    names = {name: name for name in program.inputs}         # of a value here: its name there
     if len(program.operations) != len(other.operations):
         raise ValueError(f"{len(program.operations)} operations, {len(other.operations)} at the smaller height")
     for i, (a, b) in enumerate(zip(program.operations, other.operations)):
@@ -1007,6 +1015,7 @@ def report(program):
         source = next((n for n in read if n in shapes), None)
         view = op.kind == "reshape" or op.kind in ("slice_by_index", "split") and all(
             shape[1:] == shapes[source][1:] for _, shape, _ in op.outputs)
+        view = view and not set(written) & set(program.outputs)         # an output has memory of its own
         for name, shape, kind in op.outputs:
             shapes[name], sizes[name] = shape, np.dtype(NUMPY[kind]).itemsize * math.prod(shape)
             root[name] = root.get(source, source) if view else name         # whose memory it is

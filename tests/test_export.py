@@ -1,6 +1,7 @@
 """Core ML packages: the graph made for phones computes what the student does, and a wrong package is found out."""
 import inspect
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -588,6 +589,9 @@ def test_a_streams_package_is_its_student_and_stays_on_the_engine(tiny, stream_p
     step, edge = (export.Program(stream_package, function) for function in ("step", "edge"))
     assert step.stored.keys() and step.file_bytes < 1.9e6           # its two functions share their weights
     assert [*edge.inputs][:-1] == [*step.inputs] and [*edge.inputs][-1] == "edges"
+    outputs = {name for name in step.outputs}           # each is written to memory of its own, a slice of a batch too
+    state = sum(2 * math.prod(shape) for op in step.operations for name, shape, _ in op.outputs if name in outputs)
+    assert export.report(step)["peak_activation_bytes"] < 3 * state
 
 
 @pytest.mark.parametrize("key", ["begins", "ends", "first_frame"])
@@ -605,6 +609,9 @@ def test_a_stream_that_begins_or_ends_a_step_late_is_found(tiny, stream_package,
     file.write_bytes(spec.SerializeToString())
     with pytest.raises(ValueError, match="is not the student"):
         export.verify(path, tiny)
+    for function in ("step", "edge"):           # nor does a proof at a smaller height pass by what an app reads
+        with pytest.raises(ValueError, match="names or metadata"):
+            export.same_but_for_height(export.Program(path, function), export.Program(stream_package, function))
 
 
 def test_a_streams_package_is_exported_proven_and_verified_by_command(tmp_path, command, capsys):
