@@ -778,6 +778,7 @@ def run(program, latents, fp16):
 # Proof.
 
 FLOAT32_BOUND, FP16_BOUND = 0.02, 0.05      # worst error that passes, of a video in about [-1, 1]; ten times what is usual
+PALETTE_FLOOR = 15      # dB between a student and itself with palettised weights: 4 bits leave 30, damage 10
 WHOLE_FLOPS = 5e12                          # above, running a package whole takes minutes: see prove_by_height
 
 
@@ -893,6 +894,8 @@ def compare(path, model, seed=0):
 
 def check(results):
     """Raise ValueError if a result of `compare` is outside the bounds."""
+    if "palettised" in results and not results["palettised"]["psnr"] > PALETTE_FLOOR:
+        raise ValueError(f"the palettised weights are not the student's: PSNR {results['palettised']['psnr']:.1f} dB")
     for which, bound in (("float32", FLOAT32_BOUND), ("fp16", FP16_BOUND), ("core_ml", FP16_BOUND)):
         if which in results and not results[which]["worst_error"] <= bound:     # NaN is not
             raise ValueError(f"the package is not the student: worst error {results[which]['worst_error']:.3g} in {which}, "

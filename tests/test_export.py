@@ -243,6 +243,14 @@ def test_palettised_weights(tiny, package, tmp_path):
     assert 4 / 16 < r["weight_bytes"] / fp16["weight_bytes"] < 4 / 16 + 0.15
 
 
+def test_damaged_palettised_weights_are_found():
+    good = {"worst_error": 1e-3, "psnr": 80}
+    export.check({"palettised": {"worst_error": 0.3, "psnr": 30}, "float32": good, "fp16": good})
+    for psnr in (9.9, float("nan")):
+        with pytest.raises(ValueError, match="palettised weights are not the student's"):
+            export.check({"palettised": {"worst_error": 2.9, "psnr": psnr}, "float32": good, "fp16": good})
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # planted faults
 
