@@ -231,7 +231,6 @@ class EngineUpsampler(Upsampler):
         x = take(x, self.dropped(step), len(x))
         return F.pixel_shuffle(x, r_s) if r_s > 1 else x
 
-
     def dropped(self, step):
         """Frames to drop: in a stream none, the clip's own begin so much later."""
         for s in step:
@@ -360,6 +359,11 @@ def latent_shape(config, size, latent_frames=None):
     return 1, config.latent_channels, t, -(-size[0] // config.compression[1]), -(-size[1] // config.compression[2])
 
 
+def decoded_size(config, shape):
+    """(height, width) of the video that latents of that shape decode to, before any crop."""
+    return tuple(d * n for d, n in zip(config.compression[1:], shape[3:]))
+
+
 class Crop(torch.nn.Module):
     """To height and width: where the size is no multiple of the compression, the student decodes a little more."""
 
@@ -443,8 +447,8 @@ def export(model, size=(512, 512), latent_frames=None, path="student.mlpackage",
     teacher's encoder gives them, output "video" (T, 3, height, width), about [-1, 1], not clamped; or "conv3d", for the
     GPU: (1, C, t, h, w) to (1, 3, T, height, width). bits: 8, 6 or 4 palettises the weights by k-means. stream: in
     place of a clip, a step of so many latent frames of a stream, see `run_stream`; it decodes whole latents, without a
-    crop. note goes into the description. Written beside its place and renamed; a report beside the old package goes with it.
-    Raises ValueError for sizes below 1, other bits, graphs or names, or without coremltools.
+    crop. note goes into the description. Written beside its place and renamed; a report beside the old package goes
+    with it. Raises ValueError for sizes below 1, other bits, graphs or names, or without coremltools.
     """
     path, config = Path(path), model.config
     if min(*size, 1 if latent_frames is None else latent_frames) < 1:
@@ -462,7 +466,7 @@ def export(model, size=(512, 512), latent_frames=None, path="student.mlpackage",
     if stream and (graph != "engine" or bits or stream < 1):
         raise ValueError("a stream's step is of at least 1 latent frame, in the engine graph and in fp16")
     shape = latent_shape(config, size, stream or latent_frames)
-    size = tuple(d * n for d, n in zip(config.compression[1:], shape[3:])) if stream else size
+    size = decoded_size(config, shape) if stream else size
     with contextlib.redirect_stderr(sys.stderr if sys.stderr.isatty() else io.StringIO()):      # coremltools' progress bars
         try:
             twin, about = phone_twin(copy.deepcopy(model).float().cpu(), graph), {}
@@ -1183,7 +1187,7 @@ def main():
         shape = latent_shape(model.config, size, args.latent_frames)
         frames = f"stream{args.stream}" if args.stream else model.config.frames(shape[2])
         if args.stream:         # an app crops what it shows
-            size = tuple(d * n for d, n in zip(model.config.compression[1:], shape[3:]))
+            size = decoded_size(model.config, shape)
         paths[size, graph] = folder / f"{name}_{frames}x{size[0]}x{size[1]}_{graph}{bits}.mlpackage"
         check_whose(paths[size, graph], model)
     check_writable(folder)

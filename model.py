@@ -549,7 +549,7 @@ class TurboVAED(nn.Module):
         return Stream(self)
 
     def step(self, latents, kept):
-        """A chunk in the middle of a stream as a plain function, to be compiled or exported.
+        """A chunk in the middle of a stream as a plain function, to be compiled.
 
         latents (B, C, n, h, w); kept: for each of `layers` and for `out` a list of the frames that it kept of those
         before. Returns (frames (B, 3, d_t n, H, W), kept for the next chunk). Every layer must have begun.
