@@ -558,17 +558,17 @@ class SyntheticClips(Dataset):
     panning camera, with objects that move by themselves and occlude what lies behind them.
 
     `clips[n]`, any n >= 0, is a (3, frames, size, size) clip in [-1, 1] that depends on `seed` and n only.
-    `length` only matters to code that walks the set from start to end.
+    `length` only matters to code that walks the set from start to end; `distinct`: after so many they come again.
     """
 
-    def __init__(self, frames=8, size=64, seed=0, length=1_000_000):
-        self.frames, self.size, self.seed, self.length = frames, size, seed, length
+    def __init__(self, frames=8, size=64, seed=0, length=1_000_000, distinct=None):
+        self.frames, self.size, self.seed, self.length, self.distinct = frames, size, seed, length, distinct
 
     def __len__(self):
         return self.length
 
     def describe(self, n):
-        return f"made-up clip {n}"
+        return f"made-up clip {n % (self.distinct or n + 1)}"
 
     @lru_cache(maxsize=2)
     def scene(self, number):
@@ -577,6 +577,7 @@ class SyntheticClips(Dataset):
     def __getitem__(self, n):
         if not 0 <= n < self.length:
             raise IndexError(f"clip {n} of {self.length}")
+        n %= self.distinct or n + 1
         rng = np.random.default_rng((self.seed, 2, n))
         scene = self.scene(n // CLIPS_PER_SCENE)
         if rng.random() < 0.5:

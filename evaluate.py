@@ -60,7 +60,9 @@ TAKES = {"reconstruct": "student teacher teacher_weights frames", "decode": "stu
          "generate": "pipeline latents size frames seed"}
 WARM_UP, ROUNDS = 2, 7          # of the speed measurement
 # name: (heading, decimals)
-METRICS = {"psnr": ("PSNR (dB)", 2), "ssim": ("SSIM", 4), "lpips": ("LPIPS", 4), "temporal": ("temporal error", 2), "fvd": ("rFVD", 2)}
+METRICS = {"psnr": ("PSNR (dB)", 2), "ssim": ("SSIM", 4), "lpips": ("LPIPS", 4), "temporal": ("temporal error", 2),
+           "grid": ("grid", 2), "fvd": ("rFVD", 2)}
+OFFLINE = ("psnr", "ssim", "temporal", "grid")      # those that need no network
 I3D_URL = "https://huggingface.co/flateon/FVD-I3D-torchscript/resolve/main/i3d_torchscript.pt"
 ALEXNET = "alexnet-owt-7be5be79.pth"        # torchvision's name; its checksum begins so
 I3D_SHA256 = "bec6519f66ea534e953026b4ae2c65553c17bf105611c746d904657e5860a5e2"
@@ -113,6 +115,35 @@ def temporal_error(a, b):
     check_shapes(a, b)
     change_a, change_b = (frames_of(v).unflatten(0, v.shape[:1] + v.shape[2:3]).diff(dim=1) for v in (a, b))
     return 255 * (change_a - change_b).abs().mean((1, 2, 3, 4))
+
+
+def grid(a, b, window=32):
+    """How strong a grid of 2 or 4 pixels, as upsampling by shuffles leaves it, a paints over flat areas, of each clip,
+    (B,): the energy at multiples of 1/4 cycle per pixel (both directions, Hann window) in the tenth of all windows of
+    32x32 pixels where b varies least, over that of b there. 1 where a has as much of it as b, below 1 where it is
+    smoother. The noise of rounding to 8 bits counts as b's own, so that a perfectly flat b divides by no zero.
+
+    a, b: (B, 3, T, H, W) in [-1, 1], clamped to it. NaN for frames smaller than a window. ValueError if shapes differ.
+    """
+    check_shapes(a, b)
+    if min(a.shape[-2:]) < window:
+        return torch.full((len(a),), math.nan)
+    hann = torch.hann_window(window, device=a.device)
+    hann = hann[:, None] * hann
+    found = []
+    for pair in zip(a, b):
+        grey = [frames_of(video[None]).mean(1) for video in pair]
+        windows = [v.unfold(1, window, window // 2).unfold(2, window, window // 2).flatten(0, 2) for v in grey]
+        flattest = windows[1].var((1, 2)).argsort()[:max(1, len(windows[1]) // 10)]
+        energies = []
+        for view in windows:
+            view = view[flattest]
+            spectrum = torch.fft.fft2((view - view.mean((1, 2), keepdim=True)) * hann).abs().square()
+            spectrum = spectrum[:, ::window // 4, ::window // 4].mean(0)
+            energies.append(spectrum.sum() - spectrum[0, 0])
+        rounding = 15 * hann.square().sum() / 255 ** 2 / 12 / 3         # 15 frequencies, the mean of 3 channels
+        found.append((energies[0] + rounding) / (energies[1] + rounding))
+    return torch.stack(found)
 
 
 def frechet_distance(features_a, features_b):
@@ -203,7 +234,7 @@ def load_i3d(path, device, frames):
 
 def load_metrics(args, frames, device, without):
     """({name: function of two clips}, I3D or None, {metric left out: why}), those of `without` among the latter."""
-    functions, detector, without = {"psnr": psnr, "ssim": ssim, "temporal": temporal_error}, None, dict(without)
+    functions, detector, without = {"psnr": psnr, "ssim": ssim, "temporal": temporal_error, "grid": grid}, None, dict(without)
     functions = {name: f for name, f in functions.items() if name in args.metrics}
     for name, load in (("lpips", lambda: load_lpips(args.lpips_weights, device)), ("fvd", lambda: load_i3d(args.i3d, device, frames))):
         if name in args.metrics and name not in without:
@@ -862,7 +893,7 @@ def parse():
     add("--teacher", choices=TEACHERS, help="default: the one that the first student was trained with")
     add("--teacher-weights", metavar="W", help='a folder or file, or "random" to measure speed only (default: the released weights)')
     add("--against", choices=("input", "teacher"), default="input", help="what reconstructions are compared with (default input)")
-    add("--metrics", nargs="+", choices=METRICS, help="default: psnr ssim temporal, and on real video lpips fvd, whose networks are downloaded")
+    add("--metrics", nargs="+", choices=METRICS, help="default: psnr ssim temporal grid, and on real video lpips fvd, whose networks are downloaded")
     add("--lpips-weights", metavar="FILE", help=f"torchvision's {ALEXNET} (default: PyTorch's cache, or a download of 233 MB)")
     add("--i3d", metavar="FILE", help="i3d_torchscript.pt (default: PyTorch's cache, or a download of 51 MB)")
     add("--clips", type=number(int, 1), help="the first so many (default: all; 16 of made-up video)")
@@ -903,7 +934,7 @@ def parse():
     for name, mode in (("fps", "decode"), ("pipeline", "generate")):
         if name in given and not getattr(args, mode):
             raise ValueError(f"--{name} is of --{mode} only")
-    args.metrics = [m for m in METRICS if m in (args.metrics or (METRICS if args.data != "synthetic" or args.latents else ("psnr", "ssim", "temporal")))]
+    args.metrics = [m for m in METRICS if m in (args.metrics or (METRICS if args.data != "synthetic" or args.latents else OFFLINE))]
     return args
 
 

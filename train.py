@@ -8,6 +8,7 @@
                                                              # on two nodes: the same line on both, HOST is one of them
     python train.py --teacher ltx --cache data/cache         # what the teacher makes of each clip, computed once
     python train.py --teacher ltx --resume                   # go on after a stop, as if it had not stopped
+    python train.py --preset table6-up0-up1                  # one row of the paper's tables; --preset list prints all
     python train.py --teacher ltx --profile 20               # where a step's time goes, and what the recipe would cost
 
 Stage 1 is Equation 5 without its adversarial term; stage 2 adds it when stage 1 has nearly converged (--stage2).
@@ -35,7 +36,7 @@ import sys
 import time
 from collections import deque, namedtuple
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from itertools import count
 from pathlib import Path
@@ -47,10 +48,11 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from data import CLIPS_PER_SCENE, HELD_OUT_SEED, BadVideo, CachedClips, SyntheticClips, VideoClips, begin_worker, write_file
+from data import (CLIPS_PER_SCENE, HELD_OUT_SEED, BadVideo, CachedClips, SyntheticClips, VideoClips, begin_worker,
+                  shuffled, write_file)
 from losses import (HEADS, LPIPS, Objective, PatchDiscriminator, StudentWithHeads, adaptive_weight, kl_loss,
                     last_layer_gradients, make_heads, sharpness)
-from model import (CONFIGS, Block, ChannelRMSNorm, TurboVAED, channels_last, check_fit, check_writable, number,
+from model import (BLOCKS, CONFIGS, Block, ChannelRMSNorm, TurboVAED, channels_last, check_fit, check_writable, number,
                    out_of_memory)
 from teachers import TEACHERS, load_teacher
 
@@ -81,6 +83,60 @@ RECIPES = {
 }
 
 
+# One change of the recipe for each row of the paper's ablations (Turbo-VAED-LTX; Figure 5 and Table 2 at VidGen's full
+# length, the others shorter): {name: (what it sets, the paper's (PSNR in dB, LPIPS, SSIM), None where it prints none)}.
+# `student` changes the student's configuration. The full row of a table is the recipe itself.
+LOW_TO_HIGH = {"none": (), "mid": BLOCKS[:1], "mid-up0": BLOCKS[:2], "mid-up1": BLOCKS[:3], "mid-up2": BLOCKS[:4],
+               "all": BLOCKS}
+FIGURE2_PSNR = {"none": (28.07, None, None), "mid-up0": (28.05, None, None)}
+PRESETS = {
+    **{f"figure2-{name}": (dict(student=dict(separable=blocks, upsampling="pixel_shuffle_3d")), FIGURE2_PSNR.get(name))
+       for name, blocks in LOW_TO_HIGH.items()},
+    "table1-pixel-shuffle": (dict(student=dict(upsampling="pixel_shuffle_3d")), (28.05, 0.1293, 0.8431)),
+    "table1-interpolate": (dict(student=dict(upsampling="interpolate")), (27.40, 0.1392, 0.8272)),
+    "table1-decoupled": (dict(student=dict(upsampling="decoupled")), (27.86, 0.1312, 0.8396)),
+    "table2-10k": (dict(samples=10_000), (29.21, 0.0943, 0.8709)),
+    "table2-full": (dict(), (29.23, 0.0950, 0.8711)),
+    "table5-k3": (dict(student=dict(kernel=3)), (27.99, 0.1310, 0.8425)),
+    "table5-k5": (dict(student=dict(kernel=5)), (28.09, 0.1285, 0.8430)),
+    "table5-k7": (dict(student=dict(kernel=7)), (28.07, 0.1307, 0.8438)),
+    "table6-mid": (dict(align=["mid"]), (26.30, 0.1563, 0.7972)),
+    "table6-up0": (dict(align=["up0"]), (26.46, 0.1514, 0.8032)),
+    "table6-up1": (dict(align=["up1"]), (26.42, 0.1512, 0.7992)),
+    "table6-up2": (dict(align=["up2"]), (24.82, 0.1837, 0.7455)),
+    "table6-up0-up1": (dict(align=["up0", "up1"]), (26.83, 0.1441, 0.8124)),
+    "table6-mid-up0-up1": (dict(align=["mid", "up0", "up1"]), (26.91, 0.1391, 0.8155)),
+    "table7-linear": (dict(head="linear"), (26.88, 0.1470, 0.8148)),
+    "table7-mlp1": (dict(head="mlp1"), (26.81, 0.1424, 0.8119)),
+    "table7-mlp2": (dict(head="mlp2"), (26.80, 0.1445, 0.8120)),
+    "table7-pointwise": (dict(head="pointwise"), (26.91, 0.1391, 0.8155)),
+    "figure5-without": (dict(distill_weight=0.0), (28.77, None, None)),
+    "figure5-with": (dict(), (30.39, None, None)),
+}
+
+
+class ListPresets(argparse.Action):
+    """--preset list prints them and ends; any other name is kept."""
+
+    def __call__(self, parser, namespace, value, option=None):
+        if value == "list":
+            print(f"{'preset':22} {'sets':58} the paper's PSNR (dB), LPIPS, SSIM")
+            for name, (changes, paper) in PRESETS.items():
+                flat = {k: v for k, v in changes.items() if k != "student"} | changes.get("student", {})
+                sets = ", ".join(f"{k} {v if isinstance(v, (str, int, float)) else ' '.join(v) or 'none'}"
+                                 for k, v in flat.items()) or "nothing: the recipe"
+                print(f"{name:22} {sets:58} {', '.join(str(v) for v in paper or () if v is not None) or '-'}")
+            parser.exit()
+        if value not in PRESETS:
+            parser.error(f"there is no preset {value}: --preset list prints those there are")
+        namespace.preset = value
+
+
+def student_config(args):
+    """The student's configuration, with what a preset changes."""
+    return replace(CONFIGS[args.config], **args.student)
+
+
 def stage2_argument(value):
     if value in ("auto", "off"):
         return value
@@ -97,6 +153,10 @@ def parse_args(argv=None):
     add("--teacher", choices=TEACHERS, default="tiny", help="whose decoder to distil (default: tiny)")
     add("--teacher-weights", help='a folder or file instead of the released weights, or "random"')
     add("--config", choices=CONFIGS, help="the student's configuration (default: the one named as the teacher)")
+    add("--preset", action=ListPresets, metavar="NAME|list",
+        help="one row of the paper's tables and figures, for any teacher; list: print them with the paper's numbers. "
+             "Flags given beside it win")
+    add("--samples", type=number(int, 1), help="train on so many videos, or made-up clips, only (default: all)")
     add("--init", choices=("random", "teacher"), default="random",
         help="teacher: the student's layers that have a counterpart in the teacher's decoder begin with its most "
              "important channels (default: random)")
@@ -176,6 +236,9 @@ def parse_args(argv=None):
     add("--out", help="the run's folder (default: out/<teacher>)")
     add("--resume", action="store_true", help="go on from the folder's checkpoint.pt")
     add("--overwrite", action="store_true", help="start anew where the folder holds a run already")
+    p.set_defaults(student={})
+    preset = p.parse_args(argv).preset
+    p.set_defaults(**(PRESETS[preset][0] if preset else {}))        # what is given beside a preset wins
     args = p.parse_args(argv)
     for name, value in RECIPES[args.teacher].items():
         if getattr(args, name) is None:
@@ -233,7 +296,8 @@ def datasets(args):
     """(training stream, validation clips, what the latter are, what a resume must find unchanged)."""
     made_up = args.data == "synthetic"
     if made_up:
-        train = SyntheticClips(args.frames, args.size, args.seed + (args.seed >= HELD_OUT_SEED), length=2 ** 62)
+        train = SyntheticClips(args.frames, args.size, args.seed + (args.seed >= HELD_OUT_SEED), length=2 ** 62,
+                               distinct=args.samples)
     else:
         train = VideoClips(args.data, args.frames, args.size, args.stride, train=True, seed=args.seed)
     if args.val_data == "synthetic" or made_up and not args.val_data:
@@ -254,6 +318,8 @@ def datasets(args):
         held_out.subset(list(clips))
         rest.without(held_out)
         train, name = (rest, f"{len(clips)} held-out videos") if len(rest) else (train, "the one video there is, trained on too")
+    if not made_up and args.samples and args.samples < len(train):
+        train = copy.copy(train).subset(sorted(shuffled(len(train), 0, 7)[:args.samples].tolist()))
     return train, list(clips.values()), name, {"files": "made-up" if made_up else train.fingerprint(),
                                                "held_out": held_out.files + [held_out.fingerprint()]}
 
@@ -514,6 +580,8 @@ def fill_cache(args, teacher, clips, about, device, autocast, processes, say):
         return [{name: t[i] for name, t in tensors.items()} for i in range(len(video))]
 
     cache.fill(clips, make, args.micro_batch, processes.rank, processes.world, processes.wait, args.workers, say)
+    if args.data == "synthetic" and args.samples:
+        cache.count = min(cache.count, args.samples)
     return cache
 
 
@@ -943,7 +1011,7 @@ def read_log(path):
 def make_run(args, device, compiles, teacher, processes, resumes):
     """A Run before its first step."""
     torch.manual_seed(args.seed)
-    student = TurboVAED(CONFIGS[args.config])
+    student = TurboVAED(student_config(args))
     if args.init == "teacher" and not resumes:
         begun = begin_as(student, teacher.layers())
         if processes.chief:
@@ -988,7 +1056,7 @@ def open_folder(out, args):
 # What --resume may change. Videos and weights are compared by what they hold.
 MAY_CHANGE = {"data", "val_data", "teacher_weights", "steps", "minutes", "stage2", "stage2_steps", "stage2_gain",
               "stage2_evaluations", "micro_batch", "equation4", "checkpointing", "profile", "price", "workers",
-              "device", "compile", "save_minutes", "eval_every", "log_every", "out", "resume", "overwrite"}
+              "device", "compile", "save_minutes", "eval_every", "log_every", "out", "resume", "overwrite", "preset"}
 
 # and these before stage 2 has begun
 STAGE_2 = {"stage2_lr", "adversarial_weight", "max_drop", "disc_lr", "disc_width", "disc_floor", "smoothness"}
@@ -1261,7 +1329,7 @@ def distil(args):
     teacher = load_teacher(args.teacher, args.teacher_weights, device)
     teacher.check_clip(args.frames, args.size, args.size)
     with torch.device("meta"):
-        check_fit(TurboVAED(CONFIGS[args.config]), f"the {args.teacher} teacher", (), teacher.latent_channels,
+        check_fit(TurboVAED(student_config(args)), f"the {args.teacher} teacher", (), teacher.latent_channels,
                   tuple(teacher.compression), teacher.images, who=f"student {args.config}")
     held_out = []
 

@@ -101,6 +101,30 @@ def test_temporal_error_sees_flicker_and_not_colour(clips):
     assert temporal_error(a[:, :, :1], a[:, :, :1]).isnan().all()
 
 
+def test_grid_sees_a_grid_in_flat_areas_and_no_other_change(clips):
+    y, x = torch.meshgrid(torch.arange(64.0), torch.arange(64.0), indexing="ij")
+    flat = (0.3 * torch.sin(x / 15) + 0.01 * torch.randn(64, 64)).expand(2, 3, 2, 64, 64).clone()
+    flat[..., 48:] += torch.randn(64, 16)                                               # busy: does not count
+    assert torch.allclose(evaluate.grid(flat, flat), torch.ones(2))
+    for period in (2, 4):
+        painted = flat + 0.02 * torch.cos(2 * math.pi * x / period)
+        assert evaluate.grid(painted, flat).min() > 3
+        busy = flat.clone()
+        busy[..., 48:] = painted[..., 48:]
+        assert (evaluate.grid(busy, flat) < 1.2).all()
+    assert evaluate.grid(flat + 0.02 * torch.cos(2 * math.pi * x / 3), flat).max() < 1.2           # no grid of 2 or 4
+    smoother = torch.nn.functional.avg_pool2d(flat[0], 3, 1, 1)[None]
+    assert evaluate.grid(smoother, flat[:1]).item() < 1
+    constant = torch.full((1, 3, 1, 32, 32), 0.5)
+    assert evaluate.grid(constant, constant).item() == 1
+    # rounding to 8 bits is as much noise as is taken for b's own
+    noisy = constant + (torch.rand(400, 3, 1, 32, 32) - 0.5) * 2 / 255
+    assert evaluate.grid(noisy, constant.expand(400, -1, -1, -1, -1)).mean().item() == pytest.approx(2, rel=0.1)
+    assert evaluate.grid(constant[..., :31], constant[..., :31]).isnan().all()
+    with pytest.raises(ValueError, match="shapes"):
+        evaluate.grid(flat, constant)
+
+
 # ----------------------------------------------------------------------------------------------------------
 # the Fréchet distance
 

@@ -555,6 +555,57 @@ def test_profile_needs_no_more_steps_than_it_times(tmp_path, here, monkeypatch, 
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Presets.
+
+def test_presets_change_what_their_rows_say_and_flags_win():
+    plain = vars(parse_args([]))
+    for name, (changes, paper) in train.PRESETS.items():
+        args = parse_args(["--preset", name])
+        changed = {key for key, value in vars(args).items() if value != plain[key]} - {"preset"}
+        assert changed <= set(changes) | ({"align"} if name == "figure5-without" else set()), name
+        config = train.student_config(args)
+        assert all(getattr(config, key) == value for key, value in changes.get("student", {}).items())
+        assert paper is None or 20 < paper[0] < 40
+    assert parse_args(["--preset", "table6-mid"]).align == ["mid"]
+    assert parse_args(["--preset", "table6-mid", "--align", "up0"]).align == ["up0"]
+    assert parse_args(["--preset", "table7-mlp2", "--head", "pointwise"]).head == "pointwise"
+    assert parse_args(["--preset", "figure5-without"]).align == [] and plain["student"] == {}
+    ltx = parse_args(["--teacher", "ltx", "--preset", "figure2-all"])
+    assert train.student_config(ltx).separable == train.BLOCKS and ltx.lr == 2e-4
+
+
+def test_presets_are_listed_and_wrong_ones_named(capsys):
+    with pytest.raises(SystemExit) as end:
+        parse_args(["--preset", "list"])
+    out = capsys.readouterr().out
+    assert end.value.code in (0, None) and all(name in out for name in train.PRESETS) and "26.91, 0.1391, 0.8155" in out
+    with pytest.raises(SystemExit):
+        parse_args(["--preset", "table9"])
+    assert "there is no preset table9" in capsys.readouterr().err
+
+
+def test_a_preset_trains_its_student_and_a_resume_knows_it(tmp_path, here):
+    flags = ["--frames", "4", "--steps", "1"]
+    here(tmp_path / "run", *flags, "--preset", "table5-k5")
+    assert TurboVAED.from_pretrained(tmp_path / "run").config == replace(train.CONFIGS["tiny"], kernel=5)
+    with pytest.raises(ValueError, match="--student {'kernel': 5}"):
+        here(tmp_path / "run", *flags, "--resume")
+
+
+def test_samples_are_so_many_clips_again_and_again(videos, tmp_path):
+    clips = train.datasets(parse_args(["--samples", "3", "--size", "8", "--frames", "4"]))[0]
+    assert torch.equal(clips[0], clips[3]) and torch.equal(clips[2], clips[302]) and not torch.equal(clips[0], clips[1])
+    assert clips.describe(5) == "made-up clip 2"
+    for i in range(6):
+        shutil.copy(videos / f"{i % 3}.mp4", tmp_path / f"{i}.mp4")
+        with open(tmp_path / f"{i}.mp4", "ab") as file:
+            file.write(bytes(i))
+    folder = ["--data", str(tmp_path), "--size", "16"]
+    few, all_of_them = (train.datasets(parse_args([*folder, *flags]))[0] for flags in (["--samples", "2"], []))
+    assert len(few) == 2 and set(few.files) < set(all_of_them.files)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # A run is the run it says it is.
 
 def test_every_setting_is_remembered_but_those_that_change_nothing():
@@ -562,7 +613,8 @@ def test_every_setting_is_remembered_but_those_that_change_nothing():
     args, about = parse_args(["--size", "16"]), {"files": "a", "held_out": ["b"], "teacher_weights": "c"}
     saved = {"args": dict(vars(args)), "about": dict(about), "stage2_start": 1}
     check_resume(saved, args, about)
-    older = {name: value for name, value in saved["args"].items() if name != "init"}     # begun before there was --init
+    newer = ("init", "student", "samples")              # than a run that was begun before there were such
+    older = {name: value for name, value in saved["args"].items() if name not in newer}
     check_resume(saved | {"args": older}, args, about)
     for name, value in vars(args).items():
         changed = parse_args(["--size", "16"])
