@@ -1,12 +1,13 @@
 # make demo   distil the embedded teacher into a tiny student, and show how near it came
 # make test   run the tests
+# make findings   the paper's ablations on the embedded teacher, to results/findings/: hours; QUICK=1 only shows that it works
 # make gpu    on a machine with a GPU and PyTorch: its tests and speeds, at most nine minutes, to results/<gpu>/
-# The first two set themselves up in .venv; the third takes .venv where it is, else PYTHON's own packages. PYTHON chooses the interpreter (3.10 or later).
+# All but the last set themselves up in .venv; that takes .venv where it is, else PYTHON's own packages. PYTHON chooses the interpreter (3.10 or later).
 
 PYTHON ?= python3
 RUN = .venv/bin/python
 
-.PHONY: demo test gpu clean
+.PHONY: demo test gpu findings clean
 
 demo: .venv/ready
 	$(RUN) train.py --minutes 4 --steps 100000 --init teacher --out out/demo --overwrite
@@ -19,6 +20,9 @@ test: .venv/ready
 	$(PYTHON) -m venv .venv
 	$(RUN) -m pip install --quiet -r requirements.txt
 	touch $@
+
+findings: .venv/ready
+	$(RUN) assets/findings.py $(if $(QUICK),--quick)
 
 gpu:
 	@$(if $(wildcard .venv/ready),$(RUN),$(PYTHON)) bench.py --gpu

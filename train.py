@@ -1409,6 +1409,7 @@ def distil(args):
                              batch_sampler=Slots(args, run.step, processes.rank, world), num_workers=args.workers,
                              pin_memory=device.type == "cuda"))
     bar = tqdm(total=args.steps, initial=run.step, unit="step", disable=not (chief and sys.stderr.isatty()))
+    said_at = time.time()
     first_step, logged_seconds, timed_steps, timers, idle = run.step, run.seconds, 0, {}, Timer(device, on=False)
     clock = saved_at = time.time()
     while True:
@@ -1470,7 +1471,11 @@ def distil(args):
         clock = time.time()
         if logs:                                              # before it is saved, too
             rate = args.batch * timed_steps / max(run.seconds - logged_seconds, 1e-9)
-            bar.set_postfix(loss=f"{write_means(run, norm, weight, rate, processes):.4f}")
+            loss = f"{write_means(run, norm, weight, rate, processes):.4f}"
+            bar.set_postfix(loss=loss)
+            if bar.disable and clock - said_at > 20:          # no terminal
+                said_at = clock
+                say(f"step {run.step} of {end}: loss {loss}, {rate:.1f} clips a second, {run.seconds / 60:.1f} minutes")
             timed_steps, logged_seconds = 0, run.seconds
         if run.step % args.eval_every == 0 or run.step == end:
             clock = saved_at = save(validates=True)

@@ -1,0 +1,217 @@
+"""The paper's ablations on the embedded teacher: results/findings/. Figures 2 and 5, Tables 1, 2, 5, 6 and 7.
+
+    python assets/findings.py                        # make findings: all rows, three seeds; resumes where it stopped
+    python assets/findings.py --quick                # QUICK=1 make findings: one seed and few steps, to see it work
+    python assets/findings.py --tables table5 --seeds 0 --out /tmp/findings
+
+Each row is a run of `train.py --preset NAME`: same recipe, same clips and, for a seed, the same teacher's cache. Rows
+that come to the same run share it. Runs are compared in pairs of one seed, since seeds differ by more than rows do.
+"""
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import matplotlib
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt          # noqa: E402
+import torch                             # noqa: E402
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+import evaluate                          # noqa: E402
+from data import CLIPS_PER_SCENE, HELD_OUT_SEED, SyntheticClips         # noqa: E402
+from losses import make_heads            # noqa: E402
+from model import TurboVAED              # noqa: E402
+from teachers import load_teacher        # noqa: E402
+from train import PRESETS, parse_args, student_config                   # noqa: E402
+
+TITLES = {"figure2": "Figure 2: depthwise separable blocks, from none to all", "figure5": "Figure 5: distillation",
+          "table1": "Table 1: upsampling", "table2": "Table 2: number of training samples",
+          "table5": "Table 5: kernel of the depthwise convolutions", "table6": "Table 6: aligned blocks",
+          "table7": "Table 7: projection head"}
+# Beside a preset's own: what stands for the paper's number of samples where a run sees few thousands of clips.
+INSTEAD = {"table2-10k": ["--samples", "205"]}
+
+
+def flags_of(preset):
+    return ["--preset", preset, *INSTEAD.get(preset, [])]
+
+
+def same_run(preset):
+    """What tells this preset's run from others."""
+    args = parse_args(flags_of(preset))
+    return json.dumps([student_config(args).__dict__, args.align, args.head, args.distill_weight, args.samples])
+
+
+def what_hinders(preset, teacher):
+    """Why the preset's blocks cannot be aligned with the teacher's, or None."""
+    args = parse_args(flags_of(preset))
+    latents = torch.zeros(1, teacher.latent_channels, 2, 8, 8)
+    theirs = {name: f.shape for name, f in teacher.features(latents, args.align).items()}
+    try:
+        make_heads({name: student_config(args).feature_shape(name, latents.shape) for name in theirs}, theirs, args.head)
+    except ValueError as error:
+        return str(error)
+
+
+def run_train(out, seed, args, *flags):
+    """train.py on one thread, from the seed's cache; its last line is what ends this where it fails."""
+    cache = ["--cache", str(Path(args.work) / f"cache{seed}-{args.crops}"), "--cache-crops", str(args.crops)]
+    done = subprocess.run([sys.executable, str(ROOT / "train.py"), "--seed", str(seed), *cache, "--out", str(out), *flags],
+                          env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE,
+                          stderr=subprocess.STDOUT, text=True)
+    if done.returncode:
+        sys.exit(f"{out}: {done.stdout.splitlines()[-1]}")
+
+
+def train(preset, seed, args):
+    """The run's folder; trains what of it is still to be trained."""
+    run = Path(args.work) / f"{preset}-{seed}-{args.steps}"
+    log = run / "log.jsonl"
+    if not log.exists() or json.loads(log.read_text().splitlines()[-1])["step"] < args.steps:
+        resume = "--resume" if (run / "checkpoint.pt").exists() else "--overwrite"
+        run_train(run, seed, args, *flags_of(preset), "--steps", str(args.steps), "--val-clips", "16",
+                  "--eval-every", str(max(args.steps // 12, 1)), resume)
+    return run
+
+
+@torch.no_grad()
+def measured(run, clips, teacher):
+    """{"parameters": of the student, "psnr": mean over held-out clips, "ssim", "curve": {step: validation PSNR}}."""
+    student = TurboVAED.from_pretrained(str(run)).eval()
+    videos = [student(teacher.encode(clip[None])) for clip in clips]
+    found = {"parameters": sum(p.numel() for p in student.parameters())}
+    for name, metric in (("psnr", evaluate.psnr), ("ssim", evaluate.ssim)):
+        found[name] = statistics.mean(metric(video, clip[None]).item() for video, clip in zip(videos, clips))
+    lines = map(json.loads, (run / "log.jsonl").read_text().splitlines())
+    return found | {"curve": {line["step"]: line["psnr"] for line in lines if "psnr" in line}}
+
+
+def spread(values):
+    return statistics.stdev(values) if len(values) > 1 else 0.0
+
+
+def written(values, decimals):
+    """Mean ± standard deviation."""
+    mean = f"{statistics.mean(values):.{decimals}f}"
+    return f"{mean} ± {spread(values):.{decimals}f}" if len(values) > 1 else mean
+
+
+def against(rows, a, b):
+    """A line that compares two rows: their order by the paper and by the pairs of our runs."""
+    seeds = [seed for seed in rows[a]["seeds"] if seed in rows[b]["seeds"]]
+    differences = [rows[a]["seeds"][seed]["psnr"] - rows[b]["seeds"][seed]["psnr"] for seed in seeds]
+    mean, deviation = statistics.mean(differences), spread(differences)
+    paper = rows[a]["paper"][0] - rows[b]["paper"][0]
+    if len(seeds) < 2:
+        return f"- {a} over {b}: paper {paper:+.2f} dB, ours {mean:+.2f} dB of one pair"
+    verdict = "within the spread" if abs(mean) <= deviation else "agrees" if mean * paper > 0 else "DISAGREES"
+    return (f"- {a} over {b}: paper {paper:+.2f} dB, ours {mean:+.2f} ± {deviation:.2f} dB of {len(seeds)} pairs, "
+            f"{abs(mean) / max(deviation, 1e-9):.1f} spreads: {verdict}")
+
+
+def report(found, args):
+    """RESULTS.md: each table in the paper's form, and how each two rows with neighbouring numbers compare."""
+    lines = ["# The paper's ablations on the embedded teacher", "",
+             f"`{found['command']}`: {found['about']}", "",
+             "PSNR and SSIM are of held-out made-up clips: mean over seeds ± standard deviation. The paper's are of",
+             "Turbo-VAED-LTX on real video. Comparisons are of runs with the same seed and clips.", ""]
+    for table, title in TITLES.items():
+        rows = {name: row for name, row in found["rows"].items() if name.startswith(table) and row["seeds"]}
+        if not rows:
+            continue
+        lines += [f"## {title}", "", "| preset | decoder (M) | PSNR (dB) | SSIM | the paper's PSNR | SSIM |",
+                  "| --- | --- | --- | --- | --- | --- |"]
+        for name, row in rows.items():
+            psnr, ssim = ([run[metric] for run in row["seeds"].values()] for metric in ("psnr", "ssim"))
+            paper = [str(row["paper"][i]) if row["paper"] and row["paper"][i] is not None else "-" for i in (0, 2)]
+            lines.append(f"| {name} | {next(iter(row['seeds'].values()))['parameters'] / 1e6:.3f} "
+                         f"| {written(psnr, 2)} | {written(ssim, 4)} | {' | '.join(paper)} |")
+        known = sorted((name for name in rows if rows[name]["paper"]), key=lambda name: -rows[name]["paper"][0])
+        lines += ["", *(against(rows, a, b) for a, b in zip(known, known[1:])), ""]
+    lines += [f"Left out: {name}: {why}." for name, why in found["left_out"].items()]
+    return "\n".join(lines) + "\n"
+
+
+def picture(found, path):
+    """Each table's rows as points, one for each seed; and Figure 5's curves."""
+    tables = [t for t in TITLES if any(n.startswith(t) and r["seeds"] for n, r in found["rows"].items())]
+    figure, axes = plt.subplots(2, 4, figsize=(15, 6.5), layout="constrained")
+    for axis in axes.flat[len(tables):]:
+        axis.axis("off")
+    for axis, table in zip(axes.flat, tables):
+        rows = {n.removeprefix(f"{table}-"): r["seeds"] for n, r in found["rows"].items() if n.startswith(table) and r["seeds"]}
+        axis.set_title(TITLES[table], fontsize=9)
+        if table == "figure5":
+            for (name, seeds), colour in zip(rows.items(), ("black", "tab:blue")):
+                for i, run in enumerate(seeds.values()):
+                    axis.plot([int(step) for step in run["curve"]], run["curve"].values(), color=colour, linewidth=1,
+                              label=None if i else name)
+            axis.set(xlabel="step", ylabel="validation PSNR in dB")
+            axis.legend(fontsize=8)
+            continue
+        for i, seeds in enumerate(rows.values()):
+            psnrs = [run["psnr"] for run in seeds.values()]
+            axis.plot([i] * len(psnrs), psnrs, "o", color="tab:blue", markersize=4, alpha=0.6)
+            axis.plot([i - 0.2, i + 0.2], [statistics.mean(psnrs)] * 2, color="black")
+        axis.set_xticks(range(len(rows)), rows, rotation=20, ha="right", fontsize=8)
+        axis.set(ylabel="PSNR in dB")
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+def main():
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--tables", nargs="+", choices=TITLES, default=list(TITLES), help="default: all")
+    p.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    p.add_argument("--steps", type=int, default=600, help="of each run (default: 600)")
+    p.add_argument("--jobs", type=int, default=2, help="runs at once, one thread each (default: 2)")
+    p.add_argument("--quick", action="store_true", help="seed 0 and 30 steps: shows that all runs, measures nothing")
+    p.add_argument("--work", default="out/findings", help="runs and caches (default: out/findings)")
+    p.add_argument("--out", help="for findings.json, RESULTS.md, findings.png (default: results/findings; quick: out/findings)")
+    args = p.parse_args()
+    args.crops = 4                      # of 512 made-up videos: clips in a seed's cache
+    if args.quick:
+        args.seeds, args.steps, args.crops = [0], 30, 1
+    out = Path(args.out or ("out/findings" if args.quick else ROOT / "results" / "findings"))
+    out.mkdir(parents=True, exist_ok=True)
+
+    teacher = load_teacher("tiny")
+    presets = [name for name in PRESETS if name.split("-")[0] in args.tables]
+    left_out = {name: why for name in presets if (why := what_hinders(name, teacher))}
+    presets = [name for name in presets if name not in left_out]
+    named = {}
+    for name in presets:
+        named.setdefault(same_run(name), name)
+    blocks = {block for name in presets for block in parse_args(flags_of(name)).align}
+    held_out = SyntheticClips(8, 64, HELD_OUT_SEED)
+    clips = [held_out[CLIPS_PER_SCENE * i] for i in range(32)]
+    found = {"command": " ".join(["python", *sys.argv]), "steps": args.steps, "seeds": args.seeds,
+             "teacher_weights": teacher.weights_hash(), "torch": torch.__version__,
+             "about": f"{args.steps} steps of 8 clips of 8x64x64, {len(clips)} held-out clips, seeds {args.seeds}",
+             "left_out": left_out, "rows": {name: {"paper": PRESETS[name][1], "seeds": {}} for name in presets}}
+    results, total = {}, len(named) * len(args.seeds)
+    for seed in args.seeds:
+        # A cache holds the features of the run that makes it: all that are asked for.
+        run_train(Path(args.work) / f"cache{seed}-run", seed, args, "--align", *sorted(blocks), "--steps", "1",
+                  "--overwrite")
+        with ThreadPoolExecutor(args.jobs) as pool:
+            for name, run in zip(named.values(), pool.map(lambda name: train(name, seed, args), named.values())):
+                results[name, seed] = measured(run, clips, teacher)
+                print(f"{len(results)}/{total} {name}, seed {seed}: {results[name, seed]['psnr']:.2f} dB", flush=True)
+                for row in presets:
+                    if named[same_run(row)] == name:
+                        found["rows"][row]["seeds"][str(seed)] = results[name, seed]
+                (out / "findings.json").write_text(json.dumps(found, indent=1) + "\n")
+                (out / "RESULTS.md").write_text(report(found, args))
+                picture(found, out / "findings.png")
+    print(f"{out}/RESULTS.md")
+
+
+if __name__ == "__main__":
+    main()
