@@ -53,8 +53,9 @@ def what_hinders(preset, teacher):
     args = parse_args(flags_of(preset))
     latents = torch.zeros(1, teacher.latent_channels, 2, 8, 8)
     theirs = {name: f.shape for name, f in teacher.features(latents, args.align).items()}
+    ours = {name: student_config(args).feature_shape(name, latents.shape) for name in theirs}
     try:
-        make_heads({name: student_config(args).feature_shape(name, latents.shape) for name in theirs}, theirs, args.head)
+        make_heads(ours, theirs, args.head)
     except ValueError as error:
         return str(error)
 
@@ -62,8 +63,8 @@ def what_hinders(preset, teacher):
 def run_train(out, seed, args, *flags):
     """train.py on one thread, from the seed's cache; its last line is what ends this where it fails."""
     cache = ["--cache", str(Path(args.work) / f"cache{seed}-{args.crops}"), "--cache-crops", str(args.crops)]
-    done = subprocess.run([sys.executable, str(ROOT / "train.py"), "--seed", str(seed), *cache, "--out", str(out), *flags],
-                          env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE,
+    command = [sys.executable, str(ROOT / "train.py"), "--seed", str(seed), *cache, "--out", str(out), *flags]
+    done = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE,
                           stderr=subprocess.STDOUT, text=True)
     if done.returncode:
         sys.exit(f"{out}: {done.stdout.splitlines()[-1]}")
@@ -115,7 +116,7 @@ def against(rows, a, b):
             f"{abs(mean) / max(deviation, 1e-9):.1f} spreads: {verdict}")
 
 
-def report(found, args):
+def report(found):
     """RESULTS.md: each table in the paper's form, and how each two rows with neighbouring numbers compare."""
     lines = ["# The paper's ablations on the embedded teacher", "",
              f"`{found['command']}`: {found['about']}", "",
@@ -141,11 +142,13 @@ def report(found, args):
 def picture(found, path):
     """Each table's rows as points, one for each seed; and Figure 5's curves."""
     tables = [t for t in TITLES if any(n.startswith(t) and r["seeds"] for n, r in found["rows"].items())]
-    figure, axes = plt.subplots(2, 4, figsize=(15, 6.5), layout="constrained")
+    columns, lines = min(len(tables), 4), -(-len(tables) // 4)
+    figure, axes = plt.subplots(lines, columns, figsize=(4 * columns, 3.3 * lines), layout="constrained", squeeze=False)
     for axis in axes.flat[len(tables):]:
         axis.axis("off")
     for axis, table in zip(axes.flat, tables):
-        rows = {n.removeprefix(f"{table}-"): r["seeds"] for n, r in found["rows"].items() if n.startswith(table) and r["seeds"]}
+        rows = {name.removeprefix(f"{table}-"): row["seeds"] for name, row in found["rows"].items()
+                if name.startswith(table) and row["seeds"]}
         axis.set_title(TITLES[table], fontsize=9)
         if table == "figure5":
             for (name, seeds), colour in zip(rows.items(), ("black", "tab:blue")):
@@ -160,7 +163,9 @@ def picture(found, path):
             axis.plot([i] * len(psnrs), psnrs, "o", color="tab:blue", markersize=4, alpha=0.6)
             axis.plot([i - 0.2, i + 0.2], [statistics.mean(psnrs)] * 2, color="black")
         axis.set_xticks(range(len(rows)), rows, rotation=20, ha="right", fontsize=8)
-        axis.set(ylabel="PSNR in dB")
+        low, high = axis.get_ylim()
+        more = max(0.4 - (high - low), 0) / 2                   # at least 0.4 dB, so that noise looks like noise
+        axis.set(ylabel="PSNR in dB", ylim=(low - more, high + more))
     figure.savefig(path, dpi=130)
     plt.close(figure)
 
@@ -173,7 +178,8 @@ def main():
     p.add_argument("--jobs", type=int, default=2, help="runs at once, one thread each (default: 2)")
     p.add_argument("--quick", action="store_true", help="seed 0 and 30 steps: shows that all runs, measures nothing")
     p.add_argument("--work", default="out/findings", help="runs and caches (default: out/findings)")
-    p.add_argument("--out", help="for findings.json, RESULTS.md, findings.png (default: results/findings; quick: out/findings)")
+    p.add_argument("--out", help="for findings.json, RESULTS.md, findings.png (default: results/findings; quick: "
+                                 "out/findings)")
     args = p.parse_args()
     args.crops = 4                      # of 512 made-up videos: clips in a seed's cache
     if args.quick:
@@ -208,7 +214,7 @@ def main():
                     if named[same_run(row)] == name:
                         found["rows"][row]["seeds"][str(seed)] = results[name, seed]
                 (out / "findings.json").write_text(json.dumps(found, indent=1) + "\n")
-                (out / "RESULTS.md").write_text(report(found, args))
+                (out / "RESULTS.md").write_text(report(found))
                 picture(found, out / "findings.png")
     print(f"{out}/RESULTS.md")
 

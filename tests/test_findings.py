@@ -1,0 +1,47 @@
+"""How rows of the paper's tables are told apart, compared and written; the runs themselves are train.py's."""
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "assets"))
+import findings                          # noqa: E402
+from teachers import load_teacher        # noqa: E402
+
+
+def row(psnrs, paper):
+    run = lambda psnr: {"psnr": psnr, "ssim": psnr / 100, "parameters": 490_000, "curve": {"1": psnr - 1, "2": psnr}}
+    return {"paper": paper, "seeds": {str(seed): run(psnr) for seed, psnr in enumerate(psnrs)}}
+
+
+def test_rows_that_come_to_one_run_share_it():
+    same = {findings.same_run(name) for name in ("table1-decoupled", "table2-full", "table7-pointwise", "figure5-with")}
+    others = {findings.same_run(name) for name in findings.PRESETS}
+    assert len(same) == 1 and len(others) > 18
+    assert findings.same_run("table5-k3") in same                   # the embedded student's own kernel
+
+
+def test_what_cannot_be_aligned_is_said():
+    teacher = load_teacher("tiny")
+    assert findings.what_hinders("table6-mid", teacher) is None
+    assert "no projection head" in findings.what_hinders("table6-up1", teacher)
+
+
+@pytest.mark.parametrize("first, verdict", [((24.3, 24.2, 24.3), "agrees"), ((23.9, 23.8, 23.9), "DISAGREES"),
+                                            ((24.5, 23.5, 24.1), "within the spread"), ((24.3,), "one pair")])
+def test_rows_are_compared_seed_by_seed(first, verdict):
+    rows = {"a": row(first, (28.0, None, None)), "b": row((24.1, 24.0, 24.1), (27.0, None, None))}
+    line = findings.against(rows, "a", "b")
+    assert verdict in line and "paper +1.00 dB" in line
+
+
+def test_the_report_has_all_tables_and_the_paper_beside(tmp_path):
+    rows = {name: row((24.0 + i / 10, 24.1 + i / 10), paper)
+            for i, (name, (_, paper)) in enumerate(findings.PRESETS.items())}
+    found = {"command": "findings.py", "about": "test", "rows": rows, "left_out": {"table6-up9": "no such"}}
+    text = findings.report(found)
+    assert all(name in text for name in findings.PRESETS) and all(title in text for title in findings.TITLES.values())
+    assert "| table1-interpolate | 0.490 | 24.75 ± 0.07 | 0.2475 ± 0.0007 | 27.4 | 0.8272 |" in text
+    assert "Left out: table6-up9: no such." in text
+    findings.picture(found, tmp_path / "findings.png")
+    assert (tmp_path / "findings.png").stat().st_size > 10_000
