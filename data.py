@@ -1,4 +1,6 @@
-"""Clips: from videos, from the data sets of the paper, made up from noise, and from a cache of what a teacher makes of them.
+"""Clips: from videos, from the data sets of the paper, made up from noise, and from a cache.
+
+The cache holds what a teacher makes of clips.
 
 Every data set here is a function of one number. In training, `clips[n]` for n = 0, 1, 2, ... is an endless
 stream in which the file, the window, the crop and the flip (or the whole made-up scene) depend on the seed
@@ -38,10 +40,12 @@ from tqdm import tqdm
 # ----------------------------------------------------------------------------------------------------------
 # video files
 
-SUFFIXES = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".ts", ".wmv", ".flv", ".3gp", ".ogv", ".gif")
+SUFFIXES = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".ts", ".wmv", ".flv", ".3gp",
+            ".ogv", ".gif")
 IMAGES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")      # a folder of these is a video too
 BROKEN = (av.FFmpegError, OSError, ValueError, MemoryError)     # all that PyAV raises on damaged files
-EXACT = Interpolation.BILINEAR | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT  # the default loses 2 of 255 levels
+# The default interpolation loses 2 of 255 levels.
+EXACT = Interpolation.BILINEAR | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT
 
 
 class BadVideo(ValueError):
@@ -155,7 +159,8 @@ def read_frames(path, start, frames, stride):
                     if image.mode.startswith(("I", "F")):           # Pillow would clip more than 8 bits to white
                         raise BadVideo(f"images of 8 bits are needed, not mode {image.mode}")
                     yield np.array(ImageOps.exif_transpose(image).convert("RGB"))
-            except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:     # all that Pillow raises
+            except (OSError, ValueError, SyntaxError,
+                    Image.DecompressionBombError) as error:     # all that Pillow raises
                 raise BadVideo(f"{name}: {why(error)}") from None
         return
     with open_video(path) as container:
@@ -204,9 +209,10 @@ def shuffled(n, *key):
 
 
 def find_videos(root):
-    """Yields (relative to root) all video files at any depth, and all folders that hold images and nothing to look into.
+    """Yields all video files at any depth, and all folders that hold images but no video and no folder to look into.
 
-    A file or folder that links show in several places is found in the first of them only.
+    The paths are relative to root. A file or folder that links show in several places is found in the first of them
+    only.
     """
     seen = set()
     new = lambda path: not (path in seen or seen.add(path))
@@ -216,7 +222,8 @@ def find_videos(root):
             below.clear()
             continue
         relative = lambda name: os.path.relpath(os.path.join(folder, name), root).replace(os.sep, "/")
-        below[:] = sorted(name for name in below if name[0] not in ".@")     # what systems and editors keep beside the files
+        # Folders whose names begin with . or @ are what systems and editors keep beside the files.
+        below[:] = sorted(name for name in below if name[0] not in ".@")
         videos = sorted(name for name in found if name.lower().endswith(SUFFIXES) and not name.startswith("."))
         yield from (relative(name) for name in videos if new(os.path.realpath(os.path.join(real, name))))
         if not videos and not below and frame_files(folder):
@@ -292,7 +299,8 @@ class VideoClips(Dataset):
                 print(line, file=sys.stderr)
         if not self.files:
             raise ValueError(f"no usable video in {root}: looked for files of {self.span} frames or more that end in "
-                             f"{' '.join(SUFFIXES)}, and for folders of images; found {len(names)} and skipped them all")
+                             f"{' '.join(SUFFIXES)}, and for folders of images; "
+                             f"found {len(names)} and skipped them all")
         self.gave_way = torch.zeros(len(self.files), dtype=torch.bool).share_memory_()    # one table for all workers
 
     def probe(self, name):
@@ -393,7 +401,8 @@ DATA_SETS = {
     "vidgen": ((256, 256), "https://huggingface.co/datasets/Fudan-FUXI/VIDGEN-1M"),
     "openvid": ((360, 640), "https://huggingface.co/datasets/nkp37/OpenVid-1M"),
 }
-# name: (address, SHA-256) of archives. No checksum is published of DAVIS's test-dev archive, whose place is beside this one.
+# name: (address, SHA-256) of each of its archives.
+# DAVIS's test-dev archive, whose place is beside the one named here, is left out: no checksum of it is published.
 ARCHIVES = {
     "davis": [("https://data.vision.ee.ethz.ch/csergi/share/davis/DAVIS-2017-trainval-480p.zip",
                "e3d0b5b77c3d031b000a19e0e25e3e2cac65d183755601bc2cf066df1a2aa492")],
@@ -407,7 +416,8 @@ ARCHIVES = {
 def split_names(root, split):
     """The lines of a split's file, wherever under `root` it lies, or of the file `split`."""
     lists = [split] if os.path.isfile(split) else sorted(
-        os.path.join(folder, name) for folder, _, found in os.walk(root) for name in found if name in (split, f"{split}.txt"))
+        os.path.join(folder, name) for folder, _, found in os.walk(root)
+        for name in found if name in (split, f"{split}.txt"))
     if not lists:
         raise FileNotFoundError(f"no split {split}: neither a file of that name nor {split}.txt under {root}")
     with open(lists[0]) as file:
@@ -417,37 +427,48 @@ def split_names(root, split):
 def find_clips(data, root=None, split=None):
     """(folder, names) of the videos that `data` means, for VideoClips; names None for all in the folder.
 
-    data: davis, which is the split test-dev where that is there, else val; ucf101, which is testlist01, the 3,783 clips
-    of the paper; vidgen, openvid, or a video or folder. A name is looked for in data/<name>, or in `root`. split: another
-    list of the data set's, or a text file with a name a line. Raises FileNotFoundError that says where to get it.
+    data     davis: the split test-dev where that is there, else val
+             ucf101: testlist01, the 3,783 clips of the paper
+             vidgen, openvid, or a video or folder
+    root     the folder where a name is looked for, instead of data/<name>
+    split    another list of the data set's, or a text file with a name a line
+
+    Raises FileNotFoundError that says where to get the videos.
     """
     folder = str(root or (data if os.path.exists(data) else os.path.join("data", data)))
     if not os.path.exists(folder):
         hint = f"; it is to be had from {DATA_SETS[data][1]}" if data in DATA_SETS else ""
         hint += ", or by --download" if data in ARCHIVES else ""
-        raise FileNotFoundError(f"no videos called {data}: put them into the folder {folder}, or name the folder that holds them{hint}")
+        raise FileNotFoundError(f"no videos called {data}: put them into the folder {folder}, "
+                                f"or name the folder that holds them{hint}")
     if data == "davis":
-        folder = os.path.join(folder, "DAVIS") if os.path.isdir(os.path.join(folder, "DAVIS")) else folder      # as unpacked
+        # The archive unpacks into a folder DAVIS.
+        folder = os.path.join(folder, "DAVIS") if os.path.isdir(os.path.join(folder, "DAVIS")) else folder
         frames, lists = (os.path.join(folder, *parts) for parts in (("JPEGImages", "480p"), ("ImageSets", "2017")))
         if not os.path.isdir(frames):
-            raise FileNotFoundError(f"{folder} holds no JPEGImages/480p, as DAVIS-2017 does; get it from {DATA_SETS[data][1]}, or by --download")
-        names = split_names(lists, split or ("test-dev" if os.path.exists(os.path.join(lists, "test-dev.txt")) else "val"))
+            raise FileNotFoundError(f"{folder} holds no JPEGImages/480p, as DAVIS-2017 does; "
+                                    f"get it from {DATA_SETS[data][1]}, or by --download")
+        names = split_names(
+            lists, split or ("test-dev" if os.path.exists(os.path.join(lists, "test-dev.txt")) else "val"))
         return frames, names
     if data == "ucf101":
-        there = {os.path.basename(name): name for name in find_videos(folder)}      # by class in the release, flat in the mirror
-        names = [re.sub(r"\s+\d+$", "", name) for name in split_names(folder, split or "testlist01")]     # train lists name the class
+        # The release has a folder for each class. The mirror has one folder for all videos.
+        there = {os.path.basename(name): name for name in find_videos(folder)}
+        # In the lists for training, each line ends with the number of the class.
+        names = [re.sub(r"\s+\d+$", "", name) for name in split_names(folder, split or "testlist01")]
         return folder, [there.get(os.path.basename(name), name) for name in names]
     return folder, split_names(folder, split) if split else None
 
 
 def download(data, root=None):
-    """Fetches and unpacks the archives of davis (0.8 GB) or ucf101 (7 GB) into data/<name>, or `root`, checking their sums.
+    """Fetches and unpacks the archives of davis (0.8 GB) or ucf101 (7 GB) into data/<name>, or `root`.
 
-    Raises ValueError for other data sets, or for an archive that is not what it was; OSError where it cannot be had.
+    Their checksums are checked before they are unpacked. Raises ValueError for other data sets, or for an archive that
+    is not what it was. Raises OSError where an archive cannot be had.
     """
     if data not in ARCHIVES:
-        raise ValueError(f"--download fetches {' and '.join(ARCHIVES)}; {data} is to be had from {DATA_SETS[data][1]}" if data in DATA_SETS
-                         else f"--download fetches {' and '.join(ARCHIVES)}, not {data}")
+        raise ValueError(f"--download fetches {' and '.join(ARCHIVES)}; {data} is to be had from {DATA_SETS[data][1]}"
+                         if data in DATA_SETS else f"--download fetches {' and '.join(ARCHIVES)}, not {data}")
     root = root or os.path.join("data", data)
     os.makedirs(root, exist_ok=True)
     for address, sha256 in ARCHIVES[data]:
@@ -457,9 +478,11 @@ def download(data, root=None):
             try:
                 torch.hub.download_url_to_file(address, archive, hash_prefix=sha256, progress=sys.stderr.isatty())
             except OSError as error:
-                raise OSError(f"{address} could not be fetched ({why(error)}); fetch it by hand and unpack it into {root}") from None
+                raise OSError(f"{address} could not be fetched ({why(error)}); "
+                              f"fetch it by hand and unpack it into {root}") from None
             except RuntimeError:
-                raise ValueError(f"{address} is not the archive whose SHA-256 is {sha256}: nothing was unpacked") from None
+                raise ValueError(f"{address} is not the archive whose SHA-256 is {sha256}: "
+                                 f"nothing was unpacked") from None
             with zipfile.ZipFile(archive) as held:
                 held.extractall(os.path.join(folder, "all"))
             shutil.copytree(os.path.join(folder, "all"), root, dirs_exist_ok=True, copy_function=os.replace)
@@ -477,7 +500,8 @@ def pink_noise(rng, channels, size, slope):
     fy, fx = np.fft.fftfreq(size)[:, None], np.fft.rfftfreq(size)[None]
     amplitude = np.maximum(np.hypot(fy, fx), 1 / size) ** -slope
     amplitude[0, 0] = 0
-    spectrum = rng.standard_normal((channels, size, size // 2 + 1, 2)).astype(np.float32) @ np.array([1, 1j], np.complex64)
+    spectrum = (rng.standard_normal((channels, size, size // 2 + 1, 2)).astype(np.float32)
+                @ np.array([1, 1j], np.complex64))
     noise = np.fft.irfft2(spectrum * amplitude, s=(size, size)).astype(np.float32)
     return noise / noise.std(axis=(1, 2), keepdims=True)
 
@@ -508,7 +532,8 @@ def dead_leaves(rng, size):
     palette = random_colours(rng, int(rng.integers(4, 24)))
     colours = palette[rng.integers(len(palette), size=n)] + 0.04 * rng.standard_normal((n, 3)).astype(np.float32)
     contrast = rng.gamma(1.0, 0.08, n).astype(np.float32)
-    centres, angles, aspects = rng.random((n, 2)) * size, rng.random(n) * np.pi, np.exp(rng.normal(0, 0.7, n)).clip(0.1, 10)
+    centres, angles, aspects = (rng.random((n, 2)) * size, rng.random(n) * np.pi,
+                                np.exp(rng.normal(0, 0.7, n)).clip(0.1, 10))
     boxes, shading = rng.random(n) < 0.4, rng.normal(0, 0.12, (n, 2))
     for i in order:
         r, (cy, cx) = radius[i], centres[i]
@@ -604,8 +629,10 @@ class SyntheticClips(Dataset):
             points = points - centre
             extent = size * float(rng.uniform(0.08, 0.3))
             wobble = film(self.blob(n // CLIPS_PER_SCENE), points * (48 / extent) + start)
-            mask = ((1 - points[..., 0].hypot(points[..., 1])[:, None] / extent + 0.35 * wobble) * extent + 0.5).clamp(0, 1)
-            paint = film(scene, points * magnify + start) + torch.from_numpy(rng.normal(0, 0.15, (3, 1, 1)).astype(np.float32))
+            mask = ((1 - points[..., 0].hypot(points[..., 1])[:, None] / extent + 0.35 * wobble) * extent
+                    + 0.5).clamp(0, 1)
+            paint = (film(scene, points * magnify + start)
+                     + torch.from_numpy(rng.normal(0, 0.15, (3, 1, 1)).astype(np.float32)))
             video = video + mask * (paint - video)
         video = F.avg_pool2d(video, 2)
         if rng.random() < 0.3:                                        # out of focus
@@ -626,7 +653,10 @@ class SyntheticClips(Dataset):
 # what a teacher makes of clips, computed once
 
 def write_file(path, data):
-    """Writes bytes to a temporary name, then renames: OSError, and what `path` held before, where the disk cannot take them."""
+    """Writes bytes to a file of a temporary name, then renames it to `path`.
+
+    Where the disk cannot take them, raises OSError, and `path` holds what it held before.
+    """
     partial = f"{path}.{os.getpid()}.partial"                   # another process may write the same
     try:
         with open(partial, "wb") as file:
@@ -665,8 +695,10 @@ class CachedClips(Dataset):
     """
 
     def __init__(self, folder, count, settings, dtype=torch.float16, blocks=(), seed=0):
-        self.folder, self.count, self.dtype, self.blocks, self.seed = os.path.abspath(folder), count, dtype, tuple(blocks), seed
-        manifest, settings = os.path.join(folder, "manifest.json"), settings | {"entries": count, "dtype": str(dtype)[6:]}
+        self.folder, self.count, self.dtype, self.blocks, self.seed = (
+            os.path.abspath(folder), count, dtype, tuple(blocks), seed)
+        manifest, settings = (os.path.join(folder, "manifest.json"),
+                              settings | {"entries": count, "dtype": str(dtype)[6:]})
         if os.path.exists(manifest):
             try:
                 with open(manifest) as file:
@@ -679,12 +711,13 @@ class CachedClips(Dataset):
                     raise ValueError(f"the cache {folder} was made with {key} {made.get(key)}, this run has {value}: "
                                      f"delete it, or name another folder")
             if not set(blocks) <= set(made["blocks"]):
-                raise ValueError(f"the cache {folder} holds features of {' '.join(made['blocks']) or 'no block'}, this run aligns "
-                                 f"{' '.join(blocks)}: delete it, or name another folder")
+                raise ValueError(f"the cache {folder} holds features of {' '.join(made['blocks']) or 'no block'}, "
+                                 f"this run aligns {' '.join(blocks)}: delete it, or name another folder")
         elif os.path.exists(folder) and not os.path.isdir(folder):
             raise ValueError(f"{folder} is a file: name an empty or a new folder for the cache")
         elif os.path.isdir(folder) and os.listdir(folder):
-            raise ValueError(f"{folder} holds files but no cache's manifest.json: name an empty or a new folder for the cache")
+            raise ValueError(f"{folder} holds files but no cache's manifest.json: "
+                             f"name an empty or a new folder for the cache")
         else:
             os.makedirs(folder, exist_ok=True)
             made = settings | {"blocks": list(blocks)}
@@ -700,7 +733,8 @@ class CachedClips(Dataset):
         for shard in range(-(-self.count // 1000)):
             folder = os.path.dirname(self.path(1000 * shard))
             if os.path.isdir(folder):
-                sizes |= {int(entry.name[:8]): entry.stat().st_size for entry in os.scandir(folder) if entry.name.endswith(".safetensors")}
+                sizes |= {int(entry.name[:8]): entry.stat().st_size for entry in os.scandir(folder)
+                          if entry.name.endswith(".safetensors")}
         return [m for m in range(self.count) if sizes.get(m) != size]
 
     def tidy(self, age=3600):
@@ -714,7 +748,8 @@ class CachedClips(Dataset):
         """Raises OSError unless the disk has room for so many more entries of `size` bytes."""
         free = shutil.disk_usage(self.folder).free
         if entries * size > free:
-            raise OSError(f"the cache {self.folder} needs {entries * size / 1e9:.1f} GB more, its disk has {free / 1e9:.1f} GB free")
+            raise OSError(f"the cache {self.folder} needs {entries * size / 1e9:.1f} GB more, "
+                          f"its disk has {free / 1e9:.1f} GB free")
 
     def put(self, m, video, tensors):
         """Writes entry m: a clip in [-1, 1] and {name: tensor}, scalars in float32."""
@@ -729,8 +764,8 @@ class CachedClips(Dataset):
     def fill(self, clips, make, batch, rank=0, world=1, barrier=lambda: None, workers=0, say=print):
         """Makes what is missing of clips[m] for all m < count, this process the rank-th share of `world`.
 
-        make([m, ...], clips (B, 3, T, H, W)) returns a dict of tensors for each. Always the same `batch` clips go together,
-        whichever of them are missing, since a batch's composition shows in the last bit.
+        make([m, ...], clips (B, 3, T, H, W)) returns a dict of tensors for each clip. Always the same `batch` clips go
+        together, whichever of them are missing: which clips share a batch shows in the last bit of what is made.
         """
         groups = [list(range(m, min(m + batch, self.count))) for m in range(0, self.count, batch)]
 
@@ -742,18 +777,23 @@ class CachedClips(Dataset):
             self.tidy()
             put(groups[0], torch.stack([clips[m] for m in groups[0]]))
         barrier()
-        size = os.path.getsize(self.path(0))                    # all entries': it tells which are whole, and the room they need
+        # All entries have the size of this one. It tells which are whole, and the room that they need.
+        size = os.path.getsize(self.path(0))
         missing = self.missing(size)
-        say(f"the cache {self.folder}: {self.count} entries of {size / 1e6:.2f} MB, {len(missing)} to make, {len(missing) * size / 1e9:.2f} GB")
+        say(f"the cache {self.folder}: {self.count} entries of {size / 1e6:.2f} MB, {len(missing)} to make, "
+            f"{len(missing) * size / 1e9:.2f} GB")
         self.check_room(len(missing), size)
         barrier()
         share = sorted({m // batch for m in missing})[rank::world]
-        loader = DataLoader(clips, batch_sampler=[groups[g] for g in share], num_workers=workers, worker_init_fn=begin_worker)
-        for g, video in zip(share, tqdm(loader, desc="cache", unit="batch", disable=rank > 0 or not sys.stderr.isatty())):
+        loader = DataLoader(clips, batch_sampler=[groups[g] for g in share], num_workers=workers,
+                            worker_init_fn=begin_worker)
+        for g, video in zip(share, tqdm(loader, desc="cache", unit="batch",
+                                        disable=rank > 0 or not sys.stderr.isatty())):
             put(groups[g], video)
         barrier()
         if self.missing(size):
-            raise OSError(f"the cache {self.folder} is not complete after all processes made their share: do all nodes see the same folder?")
+            raise OSError(f"the cache {self.folder} is not complete after all processes made their share: "
+                          f"do all nodes see the same folder?")
 
     def number(self, n):
         epoch, place = divmod(n, self.count)
@@ -769,7 +809,8 @@ class CachedClips(Dataset):
             with open(path, "rb") as file:
                 held = file.read()
         except OSError as error:
-            raise OSError(f"the cache's {path} cannot be read ({error.strerror}); --resume makes it anew if it is gone") from None
+            raise OSError(f"the cache's {path} cannot be read ({error.strerror}); "
+                          f"--resume makes it anew if it is gone") from None
         try:
             entry = load(held)
             header = json.loads(held[8:8 + int.from_bytes(held[:8], "little")])
@@ -778,6 +819,7 @@ class CachedClips(Dataset):
             whole = False
         if not whole:
             os.remove(path)                                     # `fill` makes anew what is not there
-            raise ValueError(f"the cache's {path} was damaged and cannot be used: it is removed, --resume makes it anew")
+            raise ValueError(f"the cache's {path} was damaged and cannot be used: it is removed, "
+                             f"--resume makes it anew")
         wanted = {name: t for name, t in entry.items() if not name.startswith("features.") or name[9:] in self.blocks}
         return wanted | {"video": entry["video"].float().div(127.5).sub(1)}

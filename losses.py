@@ -41,7 +41,8 @@ class LPIPS(nn.Module):
         super().__init__()
         import lpips
         try:
-            self.net = lpips.LPIPS(net=net, verbose=False, pnet_rand=random, pretrained=not random).eval().requires_grad_(False)
+            self.net = lpips.LPIPS(
+                net=net, verbose=False, pnet_rand=random, pretrained=not random).eval().requires_grad_(False)
         except Exception as error:
             raise OSError(f"LPIPS needs torchvision's {net} weights, which could not be downloaded "
                           f"({type(error).__name__}); put them into {torch.hub.get_dir()}/checkpoints, "
@@ -55,7 +56,8 @@ class LPIPS(nn.Module):
         if frames is not None:
             clip = torch.arange(len(video), device=video.device)[:, None]
             video, target = video[clip, frames], target[clip, frames]
-        return self.net(*(v.flatten(0, 1).contiguous(memory_format=torch.channels_last) for v in (video, target))).float().mean()
+        return self.net(*(v.flatten(0, 1).contiguous(memory_format=torch.channels_last)
+                          for v in (video, target))).float().mean()
 
 
 class ProjectionHead(nn.Module):
@@ -118,7 +120,10 @@ def distillation_loss(student_features, teacher_features, heads, normalize=False
 
 
 class StudentWithHeads(nn.Module):
-    """Student, projection heads and Equation 4 as one module, so that one DDP wrapper sees every parameter that is trained."""
+    """Student, projection heads and Equation 4 as one module.
+
+    So one DDP wrapper sees every parameter that is trained.
+    """
 
     def __init__(self, student, heads, normalize=False):
         super().__init__()
@@ -156,7 +161,8 @@ class PatchDiscriminator(nn.Module):
 
     @staticmethod
     def conv(c_in, c_out, stride):
-        # Time is padded apart: on CPUs with AVX512, PyTorch 2.15's bfloat16 weight gradient of short clips is wrong otherwise.
+        # Time is padded in a layer of its own: where the convolution pads it, PyTorch 2.15's bfloat16 weight gradient
+        # of short clips is wrong on CPUs with AVX512.
         return [nn.ConstantPad3d((0, 0, 0, 0, 1, 1), 0.0), nn.Conv3d(c_in, c_out, 3, stride, (0, 1, 1))]
 
     def forward(self, video):
@@ -169,9 +175,12 @@ def generator_loss(discriminator, video):
 
 
 def discriminator_loss(discriminator, real, fake, noise, smoothness):
-    """Hinge loss plus smoothness times the approximate R1 penalty (Lin et al. 2025): the mean squared change of the logits
-    when noise (of unit variance, here made NOISE times as large) is added to real video. Without it the discriminator
-    separates the two perfectly, its loss is zero, and what it tells the student is arbitrary. Returns (hinge, loss)."""
+    """Hinge loss plus smoothness times the approximate R1 penalty (Lin et al. 2025). Returns (hinge, loss).
+
+    The penalty is the mean squared change of the logits when noise is added to real video. `noise` has unit variance;
+    it is made NOISE times as large here. Without the penalty the discriminator separates real and fake perfectly, its
+    loss is zero, and what it tells the student is arbitrary.
+    """
     a, b = discriminator(real).float(), discriminator(fake).float()
     hinge = F.relu(1 - a).mean() + F.relu(1 + b).mean()
     if not smoothness:
@@ -183,12 +192,13 @@ def discriminator_loss(discriminator, real, fake, noise, smoothness):
 class Objective:
     """Equation 5's terms, and their gradients, for one micro-batch.
 
-    The terms on the video (L_1, LPIPS, the discriminator) have graphs of their own that end at the decoded video and are
-    freed before the student's backward pass begins: less memory than one graph for all, and the gradients of
-    reconstruction and discriminator are at hand apart, as the adaptive weight needs them.
+    The terms on the video (L_1, LPIPS, the discriminator) have graphs of their own. These end at the decoded video and
+    are freed before the student's backward pass begins, which takes less memory than one graph for all. It also gives
+    the gradients of reconstruction and discriminator apart, as the adaptive weight needs them.
     """
 
-    def __init__(self, lpips=None, lpips_weight=1.0, distill_weight=1.0, kl_weight=1e-7, adversarial_weight=0.05, smoothness=1.0):
+    def __init__(self, lpips=None, lpips_weight=1.0, distill_weight=1.0, kl_weight=1e-7, adversarial_weight=0.05,
+                 smoothness=1.0):
         self.lpips, self.discriminator = lpips, None
         self.lpips_weight, self.distill_weight, self.kl_weight = lpips_weight, distill_weight, kl_weight
         self.adversarial_weight, self.smoothness = adversarial_weight, smoothness
@@ -196,10 +206,14 @@ class Objective:
 
     def backward(self, model, latents, features, target, kl, frames=None, noise=None, scale=lambda loss: loss,
                  autocast=nullcontext, timer=lambda name: nullcontext()):
-        """Adds the gradients of the loss to those of `model` (a StudentWithHeads, under DDP or not) and, in stage 2, of
-        the discriminator's loss to the discriminator's. kl: a scalar; frames: for LPIPS; noise: like target, for the
-        discriminator; scale multiplies a loss before its backward pass. Returns ({term: value, unweighted}, gradients on
-        the video: reconstruction's and L_adv's, None in stage 1)."""
+        """Adds the gradients of the loss to those of `model` (a StudentWithHeads, under DDP or not).
+
+        In stage 2, also adds those of the discriminator's loss to the discriminator's. kl: a scalar; frames: for LPIPS;
+        noise: like target, for the discriminator; scale multiplies a loss before its backward pass.
+
+        Returns ({term: value, unweighted}, gradients on the video). The gradients are a pair: reconstruction's, and
+        L_adv's, which is None in stage 1.
+        """
         with timer("student"), autocast():
             video, distill = model(latents, features)
         pixels = video.detach().float().requires_grad_()
@@ -218,9 +232,11 @@ class Objective:
                     terms["adversarial"] = generator_loss(self.discriminator, pixels)
                 adversarial, = torch.autograd.grad(scale(terms["adversarial"]), pixels)
                 with autocast():
-                    terms["discriminator"], d_loss = discriminator_loss(self.discriminator, target, pixels.detach(), noise, self.smoothness)
+                    terms["discriminator"], d_loss = discriminator_loss(
+                        self.discriminator, target, pixels.detach(), noise, self.smoothness)
                 scale(d_loss).backward()
-        total = gradient if adversarial is None else gradient + self.adversarial_weight * self.adaptive_weight * adversarial
+        total = (gradient if adversarial is None
+                 else gradient + self.adversarial_weight * self.adaptive_weight * adversarial)
         roots, gradients = [video], [total.to(video.dtype)]
         if distill is not None:
             terms["distill"] = distill
@@ -245,13 +261,19 @@ def last_layer_gradients(student, latents, *gradients, autocast=nullcontext):
 
 
 def adaptive_weight(reconstruction, adversarial):
-    """VQGAN's (Esser et al. 2021): the ratio of the norms of the loss terms' gradients at the last layer, at most 10,000."""
+    """VQGAN's adaptive weight (Esser et al. 2021).
+
+    It is the ratio of the norms of the loss terms' gradients at the last layer, at most 10,000.
+    """
     return (reconstruction.norm() / (adversarial.norm() + 1e-4)).clamp(max=1e4)
 
 
 def sharpness(video):
-    """Energy of a clip in spatial frequencies above a quarter of a cycle per pixel, half of Nyquist's: the mean square of
-    what an ideal high-pass filter leaves of each frame. (B, 3, T, H, W) -> (B,). No loss term optimises it."""
+    """Energy of a clip in spatial frequencies above a quarter of a cycle per pixel, half of Nyquist's.
+
+    It is the mean square of what an ideal high-pass filter leaves of each frame: (B, 3, T, H, W) -> (B,). No loss term
+    optimises it.
+    """
     spectrum = torch.fft.fft2(video.float(), norm="ortho").abs().square()
     fy, fx = (torch.fft.fftfreq(n, device=video.device) for n in video.shape[-2:])
     return (spectrum * (torch.hypot(fy[:, None], fx[None]) > 0.25)).flatten(1).mean(1)

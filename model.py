@@ -501,7 +501,10 @@ class TurboVAED(nn.Module):
         return self.unpatchify(self.conv_out(F.silu(rms_norm(x)), context))
 
     def unpatchify(self, x):
-        """conv_out's output to video: (B, 3 p², T, H, W), channels in order (C, column, row) -> (B, 3, T, p H, p W)."""
+        """conv_out's output to video: (B, 3 p², T, H, W) -> (B, 3, T, p H, p W).
+
+        The channels are in order (C, column, row).
+        """
         if self.config.head == "shuffle":
             return x
         x = x.unflatten(1, (3, self.config.patch, self.config.patch)).transpose(2, 3).flatten(1, 3)
@@ -917,9 +920,10 @@ def use_student(pipe_or_vae, student):
     latents' own precision and on their device. Large clips are decoded in chunks of time, and all are, one latent frame
     at a time, after `vae.enable_tiling()`; both are exact. Where accelerate offloads the pipeline's models, it takes
     part: the model before it leaves the GPU, and so does the copy afterwards. student None puts the VAE's own decoder
-    back. Returns pipe_or_vae. Raises ValueError if the student decodes other latents than this VAE's, TypeError if there
-    is no VAE; warns where the student's file does not say whose latents it decodes, and where the pipeline will mix
-    noise into them.
+    back. Returns pipe_or_vae.
+
+    Raises ValueError if the student decodes other latents than this VAE's, TypeError if there is no VAE. Warns where
+    the student's file does not say whose latents it decodes, and where the pipeline will mix noise into them.
     """
     vae = getattr(pipe_or_vae, "vae", pipe_or_vae)
     if not hasattr(vae, "decode"):
@@ -1069,8 +1073,9 @@ def take_decoder(state):
     training script's wrapper, from beside projection heads; of several the EMA weights. All of it where there is no
     decoder. Raises ValueError where several would do."""
     words = lambda prefix: set(re.split(r"[._]", prefix.lower()))
-    others = {"encoder", "teacher", "discriminator", "initial", "init"} | \
-        {"optim", "optimizer", "optimizers", "exp", "momentum", "grad", "grads", "gradients"}   # as large as the weights
+    # The second set names what optimizers keep, and gradients: these are as large as the weights.
+    others = ({"encoder", "teacher", "discriminator", "initial", "init"}
+              | {"optim", "optimizer", "optimizers", "exp", "momentum", "grad", "grads", "gradients"})
     matches = [m for m in map(IN_DECODER.match, state) if m and not words(m[1]) & others]
     found = Counter(m[1] for m in matches)
     if not found:

@@ -104,7 +104,8 @@ class LinearAttention(nn.Module):
     def forward(self, x):
         qkv = self.main["qkv"](x)
         qkv = torch.cat((qkv, self.main["aggreg"][0](qkv)), 1)
-        with torch.autocast("cpu" if x.is_meta else x.device.type, enabled=False):     # sums over every position overflow half precision
+        # The sums over every position overflow half precision.
+        with torch.autocast("cpu" if x.is_meta else x.device.type, enabled=False):
             exact = qkv if qkv.dtype == torch.float64 else qkv.float()
             q, k, v = exact.flatten(2).unflatten(1, (-1, 3 * self.head)).chunk(3, 2)      # (B, heads, 32, THW)
             q, k, v = F.relu(q), F.relu(k), F.pad(v, (0, 0, 0, 1), value=1.0)
@@ -347,7 +348,8 @@ class Teacher(nn.Module):
         """Raises ValueError, naming the nearest sizes that fit, unless the clip is one this teacher can encode."""
         _, d_h, d_w = self.compression
         for what, value, step, extra, least in (("frames", frames, self.frame_step, int(self.images), 1),
-                                                ("height", height, d_h, 0, self.smallest * d_h), ("width", width, d_w, 0, self.smallest * d_w)):
+                                                ("height", height, d_h, 0, self.smallest * d_h),
+                                                ("width", width, d_w, 0, self.smallest * d_w)):
             if value < least or (value - extra) % step:
                 below = (value - extra) // step * step + extra
                 nearest = dict.fromkeys(str(max(v, least)) for v in (below, below + step) if v > 0)
@@ -368,7 +370,8 @@ class Teacher(nn.Module):
             return mean
         if isinstance(generator, (list, tuple)) and len(generator) != len(mean):
             raise ValueError(f"{len(generator)} generators for {len(mean)} clips")
-        draw = lambda shape, g: torch.randn(shape, generator=g, device=g.device if g else mean.device, dtype=torch.float32)
+        draw = lambda shape, g: torch.randn(shape, generator=g, device=g.device if g else mean.device,
+                                            dtype=torch.float32)
         noise = torch.cat([draw((1, *mean.shape[1:]), g) for g in generator]) if isinstance(generator, (list, tuple)) \
             else draw(mean.shape, generator)
         return mean + (0.5 * logvar).exp() * noise.to(mean)
@@ -401,7 +404,10 @@ class Teacher(nn.Module):
 
 
 def temporal_tiles(run, x, tile, out_tile, overlap=0.25):
-    """run(x) for x (B, C, T, H, W) in tiles of `tile` frames, each of which gives `out_tile`, blended where they overlap."""
+    """run(x) for x (B, C, T, H, W), in tiles of `tile` frames, each of which gives `out_tile` frames.
+
+    What the tiles give is blended where they overlap.
+    """
     if x.shape[2] <= tile:
         return run(x)
     keep, pieces = out_tile - int(out_tile * overlap), []
@@ -416,9 +422,12 @@ def temporal_tiles(run, x, tile, out_tile, overlap=0.25):
 
 
 class DCAETeacher(Teacher):
-    """Video DC-AE, released (`dc`) or reduced (`tiny`); mid, up0, up1, ... = project_in, the last stage, the one
-    before it, ... Clips of more than 32 frames are encoded and decoded in overlapping temporal tiles, as in Open-Sora 2.0's
-    configuration (tiles of 32, overlap 0.25). Latents are the encoder's; Open-Sora's own are these over 0.493."""
+    """Video DC-AE, released (`dc`) or reduced (`tiny`).
+
+    mid, up0, up1, ... = project_in, the last stage, the one before it, ... Clips of more than 32 frames are encoded and
+    decoded in overlapping temporal tiles, as in Open-Sora 2.0's configuration (tiles of 32, overlap 0.25). Latents are
+    the encoder's; Open-Sora's own are these divided by 0.493.
+    """
     tile = 32
 
     def __init__(self, name, config):
@@ -502,7 +511,8 @@ class LTXTeacher(DiffusersTeacher):
         release = {4: "ltx2", 5: "ltx23"}.get(len(vae.config.decoder_layers_per_block))     # one class, two encoders
         if name not in ("ltx", release):
             raise ValueError(f"this VAE is not the {name} teacher's" + f" but the {release} teacher's" * bool(release))
-        self.smallest = 2 if vae.config.get("decoder_spatial_padding_mode") == "reflect" else 1     # something to mirror
+        # Reflection needs something to mirror: a second row and column.
+        self.smallest = 2 if vae.config.get("decoder_spatial_padding_mode") == "reflect" else 1
 
     def conditioning(self, latents):
         """The decoder's timestep for each clip, or None; fixes the noise that the decoder may draw."""
@@ -581,10 +591,13 @@ class Hunyuan15Teacher(DiffusersTeacher):
 
 
 class CogTeacher(DiffusersTeacher):
-    """CogVideoX's VAE, AutoencoderKLCogVideoX. It decodes latents in chunks of 3 or 2 and then 2 frames, each block
-    with a cache of what its last chunk left; group norms see the chunks, so they are kept. One block runs over all chunks
-    before the next block starts: the caches are the blocks' own, so the numbers are those of the other order. Two latent
-    frames that start a clip decode to 8 frames, not 5, so clips have 8k + 1 frames."""
+    """CogVideoX's VAE, AutoencoderKLCogVideoX.
+
+    It decodes latents in chunks: the first of 3 or 2 frames, the others of 2. Each block has a cache of what its last
+    chunk left. Group norms see one chunk at a time, so the chunks are kept here. One block runs over all chunks before
+    the next block starts: the caches are the blocks' own, so the numbers are those of the other order. Two latent
+    frames that start a clip decode to 8 frames, not 5, so clips have 8k + 1 frames.
+    """
 
     def __init__(self, name, vae):
         super().__init__(name, vae)
@@ -614,8 +627,11 @@ class CogTeacher(DiffusersTeacher):
 
 
 class WanTeacher(DiffusersTeacher):
-    """Wan 2.1's and 2.2's VAEs, AutoencoderKLWan. It decodes one latent frame at a time, with a cache for each
-    convolution; as for CogVideoX, one block runs over all frames before the next starts. Its decode clamps to [-1, 1]."""
+    """Wan 2.1's and 2.2's VAEs, AutoencoderKLWan.
+
+    It decodes one latent frame at a time, with a cache for each convolution. As for CogVideoX, one block runs over all
+    frames before the next starts. Its decode clamps to [-1, 1].
+    """
     asks_for_first = True       # its up blocks want to be told of the first frame
 
     def blocks(self, latents):
@@ -623,7 +639,8 @@ class WanTeacher(DiffusersTeacher):
         x, seen = [], None
         for frame in self.vae.post_quant_conv(latents).split(1, 2):
             x.append(decoder.conv_in(frame, seen))
-            seen = frame if seen is None else torch.cat([seen[:, :, -1:], frame], 2)      # a causal 3x3x3 needs two frames
+            # A causal 3x3x3 convolution needs two frames from before.
+            seen = frame if seen is None else torch.cat([seen[:, :, -1:], frame], 2)
 
         def over_frames(block, up):
             cache = [None] * self.vae._cached_conv_counts["decoder"]      # more than one block needs
@@ -656,7 +673,8 @@ class QwenTeacher(WanTeacher):
 # ----------------------------------------------------------------------------------------------------------
 # loading
 
-# name: (class of diffusers or None, hub repository, folder or file in it, licence of the weights as the model card has it)
+# name: (class of diffusers or None, hub repository, folder or file in it,
+#        licence of the weights as the model card has it)
 RELEASES = {
     "ltx": ("AutoencoderKLLTXVideo", "Lightricks/LTX-Video", "vae", "LTX-Video Open Weights"),
     "hunyuan": ("AutoencoderKLHunyuanVideo", "hunyuanvideo-community/HunyuanVideo", "vae", "Tencent Hunyuan Community"),
@@ -677,8 +695,8 @@ KINDS = {"ltx": LTXTeacher, "hunyuan": HunyuanTeacher, "cog": CogTeacher, "wan21
          "ltx2": LTXTeacher, "ltx23": LTXTeacher, "hunyuan15": Hunyuan15Teacher, "qwen": QwenTeacher}
 # where the released configuration is not diffusers' default
 CONFIGURATIONS = {
-    "wan22": dict(base_dim=160, decoder_base_dim=256, z_dim=48, is_residual=True, in_channels=12, out_channels=12, patch_size=2,
-                  scale_factor_spatial=16),
+    "wan22": dict(base_dim=160, decoder_base_dim=256, z_dim=48, is_residual=True, in_channels=12, out_channels=12,
+                  patch_size=2, scale_factor_spatial=16),
     "ltx2": dict(decoder_causal=False, spatial_compression_ratio=32, temporal_compression_ratio=8),
     "ltx23": dict(block_out_channels=(256, 512, 1024, 1024), layers_per_block=(4, 6, 4, 2, 2),
                   decoder_block_out_channels=(256, 512, 512, 1024), decoder_layers_per_block=(4, 6, 4, 2, 2),
@@ -703,7 +721,8 @@ def load_weights(module, path):
         raise ValueError(f"{path} is no whole safetensors file: {str(error).splitlines()[0]}") from None
     ours = module.state_dict()
     for problem, keys in (("lacks", ours.keys() - state.keys()), ("has besides", state.keys() - ours.keys()),
-                          ("has with another shape", {k for k in ours.keys() & state.keys() if ours[k].shape != state[k].shape})):
+                          ("has with another shape",
+                           {k for k in ours.keys() & state.keys() if ours[k].shape != state[k].shape})):
         if keys:
             raise ValueError(f"{path} does not fit this teacher: it {problem} {sorted(keys)[0]}"
                              + (f" and {len(keys) - 1} more" if len(keys) > 1 else ""))
@@ -743,7 +762,8 @@ def find_weights(name, weights):
     if weights is not None:
         if Path(weights).exists():
             return Path(weights)
-        if name == "tiny" or not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", str(weights)) or str(weights).endswith(".safetensors"):
+        if (name == "tiny" or not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", str(weights))
+                or str(weights).endswith(".safetensors")):
             raise FileNotFoundError(f"no teacher weights at {weights}: name a file, a folder or a hub id")
         repo = str(weights)
     if name == "dc":
@@ -765,7 +785,8 @@ def build(name, path):
     except ImportError:
         raise OSError(f"the {name} teacher needs diffusers: pip install diffusers") from None
     except AttributeError:
-        raise OSError(f"the {name} teacher needs a newer diffusers, with {RELEASES[name][0]}: pip install -U diffusers") from None
+        raise OSError(f"the {name} teacher needs a newer diffusers, with {RELEASES[name][0]}: "
+                      f"pip install -U diffusers") from None
     if path is None or path.is_file():
         vae = kind(**CONFIGURATIONS.get(name, {}))
     else:
@@ -804,9 +825,10 @@ def from_hub(repo, file):
 # the family
 
 def main():
-    parser = argparse.ArgumentParser(description="Print the teachers: parameters, compression, clips, blocks with the shapes "
-                                                 "of their outputs, and the licence of their weights.")
-    parser.add_argument("--size", type=int, default=256, help="height and width of the clip whose shapes are shown (default 256)")
+    parser = argparse.ArgumentParser(description="Print the teachers: parameters, compression, clips, blocks with the "
+                                                 "shapes of their outputs, and the licence of their weights.")
+    parser.add_argument("--size", type=int, default=256,
+                        help="height and width of the clip whose shapes are shown (default 256)")
     size = parser.parse_args().size
     millions = lambda module: f"{sum(p.numel() for p in module.parameters()) / 1e6:.1f}"
     for name, (_, repo, _, licence) in RELEASES.items():
@@ -821,10 +843,13 @@ def main():
             t = (frames - 1) // d_t + 1
             shapes = [(block, tuple(x.shape[1:])) for block, x in
                       teacher.blocks(torch.empty(1, teacher.latent_channels, t, size // d_h, size // d_w))]
-        print(f"{name}: encoder {millions(teacher.vae.encoder)} M, decoder {millions(teacher.vae.decoder)} M parameters; "
-              f"{teacher.latent_channels} latent channels at {d_t}x{d_h}x{d_w}; {teacher.frame_step}k{' + 1' * teacher.images} frames, sizes /{d_h}")
+        print(f"{name}: encoder {millions(teacher.vae.encoder)} M, "
+              f"decoder {millions(teacher.vae.decoder)} M parameters; "
+              f"{teacher.latent_channels} latent channels at {d_t}x{d_h}x{d_w}; "
+              f"{teacher.frame_step}k{' + 1' * teacher.images} frames, sizes /{d_h}")
         print(f"    weights: {repo or 'assets/tiny_teacher'}; licence: {licence}")
-        print(f"    blocks for {frames}x{size}x{size}: " + ", ".join(f"{b} {'x'.join(map(str, shape))}" for b, shape in shapes))
+        print(f"    blocks for {frames}x{size}x{size}: "
+              + ", ".join(f"{b} {'x'.join(map(str, shape))}" for b, shape in shapes))
 
 
 if __name__ == "__main__":

@@ -14,9 +14,9 @@
 Stage 1 is Equation 5 without its adversarial term; stage 2 adds it when stage 1 has nearly converged (--stage2).
 
 A run leaves in out/<teacher>/ (or --out): student.safetensors (EMA weights), best.safetensors, checkpoint.pt,
-log.jsonl, curves.png, samples.png (input, teacher, student) and args.json. The best student is the one of highest PSNR in
-stage 1; in stage 2, of those whose PSNR is within --max-drop of stage 1's last, the one of lowest LPIPS or, without LPIPS,
-whose sharpness is nearest to the input's.
+log.jsonl, curves.png, samples.png (input, teacher, student) and args.json. In stage 1 the best student is the one of
+highest PSNR. In stage 2 it is chosen among those whose PSNR is within --max-drop of stage 1's last: the one of lowest
+LPIPS or, without LPIPS, the one whose sharpness is nearest to the input's.
 
 Which clips, crops and samples stand at step s, slot k depends on the seed, s and k only, so neither a resume nor the
 number of processes changes what is trained on. Ctrl-C and SIGTERM save a checkpoint first. A step whose loss or
@@ -60,8 +60,8 @@ from teachers import TEACHERS, load_teacher
 # Weight decay and EMA as in the published code; 70,000 and 40,000 steps as a user's reproduction of ltx reports.
 PAPER = dict(frames=17, size=256, batch=32, micro_batch=2, steps=110_000, lr=2e-4, muon_lr=0.0, schedule="constant",
              align=["mid", "up0", "up1"], lpips_weight=1.0, distill_weight=1.0, normalize=False, data="data/vidgen",
-             eval_every=1000, workers=4, stage2="auto", stage2_steps=40_000, stage2_lr=1.0, adversarial_weight=0.05, disc_lr=2e-4,
-             disc_width=64)
+             eval_every=1000, workers=4, stage2="auto", stage2_steps=40_000, stage2_lr=1.0, adversarial_weight=0.05,
+             disc_lr=2e-4, disc_width=64)
 RECIPES = {
     "ltx": PAPER,
     "dc": PAPER | dict(frames=16),
@@ -78,8 +78,8 @@ RECIPES = {
     # brightness first and leaves the student grey for hundreds of steps.
     "tiny": dict(frames=8, size=64, batch=8, micro_batch=8, steps=2000, lr=2e-3, muon_lr=0.02, schedule="cosine",
                  align=["mid", "up0"], lpips_weight=0.0, distill_weight=0.02, normalize=True, data="synthetic",
-                 eval_every=200, workers=1, stage2="off", stage2_steps=600, stage2_lr=0.1, adversarial_weight=1.0, disc_lr=1e-3,
-                 disc_width=32),
+                 eval_every=200, workers=1, stage2="off", stage2_steps=600, stage2_lr=0.1, adversarial_weight=1.0,
+                 disc_lr=1e-3, disc_width=32),
 }
 
 
@@ -303,7 +303,8 @@ def datasets(args):
     if args.val_data == "synthetic" or made_up and not args.val_data:
         held_out = SyntheticClips(args.frames, args.size, HELD_OUT_SEED)
         clips = [held_out[CLIPS_PER_SCENE * i] for i in range(args.val_clips)]
-        return train, clips, "held-out made-up clips", {"files": "made-up" if made_up else train.fingerprint(), "held_out": []}
+        return train, clips, "held-out made-up clips", {"files": "made-up" if made_up else train.fingerprint(),
+                                                        "held_out": []}
     if args.val_data:
         held_out = VideoClips(args.val_data, args.frames, args.size, args.stride, train=False)
         clips, name = hold_out(held_out, min(args.val_clips, len(held_out))), args.val_data
@@ -317,7 +318,8 @@ def datasets(args):
         clips = hold_out(held_out, min(args.val_clips, max(len(train) // 20, 1)))
         held_out.subset(list(clips))
         rest.without(held_out)
-        train, name = (rest, f"{len(clips)} held-out videos") if len(rest) else (train, "the one video there is, trained on too")
+        train, name = ((rest, f"{len(clips)} held-out videos") if len(rest)
+                       else (train, "the one video there is, trained on too"))
     if not made_up and args.samples and args.samples < len(train):
         train = copy.copy(train).subset(sorted(shuffled(len(train), 0, 7)[:args.samples].tolist()))
     return train, list(clips.values()), name, {"files": "made-up" if made_up else train.fingerprint(),
@@ -1370,7 +1372,8 @@ def distil(args):
         teacher = None                                        # its memory is the student's now
     run.tally.describe = train_clips.describe
     if chief and not args.profile:
-        for path in [] if resumes else [out / name for name in RUN_FILES]:          # --resume would go on with an older run's
+        # --resume would go on with an older run's files.
+        for path in [] if resumes else [out / name for name in RUN_FILES]:
             path.unlink(missing_ok=True)
         for path in out.glob("*.partial"):
             path.unlink(missing_ok=True)
