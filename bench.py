@@ -1,21 +1,23 @@
-"""How fast: students against their teachers, eager against compiled, block by block, on phones, and what the machine could do.
+"""How fast: students against their teachers, eager against compiled, block by block, and on phones.
 
-    python bench.py                                        # the student in out/, else the shipped one, with its teacher
+Measures what the machine could do as well.
+
+    python bench.py                                    # the student in out/, else the shipped one, with its teacher
     python bench.py --config ltx dc --size 512x512 720x1280        # on a GPU, in float16; needs PyTorch alone
-    python bench.py --config ltx --teacher                 # against the teacher, with random weights
-    python bench.py --config ltx --decode                  # plain, compiled, and optimized for inference
-    python bench.py --config ltx --stream                  # clips of any length: latency, frames per second, memory
-    python bench.py --blocks                               # latency by block with the three upsamplers (Figure 3, Table 1)
-    python bench.py --mlpackage PATH                       # on a Mac: export.py's package, on every choice of compute units
-    python bench.py --iphone --team TEAM                   # the packages on the iPhone that is connected to this Mac
-    python bench.py --features                             # teachers: `features` against a whole decode
-    python bench.py --train                                # the training step, with and without cache, against a plain one
-    python bench.py --gpu                                  # all that only a GPU can tell, in nine minutes: results/<gpu>/
+    python bench.py --config ltx --teacher             # against the teacher, with random weights
+    python bench.py --config ltx --decode              # plain, compiled, and optimized for inference
+    python bench.py --config ltx --stream              # clips of any length: latency, frames per second, memory
+    python bench.py --blocks                           # latency by block with the three upsamplers (Figure 3, Table 1)
+    python bench.py --mlpackage PATH                   # on a Mac: export.py's package, on every choice of compute units
+    python bench.py --iphone --team TEAM               # the packages on the iPhone that is connected to this Mac
+    python bench.py --features                         # teachers: `features` against a whole decode
+    python bench.py --train                            # the training step, with and without cache, against a plain one
+    python bench.py --gpu                              # all that only a GPU can tell, in nine minutes: results/<gpu>/
 
-What is compared takes turns within one run, after warm-up, so that whatever else the machine does slows all of it. Reported
-are medians and the spread of the middle half; a speed-up or a share of the machine's rates is the median over the turns of
-the ratio within a turn, which repeats better than a ratio of medians. Weights are random where speed does not depend on
-them. Writes bench.json and bench.png to --out.
+What is compared takes turns within one run, after warm-up, so that whatever else the machine does slows all of it.
+Reported are medians and the spread of the middle half. A speed-up or a share of the machine's rates is the median over
+the turns of the ratio within a turn, which repeats better than a ratio of medians. Weights are random where speed does
+not depend on them. Writes bench.json and bench.png to --out.
 """
 import argparse
 import asyncio
@@ -113,11 +115,15 @@ def take_turns(runs, device, rounds=None, budget=45):
 
 
 def machine(device, dtype):
-    """A large matrix product and a large copy, to take turns with the rest: {name: function}, {name: its FLOP or bytes}."""
+    """A large matrix product and a large copy, to take turns with the rest.
+
+    Returns {name: function} and {name: its FLOP or bytes}.
+    """
     n, size = (8192, 1 << 30) if device.type == "cuda" else (1536, 1 << 27)
     a, b, c = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(3))
     x, y = (torch.zeros(size, dtype=torch.uint8, device=device) for _ in range(2))
-    return {"matrix": lambda: torch.mm(a, b, out=c), "copy": lambda: y.copy_(x)}, {"matrix": 2 * n ** 3, "copy": 2 * size}
+    return ({"matrix": lambda: torch.mm(a, b, out=c), "copy": lambda: y.copy_(x)},
+            {"matrix": 2 * n ** 3, "copy": 2 * size})
 
 
 class WorkCounter(TorchDispatchMode):
@@ -148,8 +154,11 @@ def nbytes(*modules):
 
 
 def peak_memory(run, device, held):
-    """{"peak_gb"}: what is held at most while `run` runs: `held` bytes of weights, and what the run adds to GPU memory or to
-    the process's resident memory. Empty on a CPU without Linux, where no one keeps the high-water mark."""
+    """{"peak_gb"}: the most memory that is held while `run` runs.
+
+    That is `held` bytes of weights, and what the run adds to GPU memory or to the process's resident memory. Empty on
+    a CPU without Linux, where no one keeps the high-water mark.
+    """
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         mark = lambda: torch.cuda.max_memory_allocated(device)
@@ -171,7 +180,8 @@ def figures(seconds, name, frames, base=None, work=None, amounts=None):
     over = lambda other: statistics.median(b / a for a, b in zip(spent, seconds[other]))
     median = statistics.median(spent)
     quarters = statistics.quantiles(spent, n=4) if len(spent) > 1 else [median] * 3
-    row = {"milliseconds": 1000 * median, "spread": 1000 * (quarters[2] - quarters[0]), "fps": frames / median, "rounds": len(spent)}
+    row = {"milliseconds": 1000 * median, "spread": 1000 * (quarters[2] - quarters[0]), "fps": frames / median,
+           "rounds": len(spent)}
     if base:
         row |= {"compared_with": base, "speed_up": over(base)}
     if work:
@@ -226,7 +236,8 @@ def bench_students(args, device, dtype):
             except Exception as error:      # no C++ compiler, for one: the rest is still worth timing
                 print(f"{name} does not compile here: {type(error).__name__}: {summary(error)}", file=sys.stderr)
         if args.decode:
-            ways = {"optimized": args.compile} | ({"CUDA graphs": "reduce-overhead"} if args.compile and latents.is_cuda else {})
+            ways = {"optimized": args.compile} | (
+                {"CUDA graphs": "reduce-overhead"} if args.compile and latents.is_cuda else {})
             for way, compiles in ways.items():
                 modules[way] = copy.deepcopy(student).optimize_for_inference(compile=compiles)
                 runs[way] = lambda module=modules[way]: module(latents)
@@ -241,9 +252,11 @@ def bench_students(args, device, dtype):
         seconds = take_turns(runs | limits, device, args.rounds)
         rows += [{"model": name, "way": way, "frames": frames, "height": height, "width": width,
                   "parameters": count(modules[way]),
-                  **figures(seconds, way, frames, "teacher" if "teacher" in runs else "eager", work.get(way, work["eager"]), amounts),
+                  **figures(seconds, way, frames, "teacher" if "teacher" in runs else "eager",
+                            work.get(way, work["eager"]), amounts),
                   **(of_paper("paper_a100", name, *size) if device.type == "cuda" and way != "teacher" else {}),
-                  **(peak_memory(run, device, nbytes(modules[way])) if way != "CUDA graphs" else {})}      # those hold theirs
+                  # CUDA graphs hold their memory between runs.
+                  **(peak_memory(run, device, nbytes(modules[way])) if way != "CUDA graphs" else {})}
                  for way, run in runs.items()]
     return rows
 
@@ -254,7 +267,8 @@ def find_teacher(name, student, device, dtype):
     if name not in TEACHERS:
         raise ValueError("the student does not say which teacher it was made for: --no-teacher times it alone")
     teacher = load_teacher(name, None if name == "tiny" else "random", device, dtype)
-    check_fit(student, f"the {name} teacher", (name,), teacher.latent_channels, tuple(teacher.compression), teacher.images)
+    check_fit(student, f"the {name} teacher", (name,), teacher.latent_channels, tuple(teacher.compression),
+              teacher.images)
     return teacher
 
 
@@ -282,7 +296,8 @@ def bench_stream(args, device, dtype):
             frames = student.config.frames(length)
             for way in runs:
                 row = {"model": name, "way": way, "frames": frames, "height": d_h * shape[3], "width": d_w * shape[4],
-                       "latents": length, **figures(spent, way, frames, "whole" if "whole" in runs else None), **peaks[way]}
+                       "latents": length,
+                       **figures(spent, way, frames, "whole" if "whole" in runs else None), **peaks[way]}
                 if way in students:
                     row |= {"chunk": args.chunk, "delay": student.streamer().delay,
                             "first_milliseconds": 1000 * statistics.median(firsts[way])}
@@ -336,7 +351,10 @@ def free_memory(device):
 
 
 def mark_blocks(student, device):
-    """Make the student note when each part of a decode is done: returns the list of (part, moment) that it will fill."""
+    """Make the student note when each part of a decode is done.
+
+    Returns the list of (part, moment) that it will fill.
+    """
     marks = []
     note = lambda part: lambda *_: marks.append((part, now(device)))
     student.register_forward_pre_hook(note("start"))
@@ -354,8 +372,8 @@ def mark_blocks(student, device):
 def bench_blocks(args, device, dtype):
     """A row for each upsampler of Table 1, with the milliseconds of each part of an eager decode, as in Figure 3.
 
-    The parts add up to the whole: each lasts from the moment at which the one before it was done. What the upsamplers take
-    of their blocks, convolutions included, is given beside.
+    The parts add up to the whole: each lasts from the moment at which the one before it was done. What the upsamplers
+    take of their blocks, convolutions included, is given beside.
     """
     rows = []
     for name, size in itertools.product(args.config or ["ltx"], args.size):
@@ -385,13 +403,15 @@ def bench_blocks(args, device, dtype):
 async def time_package(path, unit, device, rounds):
     """What coremltools measures of a package on one choice of compute units, on `device` or, where None, on this Mac.
 
-    Loading and predictions are timed where the model runs; operations' shares of a prediction are Core ML's own estimate.
+    Loading and predictions are timed where the model runs. Operations' shares of a prediction are Core ML's own
+    estimate.
     """
     import coremltools
     from coremltools.models.ml_program.experimental.perf_utils import MLModelBenchmarker
     model = coremltools.models.MLModel(str(path), skip_model_load=True, compute_units=coremltools.ComputeUnit[unit])
     description = model.get_spec().description
-    part = next((f for f in description.functions if f.name == description.defaultFunctionName), description)  # a stream's step
+    # The default function of a stream's package is its step.
+    part = next((f for f in description.functions if f.name == description.defaultFunctionName), description)
     shapes = {f.name: tuple(f.type.multiArrayType.shape) for f in (*part.input, *part.output)}
     ranks = len(shapes.get("latents", ())), len(shapes.get("video", ()))
     if ranks not in ((4, 4), (5, 5)):
@@ -409,11 +429,14 @@ async def time_package(path, unit, device, rounds):
         predictions = await benchmarker.benchmark_predict(inputs, iterations=rounds, warmup=True)
         row |= figures({unit: [sample / 1000 for sample in predictions.samples]}, unit, frames)
         operations = await benchmarker.benchmark_operation_execution(inputs)
-        operations = [op for op in operations if op.measurement.samples and op.compute_device_usage]      # constants have neither
+        # Constants have neither samples nor a device.
+        operations = [op for op in operations if op.measurement.samples and op.compute_device_usage]
         whole, units, slowest = sum(op.measurement.samples[0] for op in operations), Counter(), []
         for op in operations:       # the slowest first
-            ran_on = type(op.compute_device_usage.preferred_compute_device).__name__        # MLNeuralEngineComputeDevice
-            op = {"operation": op.spec.type, "output": op.spec.outputs[0].name, "share": op.measurement.samples[0] / whole,
+            # A class's name, such as MLNeuralEngineComputeDevice.
+            ran_on = type(op.compute_device_usage.preferred_compute_device).__name__
+            op = {"operation": op.spec.type, "output": op.spec.outputs[0].name,
+                  "share": op.measurement.samples[0] / whole,
                   "unit": ran_on.removeprefix("ML").removesuffix("ComputeDevice")}
             units[op["unit"]] += op["share"]
             slowest.append(op)
@@ -424,20 +447,25 @@ async def time_package(path, unit, device, rounds):
 
 
 async def start_phone(team, folder):
-    """The connected iPhone with coremltools' app on it that runs packages, signed for that development team, built in `folder`."""
+    """The connected iPhone, with coremltools' app on it that runs packages.
+
+    The app is signed for that development team and built in `folder`.
+    """
     from coremltools.models.ml_program.experimental import remote_device
-    service = remote_device._DeviceCtlRemoteService     # would look 20 times for an answer; loading may well take longer
+    # By itself the service would look 20 times for an answer; loading may well take longer.
+    service = remote_device._DeviceCtlRemoteService
     service.__init__ = partialmethod(service.__init__, max_attempts=200)
     try:
         phones = remote_device.Device.get_connected_devices(device_type=remote_device.DeviceType.IPHONE)
         if not phones:
             raise ValueError("none is connected: plug it in, unlock it, trust this Mac, turn on its Developer Mode")
         credentials = remote_device.AppSigningCredentials(
-            development_team=team, bundle_identifier=f"team.{team.lower()}.modelrunner")    # Apple gives each to one team only
+            # Apple gives each identifier to one team only.
+            development_team=team, bundle_identifier=f"team.{team.lower()}.modelrunner")
         return await phones[0].prepare_for_model_debugging(credentials=credentials, working_directory=Path(folder))
     except Exception as error:      # Xcode's, devicectl's, coremltools': what to do is the same
-        raise ValueError(f"no iPhone to run on: {summary(error)}; `xcrun devicectl list devices` should call it connected, and "
-                         f"Xcode's settings list an account of team {team}") from None
+        raise ValueError(f"no iPhone to run on: {summary(error)}; `xcrun devicectl list devices` should call it "
+                         f"connected, and Xcode's settings list an account of team {team}") from None
 
 
 async def time_packages(paths, rounds, team):
@@ -462,13 +490,14 @@ async def time_packages(paths, rounds, team):
 def bench_packages(args):
     """Rows of time_packages; ValueError where Core ML cannot run, with what it needs."""
     if sys.platform != "darwin":
-        raise ValueError("Core ML runs on Apple hardware: --mlpackage needs macOS, --iphone also Xcode and a connected iPhone, "
-                         "and both need a package that `python export.py` made")
+        raise ValueError("Core ML runs on Apple hardware: --mlpackage needs macOS, --iphone also Xcode and a connected "
+                         "iPhone, and both need a package that `python export.py` made")
     found = sorted(path for path in Path("out").rglob("*.mlpackage") if not path.name.startswith("."))  # half-written
     paths = [Path(path) for path in args.mlpackage or found]
     missing = [str(path) for path in paths if not path.is_dir()]
     if missing or not paths:
-        raise FileNotFoundError(f"{', '.join(missing) or 'out/'}: no such package, or none in it; `python export.py` makes one")
+        raise FileNotFoundError(f"{', '.join(missing) or 'out/'}: no such package, or none in it; "
+                                "`python export.py` makes one")
     rows = asyncio.run(time_packages(paths, args.rounds or 10, args.team if args.iphone else None))
     if not any("fps" in row for row in rows):
         raise ValueError(f"nothing could be measured; {rows[0]['way']}: {rows[0]['error']}")
@@ -557,12 +586,14 @@ def bench_train(args, device, dtype):
                     if way == "cached":
                         entries = [cache[n] for n in range(args.batch)]
                         keys = ("video", "latents", "kl", *[f"features.{b}" for b in blocks])
-                        target, z, divergence, *aligned = (torch.stack([e[key] for e in entries]).to(device) for key in keys)
+                        target, z, divergence, *aligned = (
+                            torch.stack([e[key] for e in entries]).to(device) for key in keys)
                         z, aligned = z.float(), dict(zip(blocks, aligned))
                     else:
                         with torch.no_grad(), autocast():
                             z, aligned, divergence = teach()
-                    chosen = torch.stack([torch.randperm(frames)[:args.lpips_frames] for _ in range(args.batch)]).to(device)
+                    chosen = torch.stack([torch.randperm(frames)[:args.lpips_frames]
+                                          for _ in range(args.batch)]).to(device)
                     objective.backward(model, z, aligned, target, divergence.mean(), chosen, autocast=autocast)
                 torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
                 optimizer.step()
@@ -572,8 +603,10 @@ def bench_train(args, device, dtype):
         with tempfile.TemporaryDirectory() as folder:
             cache = CachedClips(folder, args.batch, {}, blocks=blocks)
             for n in range(args.batch):
-                cache.put(n, video[n], {"latents": latents[n], "kl": kl} | {f"features.{b}": x[n] for b, x in features.items()})
-            held = {"plain": nbytes(teacher, lpips, discriminator), "ours": nbytes(teacher, lpips), "cached": nbytes(lpips)}
+                cache.put(n, video[n], {"latents": latents[n], "kl": kl}
+                          | {f"features.{b}": x[n] for b, x in features.items()})
+            held = {"plain": nbytes(teacher, lpips, discriminator), "ours": nbytes(teacher, lpips),
+                    "cached": nbytes(lpips)}
             work = {way: WorkCounter() for way in held}
             for way in held:
                 with work[way]:
@@ -584,7 +617,8 @@ def bench_train(args, device, dtype):
             student = TurboVAED(CONFIGS[name])
             for way, run in runs.items():
                 row = {"model": name, "way": f"{way} step", "frames": frames, "height": height, "width": width,
-                       "parameters": count(student), **figures(seconds, way, args.batch * frames, "plain", work[way], amounts),
+                       "parameters": count(student),
+                       **figures(seconds, way, args.batch * frames, "plain", work[way], amounts),
                        **peak_memory(run, device, 3 * nbytes(student) + held[way])}       # 3: AdamW's two moments
                 rows.append(row | {"samples_per_s": row["fps"] / frames, "flops_per_sample": row["flops"] / args.batch})
     return rows
@@ -614,18 +648,22 @@ def table(rows, columns, markdown=False):
 def report(rows, args):
     print(table(rows, BLOCK_COLUMNS if args.blocks else COLUMNS))
     if args.blocks:
-        print("milliseconds of each part and its share; upsamplers: all of them with their convolutions, part of up0 ... up3")
+        print("milliseconds of each part and its share; "
+              "upsamplers: all of them with their convolutions, part of up0 ... up3")
     if any("matrix_tflops" in row for row in rows):
-        rates = tuple(statistics.median(row[key] for row in rows if key in row) for key in ("matrix_tflops", "copy_gb_per_s"))
+        rates = tuple(statistics.median(row[key] for row in rows if key in row)
+                      for key in ("matrix_tflops", "copy_gb_per_s"))
         print("measured here, in turns with the rest: %.2f TFLOP/s of a matrix product, %.0f GB/s of a copy" % rates)
     for where in (where for where in PAPER if any(where in row for row in rows)):
         print(f"the paper's frames per second are of {RIVALS[where]}")
     if args.train:
-        print(f"arithmetic of a sample: {', '.join(r['way'] + ' %.2f TFLOP' % (r['flops_per_sample'] / 1e12) for r in rows)}")
+        print("arithmetic of a sample: "
+              f"{', '.join(r['way'] + ' %.2f TFLOP' % (r['flops_per_sample'] / 1e12) for r in rows)}")
     for row in rows:
         if "units" in row:
             units = ", ".join(f"{unit} {share:.0%}" for unit, share in row["units"].items())
-            slowest = ", ".join(f"{op['operation']} {op['output']} {op['share']:.1%} ({op['unit']})" for op in row["slowest"][:5])
+            slowest = ", ".join(f"{op['operation']} {op['output']} {op['share']:.1%} ({op['unit']})"
+                                for op in row["slowest"][:5])
             print(f"{row['model']} on {row['way']}, estimated shares: {units}; slowest {slowest}")
 
 
@@ -656,7 +694,8 @@ def picture(rows, blocks):
         bars = axes.barh(places, [row["fps"] for row in rows], color=colors)
         axes.bar_label(bars, fmt="%.3g", padding=3)
         axes.set(xlabel="frames per second", xmargin=0.1)
-    axes.set(yticks=places, yticklabels=[f"{r['model']} {r['way']}, {r['frames']}x{r['height']}x{r['width']}" for r in rows])
+    axes.set(yticks=places,
+             yticklabels=[f"{r['model']} {r['way']}, {r['frames']}x{r['height']}x{r['width']}" for r in rows])
     axes.invert_yaxis()
     plt.close(figure)
     return lambda file: figure.savefig(file, dpi=150)
@@ -673,31 +712,39 @@ def parse(words=None):
         "of --student, where its file does not say")
     add("--student", metavar="PATH", help="a run's folder, a file or a hub id (default: the newest under out/, else "
         "the shipped one)")
-    add("--size", nargs="+", metavar="HxW", help="of the video in pixels (default 512x512 and 720x1280 on a GPU, 256x256 on a "
-        "CPU; --blocks and --stream 512x512 and 128x128; --train 256x256 and 128x128; --features 128x128)")
+    add("--size", nargs="+", metavar="HxW", help="of the video in pixels (default 512x512 and 720x1280 on a GPU, "
+        "256x256 on a CPU; --blocks and --stream 512x512 and 128x128; --train 256x256 and 128x128; "
+        "--features 128x128)")
     add("--frames", type=number(int, 1), help="of a clip, or the most below that latents decode to (default 17)")
-    add("--teacher", action=argparse.BooleanOptionalAction, help="the teachers' decoders too (default: without --config)")
+    add("--teacher", action=argparse.BooleanOptionalAction,
+        help="the teachers' decoders too (default: without --config)")
     add("--compile", action=argparse.BooleanOptionalAction, default=True, help="torch.compile too (default)")
     add("--decode", action="store_true", help="optimized for inference as well, and no teacher unless --teacher")
     add("--stream", action="store_true", help="streamed in chunks against whole, for clips of --lengths latent frames")
     add("--lengths", type=number(int, 1), nargs="+", metavar="N",
         help="latent frames of --stream's clips (default 10 100 600)")
     add("--chunk", type=number(int, 1), help="latent frames that --stream decodes at a time (default 4)")
-    add("--blocks", action="store_true", help="latency by block with the three upsamplers, for --config (default ltx), eager")
+    add("--blocks", action="store_true",
+        help="latency by block with the three upsamplers, for --config (default ltx), eager")
     add("--mlpackage", nargs="*", metavar="PATH", help="Core ML packages, on a Mac (default: all under out/)")
     add("--iphone", action="store_true", help="the packages on the iPhone that is connected to this Mac; needs --team")
-    add("--team", metavar="ID", help="the Apple development team for which Xcode signs the app that runs packages on the iPhone")
+    add("--team", metavar="ID",
+        help="the Apple development team for which Xcode signs the app that runs packages on the iPhone")
     add("--features", action="store_true", help="teachers: aligned features against a whole decode")
     add("--train", action="store_true", help="the training step against a plain one, for --config (default ltx)")
     add("--batch", type=number(int, 1), help="clips in --train's micro-batch (default 1)")
-    add("--lpips-frames", type=number(int, 1), help="frames of a clip that --train's LPIPS sees (default 2, as train.py's)")
+    add("--lpips-frames", type=number(int, 1),
+        help="frames of a clip that --train's LPIPS sees (default 2, as train.py's)")
     add("--dtype", choices=("float32", "bfloat16", "float16"),
         help="(default float32 on a CPU, float16 on a GPU, --train there bfloat16)")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda (default cuda where there is one)")
-    add("--rounds", type=number(int, 1), help="turns that count (default: as many as fit into 45 s, 5 to 200; packages: 10)")
-    add("--gpu", action="store_true", help="all that only a GPU can tell: its tests, ltx, dc and hunyuan decoded and streamed "
-        "at 512x512 and 720p against their teachers, the training step; at most nine minutes")
-    add("--out", help="folder for bench.json and bench.png (default out/bench), with --gpu README.md (results/<the GPU>)")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu",
+        help="cpu or cuda (default cuda where there is one)")
+    add("--rounds", type=number(int, 1),
+        help="turns that count (default: as many as fit into 45 s, 5 to 200; packages: 10)")
+    add("--gpu", action="store_true", help="all that only a GPU can tell: its tests, ltx, dc and hunyuan decoded and "
+        "streamed at 512x512 and 720p against their teachers, the training step; at most nine minutes")
+    add("--out",
+        help="folder for bench.json and bench.png (default out/bench), with --gpu README.md (results/<the GPU>)")
     args = parser.parse_args(words)
     gpu = args.device.split(":")[0] == "cuda"
     if args.device not in devices() or args.device == "mps":
@@ -725,7 +772,8 @@ def parse(words=None):
     if len(modes) > 1:
         parser.error(f"--{modes[0]} goes without --{modes[1]}")
     if args.iphone and not args.team:
-        parser.error("--iphone needs --team ID: Xcode signs the app that runs the packages for an Apple development team")
+        parser.error("--iphone needs --team ID: "
+                     "Xcode signs the app that runs the packages for an Apple development team")
     others = ("blocks", "train", "features", "iphone", "mlpackage")
     for other in (name for name in others if args.student and getattr(args, name) not in (None, False)):
         parser.error(f"--student goes without --{other}")
@@ -762,14 +810,15 @@ MODES = {"blocks": bench_blocks, "stream": bench_stream, "features": bench_featu
 
 
 def bench_gpu(args):
-    """All that only a GPU can tell, within nine minutes: its tests, then GPU_RUNS, each as if it had been called by itself.
+    """All that only a GPU can tell, within nine minutes: its tests, then GPU_RUNS.
 
-    Writes bench.json and README.md, a table in Markdown, to results/<the GPU's name>/. What fails or finds no time left
-    is a line that says so.
+    Each of these runs as if it had been called by itself. Writes bench.json and README.md, a table in Markdown, to
+    results/<the GPU's name>/. What fails or finds no time left is a line that says so.
     """
     name, began = torch.cuda.get_device_name(args.device), time.perf_counter()
     tests = Path(__file__).resolve().parent / "tests" / "test_gpu.py"
-    result = subprocess.run([sys.executable, "-m", "pytest", "-q", "-m", "gpu", str(tests)], capture_output=True, text=True)
+    result = subprocess.run([sys.executable, "-m", "pytest", "-q", "-m", "gpu", str(tests)], capture_output=True,
+                            text=True)
     said = (result.stdout + result.stderr).strip()
     print(said, flush=True)
     runs, rows = [], []
@@ -833,7 +882,8 @@ def main():
     results = {"command": ["python", *sys.argv], "torch": torch.__version__, "python": platform.python_version()}
     if not (args.iphone or args.mlpackage is not None):
         device = torch.device(args.device)
-        name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+        name = (torch.cuda.get_device_name(device) if device.type == "cuda" else
+                f"CPU, {torch.get_num_threads()} threads")
         results |= {"device": name, "dtype": args.dtype}
         print(f"{name}, {args.dtype}, torch {torch.__version__}")
     out = Path(args.out)
@@ -850,4 +900,5 @@ if __name__ == "__main__":
     try:
         run_command(main, "smaller --size, --frames or --batch, or --dtype bfloat16, need less")
     except ImportError as error:
-        sys.exit(f"error: {error}; pip install -r requirements.txt, or --config NAME --no-teacher, which needs PyTorch alone")
+        sys.exit(f"error: {error}; pip install -r requirements.txt, "
+                 "or --config NAME --no-teacher, which needs PyTorch alone")

@@ -1,8 +1,10 @@
-"""How good and how fast are a teacher and its students? The rows of the paper's Tables 3 and 4, and pictures to look at.
+"""How good and how fast are a teacher and its students?
+
+Gives the rows of the paper's Tables 3 and 4, and pictures to look at.
 
     python evaluate.py                                     # the newest student under out/, on made-up video
     python evaluate.py --data davis                        # Table 4: DAVIS-2017 in data/davis (--download fetches it)
-    torchrun --nproc_per_node=8 evaluate.py --data ucf101 --teacher ltx --student out/a out/b      # Table 3, two students
+    torchrun --nproc_per_node=8 evaluate.py --data ucf101 --teacher ltx --student out/a out/b   # Table 3, two students
     python evaluate.py --data my_videos --size 480x832 --against teacher
 
     python evaluate.py --reconstruct in.mp4 out.mp4        # any video through encoder and student
@@ -46,10 +48,11 @@ from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm import tqdm
 
-from data import (BROKEN, CLIPS_PER_SCENE, DATA_SETS, EXACT, HELD_OUT_SEED, BadVideo, SyntheticClips, VideoClips, check_colours,
-                  check_fields, colours, download, find_clips, header_frames, open_video, picture, video_stream, why)
-from model import (CONFIGS, OWN_FILE, TurboVAED, check_fit, check_writable, devices, find_checkpoint, newest_student, number,
-                   replace_files, run_command)
+from data import (BROKEN, CLIPS_PER_SCENE, DATA_SETS, EXACT, HELD_OUT_SEED, BadVideo, SyntheticClips, VideoClips,
+                  check_colours, check_fields, colours, download, find_clips, header_frames, open_video, picture,
+                  video_stream, why)
+from model import (CONFIGS, OWN_FILE, TurboVAED, check_fit, check_writable, devices, find_checkpoint, newest_student,
+                   number, replace_files, run_command)
 from teachers import TEACHERS, load_teacher
 
 FLOATS = ("F8_E4M3", "F8_E5M2", "F16", "BF16", "F32", "F64")      # as safetensors calls what latents may be
@@ -92,8 +95,9 @@ def psnr(a, b):
 
 
 def ssim(a, b):
-    """SSIM of each clip, (B,): the mean over frames of torchmetrics' SSIM (Gaussian window, sigma 1.5, frames reflected at
-    their borders; scikit-image leaves the border out).
+    """SSIM of each clip, (B,): the mean over frames of torchmetrics' SSIM.
+
+    The window is Gaussian, with sigma 1.5. Frames are reflected at their borders; scikit-image leaves the border out.
 
     a, b: (B, 3, T, H, W) in [-1, 1], clamped to it. ValueError if shapes differ, or frames are smaller than the
     window, 11 pixels.
@@ -150,13 +154,16 @@ def frechet_distance(features_a, features_b):
     """Fréchet distance between the Gaussians that fit two sets of features, (n, d) and (m, d): |μa - μb|² +
     tr(Σa + Σb - 2 (Σa Σb)^½), as in FVD (Unterthiner et al. 2018), covariances with n - 1. A float, in float64.
 
-    The last trace is the sum of square roots of the eigenvalues of the symmetric Σa^½ Σb Σa^½. With Σ = XᵀX, X the centred
-    features, those roots are the singular values of Xa Xbᵀ: exact for any rank, so also for fewer clips than dimensions,
-    and no product is squared on the way. ValueError for fewer than two rows, or for features that are not finite.
+    The last trace is the sum of the square roots of the eigenvalues of the symmetric Σa^½ Σb Σa^½.
+    With Σ = XᵀX, X the centred features, those roots are the singular values of Xa Xbᵀ. This is exact for any
+    rank, so also for fewer clips than dimensions. No product is squared on the way.
+
+    ValueError for fewer than two rows, or for features that are not finite.
     """
     a, b = features_a.double(), features_b.double()
     if min(len(a), len(b)) < 2 or a.shape[1:] != b.shape[1:] or a.ndim != 2:
-        raise ValueError(f"a Fréchet distance needs two sets of two or more rows, not {tuple(a.shape)} and {tuple(b.shape)}")
+        raise ValueError("a Fréchet distance needs two sets of two or more rows, "
+                         f"not {tuple(a.shape)} and {tuple(b.shape)}")
     if not (a.isfinite().all() and b.isfinite().all()):
         raise ValueError("a Fréchet distance needs finite features")
     shift = (a.mean(0) - b.mean(0)).square().sum()
@@ -202,11 +209,13 @@ def load_lpips(path, device):
 def load_i3d(path, device, frames):
     """A function of clips (B, 3, T, H, W) in [-1, 1] that gives I3D features, (B, d) with d = 400, for FVD.
 
-    The detector is StyleGAN-V's TorchScript, whose features are the original FVD's. It says itself what it wants:
-    rescale=True takes values in [0, 255] to [-1, 1], resize=True frames of any size to 224x224, trilinearly. Both are left to
-    it, and the range is checked here: [0, 255] rescaled must give what [-1, 1] gives as it is. path: the file; None
-    downloads it, with a checked sum, into PyTorch's cache. OSError without it, ValueError if it is another detector or
-    clips of so many frames are too short for it.
+    The detector is StyleGAN-V's TorchScript, whose features are the original FVD's. It prepares clips itself:
+    rescale=True takes values in [0, 255] to [-1, 1], and resize=True takes frames of any size to 224x224,
+    trilinearly. Both are left to it. The range is checked here:
+    [0, 255] rescaled must give what [-1, 1] gives as it is.
+
+    path: the file; None downloads it, with a checked sum, into PyTorch's cache. OSError without it, ValueError if it
+    is another detector or clips of so many frames are too short for it.
     """
     file = Path(path) if path else cached("i3d_torchscript.pt")
     if not path and not file.is_file():
@@ -214,7 +223,8 @@ def load_i3d(path, device, frames):
         try:
             torch.hub.download_url_to_file(I3D_URL, str(file), hash_prefix=I3D_SHA256, progress=sys.stderr.isatty())
         except (OSError, RuntimeError) as error:
-            raise OSError(f"no I3D weights ({why(error)}); name i3d_torchscript.pt with --i3d, or put it into {file.parent}") from None
+            raise OSError(f"no I3D weights ({why(error)}); name i3d_torchscript.pt with --i3d, "
+                          f"or put it into {file.parent}") from None
     try:
         with warnings.catch_warnings():             # the detector is a TorchScript file, deprecated or not
             warnings.simplefilter("ignore")
@@ -226,7 +236,8 @@ def load_i3d(path, device, frames):
     try:
         rescaled, plain = detect(255 * probe, True), detect(2 * probe - 1, False)
     except RuntimeError:
-        raise ValueError(f"I3D takes no clips of {frames} frames" if frames < 10 else f"{file} is not the I3D detector of FVD") from None
+        raise ValueError(f"I3D takes no clips of {frames} frames" if frames < 10 else
+                         f"{file} is not the I3D detector of FVD") from None
     if rescaled.ndim != 2 or not torch.allclose(rescaled, plain, rtol=1e-3, atol=1e-3 * plain.abs().max().item()):
         raise ValueError(f"{file} is not the I3D detector of FVD: it does not rescale [0, 255] to [-1, 1]")
     return lambda video: detect(255 * frames_of(video).unflatten(0, (len(video), -1)).transpose(1, 2), True)
@@ -234,9 +245,11 @@ def load_i3d(path, device, frames):
 
 def load_metrics(args, frames, device, without):
     """({name: function of two clips}, I3D or None, {metric left out: why}), those of `without` among the latter."""
-    functions, detector, without = {"psnr": psnr, "ssim": ssim, "temporal": temporal_error, "grid": grid}, None, dict(without)
+    functions, detector, without = (
+        {"psnr": psnr, "ssim": ssim, "temporal": temporal_error, "grid": grid}, None, dict(without))
     functions = {name: f for name, f in functions.items() if name in args.metrics}
-    for name, load in (("lpips", lambda: load_lpips(args.lpips_weights, device)), ("fvd", lambda: load_i3d(args.i3d, device, frames))):
+    for name, load in (("lpips", lambda: load_lpips(args.lpips_weights, device)),
+                       ("fvd", lambda: load_i3d(args.i3d, device, frames))):
         if name in args.metrics and name not in without:
             try:
                 loaded = load()
@@ -276,7 +289,10 @@ def decode_speeds(decoders, latents):
 # what to evaluate, and on what
 
 def find_students(paths, teacher):
-    """{name: file} of the students asked for, `teacher`'s of a hub id; without any the newest trained here, else the shipped one."""
+    """{name: file} of the students asked for; of a hub id, the one for `teacher`.
+
+    Where none is asked for: the newest trained here, else the shipped one.
+    """
     if paths:
         names = [short(path) if Path(path).exists() else path for path in paths]
         taken = lambda name: name == "input" or name.endswith("(teacher)")      # tables mean something else by these
@@ -325,7 +341,8 @@ def clip_shape(args, teacher):
     step, extra, tiny = teacher.frame_step, int(teacher.images), teacher.name == "tiny"
     frames = args.frames or (8 if tiny else (17 - extra) // step * step + extra)
     usual = DATA_SETS[args.data][0] if args.data in DATA_SETS else (128, 128) if tiny else (256, 256)
-    size = args.size or tuple(side // d * d for side, d in zip(usual, teacher.compression[1:]))   # 360 is no multiple of 32
+    # The usual sides are rounded down to multiples of the teacher's compression: 360 is no multiple of 32.
+    size = args.size or tuple(side // d * d for side, d in zip(usual, teacher.compression[1:]))
     teacher.check_clip(frames, *size)
     return frames, *size
 
@@ -336,7 +353,8 @@ def open_clips(args, frames, height, width):
         if height != width:
             raise ValueError(f"made-up video is square: --size {height}, not {height}x{width}")
         # one clip of each painted scene
-        return SyntheticClips(frames, height, seed=args.seed), range(0, CLIPS_PER_SCENE * (args.clips or 16), CLIPS_PER_SCENE), "clip {}".format, {}
+        return (SyntheticClips(frames, height, seed=args.seed),
+                range(0, CLIPS_PER_SCENE * (args.clips or 16), CLIPS_PER_SCENE), "clip {}".format, {})
     if args.download and process()[0] == 0:
         try:
             find_clips(args.data, args.root, args.split)
@@ -350,7 +368,10 @@ def open_clips(args, frames, height, width):
 
 
 class SavedLatents(Dataset):
-    """Latents from files that --generate, or anybody, wrote: one .safetensors each that holds `latents`, (1, C, t, h, w)."""
+    """Latents from files that --generate, or anybody, wrote.
+
+    Each is a .safetensors that holds `latents`, (1, C, t, h, w).
+    """
 
     def __init__(self, folder):
         self.files = sorted(file for file in Path(folder).glob("*.safetensors") if not file.name.startswith("."))
@@ -408,12 +429,14 @@ def measure(items, numbers, args, videos_of, reference, functions, detector, dev
     """This process's share of `numbers`: {n: {model: {metric: value}}, {model: {n: features}}, {name: why skipped}, and
     {model: {n: True}} where its video holds values that are not finite.
 
-    videos_of(items (B, ...)) -> {model: (B, 3, T, H, W)}; each is compared with that of `reference`, None for no comparison.
-    One batch is held at a time. All items have one shape, `shape` or the first one's; others are skipped by name.
+    videos_of(items (B, ...)) -> {model: (B, 3, T, H, W)}. Each video is compared with that of `reference`; None means
+    no comparison. One batch is held at a time. All items have one shape, `shape` or the first one's; others are
+    skipped by name.
     """
     rank, world = process()
     records, features, skipped, broken = {}, {}, {}, {}
-    loader = DataLoader(Subset(OrReason(items), list(numbers)[rank::world]), args.batch, collate_fn=list, num_workers=args.workers)
+    loader = DataLoader(Subset(OrReason(items), list(numbers)[rank::world]), args.batch, collate_fn=list,
+                        num_workers=args.workers)
     with tqdm(total=len(numbers), unit="clip", disable=rank > 0 or not sys.stderr.isatty(), leave=False) as bar:
         for batch in loader:
             for n, item, reason in batch:
@@ -430,7 +453,8 @@ def measure(items, numbers, args, videos_of, reference, functions, detector, dev
                     if reference not in (None, "input") and model == "input":
                         continue
                     compared = reference and model != reference
-                    values = {name: f(video, videos[reference]).tolist() for name, f in functions.items()} if compared else {}
+                    values = ({name: f(video, videos[reference]).tolist() for name, f in functions.items()}
+                              if compared else {})
                     found = detector(video).cpu() if detector else None
                     finite = video.isfinite().flatten(1).all(1).tolist()
                     for i, (n, _) in enumerate(good):
@@ -481,7 +505,8 @@ def distances(features, reference):
     clips, (_, d) = min(map(len, stacked.values())), next(iter(stacked.values())).shape
     if clips < 2:
         return {}, "needs two clips or more"
-    few = f"{clips} clips are too few to mean much: I3D has {d} features, and the distance falls with more clips" if clips <= d else None
+    few = (f"{clips} clips are too few to mean much: I3D has {d} features, and the distance falls with more clips"
+           if clips <= d else None)
     broken = [model for model, found in stacked.items() if not found.isfinite().all()]
     if broken:
         few = f"{', '.join(broken)} gave clips whose features are not finite"
@@ -498,8 +523,10 @@ def cell(value, decimals, unit=""):
 
 def table(rows, columns):
     """The rows as lines of text, numbers aligned to the right. columns: {metric: (heading, decimals)}."""
-    header = ("model", "decoder (M)", *(heading for heading, _ in columns.values()), "PSNR kept", "decode FPS", "speed-up")
-    cells = [(r["model"], cell(r["parameters"] / 1e6, 2), *(cell(r[m], decimals) for m, (_, decimals) in columns.items()),
+    header = ("model", "decoder (M)", *(heading for heading, _ in columns.values()), "PSNR kept", "decode FPS",
+              "speed-up")
+    cells = [(r["model"], cell(r["parameters"] / 1e6, 2),
+              *(cell(r[m], decimals) for m, (_, decimals) in columns.items()),
               cell(r["psnr_kept"], 1, "%"), cell(r["fps"], 1), cell(r["speed_up"], 2, "x")) for r in rows]
     widths = [max(map(len, column)) for column in zip(header, *cells)]
     lines = ["  ".join([c[0].ljust(widths[0])] + [v.rjust(w) for v, w in zip(c[1:], widths[1:])])
@@ -510,10 +537,12 @@ def table(rows, columns):
 def markdown(rows, columns, compression, clips):
     """The rows in the form of the paper's Table 3."""
     arrow = {"psnr": "↑", "ssim": "↑"}
-    header = ["Model", "Decoder Param (M)", "(d_t, d_h, d_w)", "FPS↑", *(heading.removesuffix(" (dB)") + arrow.get(m, "↓") for m, (heading, _) in columns.items())]
+    header = ["Model", "Decoder Param (M)", "(d_t, d_h, d_w)", "FPS↑",
+              *(heading.removesuffix(" (dB)") + arrow.get(m, "↓") for m, (heading, _) in columns.items())]
     lines = [[r["model"], cell(r["parameters"] / 1e6, 1), str(tuple(compression)), cell(r["fps"], 1),
               *(cell(r[m], decimals) for m, (_, decimals) in columns.items())] for r in rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in (header, ["---"] * len(header), *lines)) + f"\n\n{clips}\n"
+    return ("\n".join("| " + " | ".join(line) + " |" for line in (header, ["---"] * len(header), *lines))
+            + f"\n\n{clips}\n")
 
 
 replace = partial(replace_files, errors=(SafetensorError, *BROKEN))
@@ -534,7 +563,8 @@ def tile(clip):
 def sheet(rows, t):
     """(H, W, 3) uint8: frame t of one row of clips for each (label, [(title, (T, H, W, 3) uint8)])."""
     h, w = rows[0][1][0][1].shape[1:3]
-    scale = -(-384 // max(h, w))                         # small frames are magnified by a whole number: nothing is blurred
+    # Small frames are magnified by a whole number: nothing is blurred.
+    scale = -(-384 // max(h, w))
     h, w, gap, top, font = h * scale, w * scale, 8, 48, ImageFont.load_default(15)
     width, height = gap + len(rows[0][1]) * (w + gap), gap + len(rows) * (h + top)
     image = Image.new("RGB", (width + width % 2, height + height % 2), "white")         # H.264 likes even sizes
@@ -593,8 +623,10 @@ def write_film(path, images, rate=12, seconds=4):
 # ----------------------------------------------------------------------------------------------------------
 # whole videos
 
-# Audio that is copied, not encoded again; what PyAV says of .mp4 and .mov includes codecs that their muxers then refuse.
-COPIED = {".mp4": ("aac", "mp3", "mp3float", "ac3", "eac3", "alac", "opus", "flac"), ".mov": ("aac", "mp3", "mp3float", "ac3", "alac")}
+# Audio that is copied, not encoded again. PyAV's own list of what .mp4 and .mov take is not used: it includes codecs
+# that their muxers then refuse.
+COPIED = {".mp4": ("aac", "mp3", "mp3float", "ac3", "eac3", "alac", "opus", "flac"),
+          ".mov": ("aac", "mp3", "mp3float", "ac3", "alac")}
 
 
 AAC_RATES = (8000, 11025, 12000, 16000, 22050, 24000, 32000, 44100, 48000)      # of the 13 that it has
@@ -681,10 +713,12 @@ def in_windows(source, through, length, overlap):
 def reconstruct(teacher, student, source, target, frames, device, dtype):
     """Writes the video `source`, of any size and length, through the teacher's encoder and the student to `target`.
 
-    Size, frames, their time stamps and the audio are kept. Windows of `frames` frames overlap and are faded into each other, so
-    memory depends on `frames` and the size only; edges are repeated up to what the teacher takes, then cut. Returns (frames,
-    PSNR in dB, mean over frames, how many frames the source lacks of those that it promises). ValueError for a source
-    that cannot be read, or a target that cannot be written.
+    Size, frames, their time stamps and the audio are kept. Windows of `frames` frames overlap and are faded into each
+    other, so memory depends on `frames` and the size only. Edges are repeated up to what the teacher takes; the
+    result is cut back.
+
+    Returns (frames, PSNR in dB, mean over frames, how many frames the source lacks of those that it promises).
+    ValueError for a source that cannot be read, or a target that cannot be written.
     """
     (_, d_h, d_w), errors, waiting, seen, promised = teacher.compression, [], deque(), {"end": 0.0}, 0
 
@@ -694,7 +728,8 @@ def reconstruct(teacher, student, source, target, frames, device, dtype):
         video = F.pad(video, (0, -w % d_w, 0, -h % d_h, 0, frames - t), mode="replicate")
         latents = teacher.encode(video, sample=False)
         if not latents.isfinite().all():
-            raise ValueError(f"the {teacher.name} teacher's latents are not finite in {str(dtype)[6:]}: another --dtype")
+            raise ValueError(f"the {teacher.name} teacher's latents are not finite in {str(dtype)[6:]}: "
+                             "another --dtype")
         decoded = student(latents)[..., :t, :h, :w]
         if not decoded.isfinite().all():
             raise ValueError(f"after {len(errors)} frames the student gave values that are not finite")
@@ -705,7 +740,8 @@ def reconstruct(teacher, student, source, target, frames, device, dtype):
         with open_video(source) as container, av.open(f"file:{file}", "w") as out:
             stream, rate = video_stream(container)
             stream.thread_type = "AUTO"
-            tracks = [audio for audio in container.streams.audio if audio.codec_context]        # None: no decoder knows it
+            # A track without a codec context is one that no decoder knows.
+            tracks = [audio for audio in container.streams.audio if audio.codec_context]
             step = max(1, round(1 / (rate * stream.time_base)))
             written, sounds = None, {}
 
@@ -719,7 +755,8 @@ def reconstruct(teacher, student, source, target, frames, device, dtype):
                     if audio.name in COPIED.get(file.suffix.lower(), out.supported_codecs):
                         sounds[audio.index] = out.add_stream_from_template(audio), True
                     else:
-                        layout = {} if audio.layout.name.endswith("channels") else {"layout": audio.layout.name}     # "6 channels" is no name
+                        # "6 channels" is no layout's name.
+                        layout = {} if audio.layout.name.endswith("channels") else {"layout": audio.layout.name}
                         sound_rate = next((r for r in AAC_RATES if r >= audio.rate), AAC_RATES[-1])
                         sounds[audio.index] = out.add_stream("aac", rate=sound_rate, **layout), False
                 return written
@@ -805,8 +842,9 @@ def decode_latents(student, source, target, fps, device, dtype):
 def generate(args, device):
     """Writes what a diffusers pipeline hands to its VAE's decoder, one file for each line of args.generate.
 
-    Taken where `vae.decode` is called, since pipelines' output_type="latent" is not that: each scales, shifts and packs it in its
-    own way. Files that are there are kept, so a stopped run goes on; processes share the prompts.
+    Latents are taken where `vae.decode` is called. What pipelines return for output_type="latent" will not do: each
+    scales, shifts and packs latents in its own way. Files that are there are kept, so a stopped run goes on.
+    Processes share the prompts.
     """
     from diffusers import DiffusionPipeline
     from diffusers.models.autoencoders.vae import DecoderOutput
@@ -821,7 +859,8 @@ def generate(args, device):
     todo = {}
     for n, prompt in list(enumerate(prompts))[rank::world]:
         file = folder / f"{n:05d}.safetensors"
-        origin = {"prompt": prompt, "pipeline": args.pipeline, "seed": str(args.seed + n), "dtype": args.dtype, "shape": json.dumps(shape)}
+        origin = {"prompt": prompt, "pipeline": args.pipeline, "seed": str(args.seed + n), "dtype": args.dtype,
+                  "shape": json.dumps(shape)}
         if not file.is_file():
             todo[file] = origin
             continue
@@ -882,38 +921,49 @@ def parse():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      usage="%(prog)s [--data WHAT] [--student PATH] [options]; --help explains each")
     add = parser.add_argument
-    add("--data", default="synthetic", help="davis, ucf101, vidgen or openvid, in data/<name>; a video or a folder of videos or of folders "
-        "of frames; or synthetic, made-up video that no training sees (default)")
+    add("--data", default="synthetic", help="davis, ucf101, vidgen or openvid, in data/<name>; a video or a folder of "
+        "videos or of folders of frames; or synthetic, made-up video that no training sees (default)")
     add("--root", metavar="DIR", help="where the data set lies, if not in data/<name>")
-    add("--split", help="a data set's list, such as val or testlist02, or a text file with a name a line (default: DAVIS's test-dev "
-        "where it is there, else val; UCF-101's testlist01)")
+    add("--split", help="a data set's list, such as val or testlist02, or a text file with a name a line "
+        "(default: DAVIS's test-dev where it is there, else val; UCF-101's testlist01)")
     add("--download", action="store_true", help="fetch davis (trainval, 0.8 GB) or ucf101 (7 GB) where it is not there")
     add("--student", nargs="+", metavar="PATH", help="students: a run's folder or a file, one or several "
         "(default: the newest under out/, else the shipped one)")
     add("--teacher", choices=TEACHERS, help="default: the one that the first student was trained with")
-    add("--teacher-weights", metavar="W", help='a folder or file, or "random" to measure speed only (default: the released weights)')
-    add("--against", choices=("input", "teacher"), default="input", help="what reconstructions are compared with (default input)")
-    add("--metrics", nargs="+", choices=METRICS, help="default: psnr ssim temporal grid, and on real video lpips fvd, whose networks are downloaded")
-    add("--lpips-weights", metavar="FILE", help=f"torchvision's {ALEXNET} (default: PyTorch's cache, or a download of 233 MB)")
+    add("--teacher-weights", metavar="W",
+        help='a folder or file, or "random" to measure speed only (default: the released weights)')
+    add("--against", choices=("input", "teacher"), default="input",
+        help="what reconstructions are compared with (default input)")
+    add("--metrics", nargs="+", choices=METRICS, help="default: psnr ssim temporal grid, "
+        "and on real video lpips fvd, whose networks are downloaded")
+    add("--lpips-weights", metavar="FILE",
+        help=f"torchvision's {ALEXNET} (default: PyTorch's cache, or a download of 233 MB)")
     add("--i3d", metavar="FILE", help="i3d_torchscript.pt (default: PyTorch's cache, or a download of 51 MB)")
     add("--clips", type=number(int, 1), help="the first so many (default: all; 16 of made-up video)")
     add("--frames", type=number(int, 1), help="frames of a clip (default: 17; 16 for dc, 8 for tiny)")
-    add("--size", type=size_of, metavar="S|HxW", help="pixels (default: 512 for davis, 360x640 for openvid, else 256; 128 for tiny)")
+    add("--size", type=size_of, metavar="S|HxW",
+        help="pixels (default: 512 for davis, 360x640 for openvid, else 256; 128 for tiny)")
     add("--batch", type=number(int, 1), default=1, help="clips at a time (default 1)")
     add("--workers", type=number(int, 0), default=0, help="processes that read clips ahead (default 0)")
     add("--seed", type=number(int, 0, 2 ** 32 - 1), default=HELD_OUT_SEED, help="of made-up video and of generation "
         f"(default {HELD_OUT_SEED}, which no training sees)")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu",
         help="cpu, cuda, cuda:1 ..., mps (default: cuda where there is one)")
-    add("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="of teacher, students and pipeline (default float32)")
+    add("--dtype", choices=("float32", "bfloat16", "float16"), default="float32",
+        help="of teacher, students and pipeline (default float32)")
     add("--threads", type=number(int, 1), help="CPU threads (default: PyTorch's choice)")
-    add("--out", metavar="DIR", help="folder for what is written (default: that of the first student's run, else out/evaluate)")
-    add("--reconstruct", nargs=2, metavar=("IN", "OUT"), help="a video through encoder and first student, audio and time stamps kept; nothing else")
+    add("--out", metavar="DIR",
+        help="folder for what is written (default: that of the first student's run, else out/evaluate)")
+    add("--reconstruct", nargs=2, metavar=("IN", "OUT"),
+        help="a video through encoder and first student, audio and time stamps kept; nothing else")
     add("--decode", nargs=2, metavar=("LATENTS", "OUT"),
         help="saved latents, a .safetensors file, through the first student; nothing else")
-    add("--fps", type=frame_rate, help="frames per second of --decode's video, such as 29.97 or 30000/1001 (default 24)")
-    add("--latents", metavar="DIR", help="evaluate on saved latents: students against teacher, and both against real video, if --data has any")
-    add("--generate", metavar="PROMPTS", help="make --latents with --pipeline, a file a line; --size and --frames are the pipeline's")
+    add("--fps", type=frame_rate,
+        help="frames per second of --decode's video, such as 29.97 or 30000/1001 (default 24)")
+    add("--latents", metavar="DIR", help="evaluate on saved latents: students against teacher, "
+        "and both against real video, if --data has any")
+    add("--generate", metavar="PROMPTS",
+        help="make --latents with --pipeline, a file a line; --size and --frames are the pipeline's")
     add("--pipeline", metavar="HUB_ID", help="a diffusers pipeline, or a folder with one")
     args = parser.parse_args()
     args.data = args.data.rstrip("/") or "/"
@@ -934,7 +984,8 @@ def parse():
     for name, mode in (("fps", "decode"), ("pipeline", "generate")):
         if name in given and not getattr(args, mode):
             raise ValueError(f"--{name} is of --{mode} only")
-    args.metrics = [m for m in METRICS if m in (args.metrics or (METRICS if args.data != "synthetic" or args.latents else OFFLINE))]
+    args.metrics = [m for m in METRICS
+                    if m in (args.metrics or (METRICS if args.data != "synthetic" or args.latents else OFFLINE))]
     return args
 
 
@@ -1008,7 +1059,8 @@ def one_video(args, teacher, students, device):
     target.parent.mkdir(parents=True, exist_ok=True)
     frames, _, _ = clip_shape(args, teacher)
     start = time.perf_counter()
-    count, quality, lost = reconstruct(teacher, student.decode, source, target, frames, device, getattr(torch, args.dtype))
+    count, quality, lost = reconstruct(teacher, student.decode, source, target, frames, device,
+                                       getattr(torch, args.dtype))
     print(f"{target}: {count} frames through the {teacher.name} teacher's encoder and {name}, PSNR {quality:.2f} dB, "
           f"{count / (time.perf_counter() - start):.2f} frames per second, video decoding and encoding included")
     if lost:
@@ -1053,7 +1105,8 @@ def evaluate(args):
     out = None if args.reconstruct else results_folder(args, files)
     teacher, students = load_decoders(args, files, device)
     if not args.student and rank == 0:
-        print(f"the student {next(iter(students))}" if SHIPPED not in files.values() else f"no student in out/: evaluating the shipped one, {short(SHIPPED)}")
+        print(f"the student {next(iter(students))}" if SHIPPED not in files.values() else
+              f"no student in out/: evaluating the shipped one, {short(SHIPPED)}")
     if args.reconstruct:
         return one_video(args, teacher, students, device)
 
@@ -1068,8 +1121,10 @@ def evaluate(args):
         like = torch.zeros(1, *shape, device=device, dtype=teacher.dtype)
         frames, height, width = next(iter(students.values()))(like).shape[2:]
         videos_of = lambda latents: decode(latents.to(teacher.dtype))
-        real_clips = open_clips(args, frames, height, width) if args.data != "synthetic" and "fvd" in args.metrics else None
-        without = {} if real_clips or "fvd" not in args.metrics else {"fvd": "real video is needed: --data openvid, for example"}
+        real_clips = (open_clips(args, frames, height, width)
+                      if args.data != "synthetic" and "fvd" in args.metrics else None)
+        without = ({} if real_clips or "fvd" not in args.metrics else
+                   {"fvd": "real video is needed: --data openvid, for example"})
     else:
         frames, height, width = clip_shape(args, teacher)
         items, numbers, name_of, skipped = open_clips(args, frames, height, width)
@@ -1088,7 +1143,8 @@ def evaluate(args):
         clips, real, name_of_real, skipped_real = real_clips
         seen, found, failed, _ = measure(clips, real, args, lambda video: {"input": video}, None, {}, detector, device,
                                          name_of_real)
-        features, skipped, real = {**features, **found}, {**skipped, **skipped_real, **failed}, [name_of_real(n) for n in sorted(seen)]
+        features, skipped, real = ({**features, **found}, {**skipped, **skipped_real, **failed},
+                                   [name_of_real(n) for n in sorted(seen)])
     if rank:
         return
     for clips, where in ((records, args.latents or args.data), (real, args.data)):
@@ -1103,7 +1159,8 @@ def evaluate(args):
     mean = lambda model, metric: statistics.fmean(records[n][model][metric] for n in done)
     sample = items[done[0]][None].to(device)
     latents = sample.to(teacher.dtype) if args.latents else encode(sample)
-    # Small clips are timed four at a time: PyTorch's convolutions on a CPU take a slow path for one clip with few channels.
+    # Small clips are timed four at a time: PyTorch's convolutions on a CPU take a slow path for one clip with few
+    # channels.
     together = max(1, min(4, 2 ** 20 // (frames * height * width)))
     fps = decode_speeds(decoders, latents.repeat(together, 1, 1, 1, 1))
     count = lambda module: sum(p.numel() for p in module.parameters())
@@ -1111,14 +1168,16 @@ def evaluate(args):
     for name in decoders:
         compared = functions if name not in (reference, *broken) else {}
         values = {m: mean(name, m) if m in compared else fvd.get(name) if m == "fvd" else None for m in args.metrics}
-        rows.append({"model": name, "parameters": count(students.get(name, teacher.vae.decoder)), **values, "fps": fps[name],
-                     "psnr_kept": None, "speed_up": fps[name] / fps[label]})
+        rows.append({"model": name, "parameters": count(students.get(name, teacher.vae.decoder)), **values,
+                     "fps": fps[name], "psnr_kept": None, "speed_up": fps[name] / fps[label]})
         if "psnr" in functions and reference == "input" and not {name, label} & set(broken):
             rows[-1]["psnr_kept"] = 100 * rows[-1]["psnr"] / rows[0]["psnr"]
     hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     what = (f"{args.latents or args.data}: {len(done)} clips of {frames}x{height}x{width} (frames x height x width)"
-            f"{f', FVD to {len(real)} real clips of {args.data}' if real else ''}{', against the teacher' if reference == label else ''}; "
-            f"{hardware}, {torch.get_num_threads()} CPU threads, {args.dtype}, {together} at a time for speed; {len(skipped)} clips skipped")
+            f"{f', FVD to {len(real)} real clips of {args.data}' if real else ''}"
+            f"{', against the teacher' if reference == label else ''}; "
+            f"{hardware}, {torch.get_num_threads()} CPU threads, {args.dtype}, {together} at a time for speed; "
+            f"{len(skipped)} clips skipped")
     columns = {m: ("FVD", 2) if m == "fvd" and args.latents else METRICS[m] for m in args.metrics}
     notes = [f"{columns[m][0]}: {reason}" for m, reason in (without | ({"fvd": few} if few else {})).items()]
     notes += [f"{name}: every clip's video holds values that are not finite" for name in broken]
@@ -1133,8 +1192,10 @@ def evaluate(args):
         "rows": rows, **whose(args, files), **settings, "clips": len(done), "against": reference, "device": hardware,
         "threads": torch.get_num_threads(), "timed_together": together, "skipped": skipped, "broken": broken,
         "without": without, "about_fvd": few, "command": ["python", *sys.argv],
-        "versions": {"python": platform.python_version(), **{p: version(p) for p in ("torch", "torchvision", "torchmetrics", "lpips", "av")}},
-        "weights": {label: settings["teacher_weights"], **{name: digest(file.read_bytes()) for name, file in {**files, **measured_by}.items()}},
+        "versions": {"python": platform.python_version(),
+                     **{p: version(p) for p in ("torch", "torchvision", "torchmetrics", "lpips", "av")}},
+        "weights": {label: settings["teacher_weights"],
+                    **{name: digest(file.read_bytes()) for name, file in {**files, **measured_by}.items()}},
         "clips_hash": digest(json.dumps([names, real]).encode()),
         "per_clip": [{"clip": name_of(n), **records[n]} for n in done]}
     finite = json.loads(json.dumps(results), parse_constant=lambda _: None)      # JSON has neither infinities nor NaN
@@ -1144,11 +1205,13 @@ def evaluate(args):
     metric = next(iter(functions), None)
     rising = 1 if metric in ("psnr", "ssim") else -1
     order = sorted(done, key=lambda n: rising * records[n][student][metric]) if metric else done
-    picks = {order[len(order) // 2]: "median", order[0]: "worst", order[-1]: "best"} if metric and len(done) > 1 else {order[0]: "clip"}
+    picks = ({order[len(order) // 2]: "median", order[0]: "worst", order[-1]: "best"}
+             if metric and len(done) > 1 else {order[0]: "clip"})
     shown = []
     for n in sorted(picks, key=order.index):
         videos = videos_of(items[n][None].to(device))
-        title = lambda name: name + (f", {records[n][name]['psnr']:.2f} dB" if "psnr" in records[n].get(name, {}) else "")
+        title = lambda name: name + (f", {records[n][name]['psnr']:.2f} dB"
+                                     if "psnr" in records[n].get(name, {}) else "")
         tiles = [(title(name), tile(frames_of(video))) for name, video in videos.items()]
         error = tile((4 * (frames_of(videos[student]) - frames_of(videos[reference])).abs()).clamp(max=1))
         shown.append((f"{picks[n]}: {name_of(n)}", [*tiles, (f"|error| x4 of {student}", error)]))
@@ -1164,7 +1227,8 @@ def evaluate(args):
 def main():
     args = parse()
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        dist.init_process_group("gloo", timeout=timedelta(days=1))         # records are gathered on the CPU; a download may be waited for
+        # Records are gathered on the CPU. The timeout is long because a download may be waited for.
+        dist.init_process_group("gloo", timeout=timedelta(days=1))
     try:
         evaluate(args)
     finally:

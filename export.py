@@ -62,8 +62,8 @@ def rms_norm(x: torch.Tensor) -> torch.Tensor:
     """x / (|x| / sqrt(C) + 2^-24) over channels: three operations, of which one writes a tensor of x's size.
 
     Squares never leave the operation that sums them: as tensors of their own they overflow fp16 from 256 on, which the
-    shipped student's activations do. The student's eps, 1e-8 under the root, is zero in fp16; what is added here is only there
-    for 0 / 0, and smaller than fp16's rounding wherever the student's eps is.
+    shipped student's activations do. The student's eps, 1e-8 under the root, is zero in fp16. What is added here is
+    only there for 0 / 0, and is smaller than fp16's rounding wherever the student's eps is.
     """
     return x / (torch.linalg.vector_norm(x, dim=1, keepdim=True) * x.shape[1] ** -0.5 + TINY)
 
@@ -249,8 +249,10 @@ def replicate(x, n):
 
 
 def pixel_shuffle(x, r):
-    """(1, C r², T, H, W) -> (1, C, T, r H, r W): one 2D pixel shuffle of the frames stacked into a tall one, since rows
-    of different frames never meet."""
+    """(1, C r², T, H, W) -> (1, C, T, r H, r W): one 2D pixel shuffle of the frames stacked into a tall one.
+
+    That is right since rows of different frames never meet.
+    """
     return F.pixel_shuffle(x.flatten(2, 3), r).unflatten(2, (x.shape[2], -1)) if r > 1 else x
 
 
@@ -354,7 +356,10 @@ def for_graph(x, graph):
 # Export.
 
 def latent_shape(config, size, latent_frames=None):
-    """(1, C, t, h, w) of the latents that decode to at least `size`; latent_frames None: what makes 17 frames, or 16."""
+    """(1, C, t, h, w) of the latents that decode to at least `size`.
+
+    latent_frames None: what makes 17 frames, or 16.
+    """
     t = latent_frames or next(t for t in range(1, 18) if config.frames(t) >= 16)
     return 1, config.latent_channels, t, -(-size[0] // config.compression[1]), -(-size[1] // config.compression[2])
 
@@ -467,7 +472,8 @@ def export(model, size=(512, 512), latent_frames=None, path="student.mlpackage",
         raise ValueError("a stream's step is of at least 1 latent frame, in the engine graph and in fp16")
     shape = latent_shape(config, size, stream or latent_frames)
     size = decoded_size(config, shape) if stream else size
-    with contextlib.redirect_stderr(sys.stderr if sys.stderr.isatty() else io.StringIO()):      # coremltools' progress bars
+    # coremltools' progress bars are for a terminal only.
+    with contextlib.redirect_stderr(sys.stderr if sys.stderr.isatty() else io.StringIO()):
         try:
             twin, about = phone_twin(copy.deepcopy(model).float().cpu(), graph), {}
             latents = for_graph(torch.zeros(shape), graph)
@@ -478,7 +484,8 @@ def export(model, size=(512, 512), latent_frames=None, path="student.mlpackage",
         except RuntimeError as error:
             if "FileWriter" not in str(error):
                 raise
-            raise OSError(f"{path}: its weights cannot be written to {tempfile.gettempdir()}; is the disk full?") from None
+            raise OSError(f"{path}: its weights cannot be written to {tempfile.gettempdir()}; "
+                          "is the disk full?") from None
         if bits:        # below 10,000 weights coremltools would want scikit-learn, and little is to be saved
             from coremltools.optimize import coreml as compress
             packages["main"] = compress.palettize_weights(packages["main"], compress.OptimizationConfig(
@@ -524,7 +531,8 @@ class StreamStep(torch.nn.Module):
 
 ABOUT = {"latents": "({}): as the teacher's encoder gives them, no scaling factor",
          "video": "({}), about [-1, 1], not clamped",
-         "edges": "(3 P, 1, 1, 1), of P convolutions: 1 in the step in which the clip begins, in which it ends, after it"}
+         "edges": "(3 P, 1, 1, 1), of P convolutions: 1 in the step in which the clip begins, in which it ends, "
+                  "after it"}
 
 
 def save(packages, path, metadata):
@@ -640,11 +648,15 @@ class Program:
 
     def type_of(self, value_type):
         """(shape, name of the data type) of a value's type."""
-        return tuple(d.constant.size for d in value_type.tensorType.dimensions), self.type_name(value_type.tensorType.dataType)
+        return (tuple(d.constant.size for d in value_type.tensorType.dimensions),
+                self.type_name(value_type.tensorType.dataType))
 
     def constant(self, value, name):
-        """A constant as NumPy array, from the specification or from weight.bin: there a header of 64 bytes (a mark, the type,
-        the size and where the data begin), then data, of less than a byte each where the type is such."""
+        """A constant as NumPy array, from the specification or from weight.bin.
+
+        In weight.bin a header of 64 bytes comes first: a mark, the type, the size and where the data begin. The data
+        follow, of less than a byte each where the type is such.
+        """
         shape, kind = self.type_of(value.type)
         count = math.prod(shape)
         bits = 8 * np.dtype(NUMPY[kind]).itemsize if kind in NUMPY else int(kind.removeprefix("UINT"))
@@ -653,7 +665,8 @@ class Program:
             header = self.blob[start:start + 24].tobytes()
             mark, size, data = (int.from_bytes(header[i:j], "little") for i, j in ((0, 4), (8, 16), (16, 24)))
             if mark != 0xDEADBEEF or data + size > len(self.blob) or size != -(-count * bits // 8):
-                raise ValueError(f"weight.bin is truncated or damaged: it does not hold {name}, {count} values of {kind}")
+                raise ValueError("weight.bin is truncated or damaged: "
+                                 f"it does not hold {name}, {count} values of {kind}")
             raw = self.blob[data:data + size]
             self.stored[name] = size
         else:
@@ -781,7 +794,8 @@ def run(program, latents, fp16):
 # ---------------------------------------------------------------------------------------------------------------------
 # Proof.
 
-FLOAT32_BOUND, FP16_BOUND = 0.02, 0.05      # worst error that passes, of a video in about [-1, 1]; ten times what is usual
+# Worst error that passes, of a video in about [-1, 1]; ten times what is usual.
+FLOAT32_BOUND, FP16_BOUND = 0.02, 0.05
 PALETTE_FLOOR = 15      # dB between a student and itself with palettised weights: 4 bits leave 30, damage 10
 WHOLE_FLOPS = 5e12                          # above, running a package whole takes minutes: see prove_by_height
 
@@ -789,7 +803,8 @@ WHOLE_FLOPS = 5e12                          # above, running a package whole tak
 def difference(video, expected):
     """Worst absolute error, and PSNR in dB with a peak of 2, the width of [-1, 1]."""
     error = video - expected
-    return {"worst_error": error.abs().max().item(), "psnr": 10 * (4 / error.square().mean().clamp(1e-20)).log10().item()}
+    return {"worst_error": error.abs().max().item(),
+            "psnr": 10 * (4 / error.square().mean().clamp(1e-20)).log10().item()}
 
 
 def run_stream(package, latents, call):
@@ -902,8 +917,8 @@ def check(results):
         raise ValueError(f"the palettised weights are not the student's: PSNR {results['palettised']['psnr']:.1f} dB")
     for which, bound in (("float32", FLOAT32_BOUND), ("fp16", FP16_BOUND), ("core_ml", FP16_BOUND)):
         if which in results and not results[which]["worst_error"] <= bound:     # NaN is not
-            raise ValueError(f"the package is not the student: worst error {results[which]['worst_error']:.3g} in {which}, "
-                             f"{bound} would pass; PSNR {results[which]['psnr']:.1f} dB")
+            raise ValueError(f"the package is not the student: worst error {results[which]['worst_error']:.3g} in "
+                             f"{which}, {bound} would pass; PSNR {results[which]['psnr']:.1f} dB")
 
 
 def same_but_for_height(program, other):
@@ -1102,24 +1117,26 @@ def prove(path, model, r, whole=False):
 
 def parse():
     parser = argparse.ArgumentParser(usage="%(prog)s [--student PATH] [options]; --help explains each",
-                                     description="Student to Core ML packages, each run operation by operation and compared "
-                                     "with the student, and a report of what a phone will have to do.")
-    parser.add_argument("--student", metavar="PATH", help="a run's folder, a file or a hub id (default: the newest under out/, "
-                        "else the shipped one)")
+                                     description="Student to Core ML packages, each run operation by operation and "
+                                     "compared with the student, and a report of what a phone will have to do.")
+    parser.add_argument("--student", metavar="PATH", help="a run's folder, a file or a hub id (default: the newest "
+                        "under out/, else the shipped one)")
     parser.add_argument("--config", choices=CONFIGS, help="the student's configuration, where its file does not say")
     parser.add_argument("--random", action="store_true", help="random weights for --config, to measure speed only")
-    parser.add_argument("--size", nargs="+", metavar="HxW", help="of the video in pixels, one package each (default 512x512 "
-                        "720x1280); what is no multiple of the compression is cropped in the graph")
-    parser.add_argument("--latent-frames", type=number(int, 1), metavar="N", help="default: what makes 17 frames, 16 for students that "
-                        "keep first frames")
+    parser.add_argument("--size", nargs="+", metavar="HxW", help="of the video in pixels, one package each (default "
+                        "512x512 720x1280); what is no multiple of the compression is cropped in the graph")
+    parser.add_argument("--latent-frames", type=number(int, 1), metavar="N", help="default: what makes 17 frames, "
+                        "16 for students that keep first frames")
     parser.add_argument("--bits", type=int, choices=(8, 6, 4), help="palettise the weights (default: fp16)")
     parser.add_argument("--graph", nargs="+", choices=GRAPHS, default=["engine"], help="engine: two-dimensional, for "
                         "the Neural Engine (default); conv3d: for the phone's GPU; or both")
-    parser.add_argument("--stream", type=number(int, 1), metavar="N", help="export a step of a stream: N latent frames at a "
-                        "time, with what layers keep going in and out, so that a phone plays video of any length")
-    parser.add_argument("--out", metavar="DIR", help="folder for the packages (default: the student's run, else out/export)")
-    parser.add_argument("--whole", action="store_true", help=f"run packages of more than {WHOLE_FLOPS / 1e12:.0f} TFLOP whole, "
-                        "which takes minutes, instead of showing that they are the same program as one of a fraction of the height")
+    parser.add_argument("--stream", type=number(int, 1), metavar="N", help="export a step of a stream: N latent frames "
+                        "at a time, with what layers keep going in and out, so that a phone plays video of any length")
+    parser.add_argument("--out", metavar="DIR",
+                        help="folder for the packages (default: the student's run, else out/export)")
+    parser.add_argument("--whole", action="store_true", help=f"run packages of more than {WHOLE_FLOPS / 1e12:.0f} "
+                        "TFLOP whole, which takes minutes, instead of showing that they are the same program as one of "
+                        "a fraction of the height")
     parser.add_argument("--verify", metavar="PACKAGE", help="export nothing: compare this package with the student")
     args = parser.parse_args()
     sizes = []
