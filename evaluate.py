@@ -29,6 +29,7 @@ import time
 import warnings
 from collections import Counter, deque
 from contextlib import suppress
+from dataclasses import dataclass, field
 from datetime import timedelta
 from fractions import Fraction
 from functools import partial
@@ -1082,20 +1083,144 @@ def saved_latents(args, files, device):
           "video encoding included")
 
 
-@torch.inference_mode()
-def evaluate(args):
-    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False         # float32 is float32
+@dataclass
+class Comparison:
+    """What is compared with what: clips, or latents of generated video, and the videos that models make of them."""
+    items: Dataset                  # clips (3, T, H, W), or latents (C, t, h, w)
+    numbers: object                 # which of them
+    name_of: object                 # a number's name
+    skipped: dict                   # {name: why}
+    clip: tuple                     # frames, height, width of all videos
+    encode: object                  # items (B, ...) -> latents (B, C, t, h, w)
+    decoders: dict                  # {model: latents -> video}, the teacher first
+    reference: str                  # "input" or a model: what the others are compared with
+    shape: tuple = None             # of an item, where all must have it
+    real: tuple = None              # (clips, numbers, name_of, skipped) of real video, where items are latents
+    without: dict = field(default_factory=dict)         # {metric left out: why}
+
+    def videos_of(self, items):
+        """{model: (B, 3, T, H, W)}; of clips with the input first."""
+        latents = self.encode(items)
+        decoded = {name: run(latents) for name, run in self.decoders.items()}
+        return decoded if self.shape else {"input": items, **decoded}
+
+
+def to_compare(args, teacher, students, device):
+    """The Comparison that the flags ask for."""
+    label = f"{teacher.name} (teacher)"
+    decoders = {label: teacher.decode, **students}
+    if not args.latents:
+        clip = clip_shape(args, teacher)
+        items, numbers, name_of, skipped = open_clips(args, *clip)
+        encode = lambda video: teacher.encode(video.to(teacher.dtype), sample=False)
+        return Comparison(items, numbers, name_of, skipped, clip, encode, decoders,
+                          {"input": "input", "teacher": label}[args.against])
+    items = SavedLatents(args.latents)
+    numbers = range(min(args.clips or len(items), len(items)))
+    shape = items.usual_shape(numbers, teacher.latent_channels)
+    like = torch.zeros(1, *shape, device=device, dtype=teacher.dtype)
+    clip = tuple(next(iter(students.values()))(like).shape[2:])
+    fvd = "fvd" in args.metrics
+    real = open_clips(args, *clip) if args.data != "synthetic" and fvd else None
+    without = {"fvd": "real video is needed: --data openvid, for example"} if fvd and not real else {}
+    return Comparison(items, numbers, lambda n: items.files[n].name, {}, clip,
+                      lambda latents: latents.to(teacher.dtype), decoders, label, shape, real, without)
+
+
+def measure_all(args, compared, functions, detector, device):
+    """`measure` of all that is compared, of real video too where FVD needs it: (records, features, {name: why skipped},
+    models that are never finite, names of the real clips or None), None on all processes but the first."""
+    records, features, failed, broken = measure(compared.items, compared.numbers, args, compared.videos_of,
+                                                compared.reference, functions, detector, device, compared.name_of,
+                                                compared.shape)
+    skipped, real = {**compared.skipped, **failed}, None
+    if process()[0] == 0:
+        broken = drop_broken(records, features, broken, skipped, compared.name_of)
+    if compared.real and detector:
+        clips, numbers, name_of, skipped_real = compared.real
+        seen, found, failed, _ = measure(clips, numbers, args, lambda video: {"input": video}, None, {}, detector,
+                                         device, name_of)
+        features, skipped = {**features, **found}, {**skipped, **skipped_real, **failed}
+        real = [name_of(n) for n in sorted(seen)]
+    if process()[0]:
+        return None
+    for clips, where in ((records, args.latents or args.data), (real, args.data)):
+        if clips is not None and not clips:
+            raise ValueError(f"none of the clips in {where} can be evaluated")
+    if compared.reference in broken:
+        raise ValueError(f"{compared.reference} gave values that are not finite for every clip: "
+                         f"nothing can be compared with it")
+    return records, features, skipped, broken, real
+
+
+def rows_of(compared, metrics, functions, records, fvd, broken, fps, parameters):
+    """A row of the table for each model, the teacher's first; None for what is not known."""
+    rows, label = [], next(iter(compared.decoders))
+    for name in compared.decoders:
+        measured = functions if name not in (compared.reference, *broken) else {}
+        mean = lambda metric: statistics.fmean(record[name][metric] for record in records.values())
+        values = {m: mean(m) if m in measured else fvd.get(name) if m == "fvd" else None for m in metrics}
+        rows.append({"model": name, "parameters": parameters[name], **values, "fps": fps[name], "psnr_kept": None,
+                     "speed_up": fps[name] / fps[label]})
+        if "psnr" in functions and compared.reference == "input" and not {name, label} & set(broken):
+            rows[-1]["psnr_kept"] = 100 * rows[-1]["psnr"] / rows[0]["psnr"]
+    return rows
+
+
+def sheets_of(compared, records, functions, device):
+    """A picture for each frame: the worst, the median and the best clip of the first student by the first metric.
+
+    The clips are decoded again: keeping all of them until it is known which ones would take memory.
+    """
+    student, metric, done = list(compared.decoders)[1], next(iter(functions), None), sorted(records)
+    rising = 1 if metric in ("psnr", "ssim") else -1
+    order = sorted(done, key=lambda n: rising * records[n][student][metric]) if metric else done
+    picks = ({order[len(order) // 2]: "median", order[0]: "worst", order[-1]: "best"}
+             if metric and len(done) > 1 else {order[0]: "clip"})
+    shown = []
+    for n in sorted(picks, key=order.index):
+        videos = compared.videos_of(compared.items[n][None].to(device))
+        title = lambda name: name + (f", {records[n][name]['psnr']:.2f} dB"
+                                     if "psnr" in records[n].get(name, {}) else "")
+        tiles = [(title(name), tile(frames_of(video))) for name, video in videos.items()]
+        error = tile((4 * (frames_of(videos[student]) - frames_of(videos[compared.reference])).abs()).clamp(max=1))
+        shown.append((f"{picks[n]}: {compared.name_of(n)}", [*tiles, (f"|error| x4 of {student}", error)]))
+        del videos          # before the next clip's are made
+    return [sheet(shown, t) for t in range(compared.clip[0])]
+
+
+def provenance(args, files, teacher, functions, detector):
+    """What measured, for results.json: versions, and hashes of all weights."""
+    measured_by = {"AlexNet": Path(args.lpips_weights or cached(ALEXNET))} if "lpips" in functions else {}
+    measured_by |= {"I3D": Path(args.i3d or cached("i3d_torchscript.pt"))} if detector else {}
+    return {"command": ["python", *sys.argv],
+            "versions": {"python": platform.python_version(),
+                         **{p: version(p) for p in ("torch", "torchvision", "torchmetrics", "lpips", "av")}},
+            "weights": {f"{teacher.name} (teacher)": teacher.weights_hash(),
+                        **{name: hashlib.sha256(file.read_bytes()).hexdigest()
+                           for name, file in {**files, **measured_by}.items()}}}
+
+
+def set_device(args):
+    """This process's torch.device; with --threads, and without TF32, so that float32 is float32."""
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
     if args.threads:
         torch.set_num_threads(args.threads)
-    rank, _ = process()
-    if rank and (args.reconstruct or args.decode):
-        return                      # one video is the first process's
     local = int(os.environ.get("LOCAL_RANK", 0))
     device = torch.device(f"cuda:{local}" if args.device == "cuda" and dist.is_initialized() else args.device)
     if device.type == "cuda":
         if (device.index or 0) >= torch.cuda.device_count():
             raise ValueError(f"process {local} has no GPU: PyTorch sees {torch.cuda.device_count()} here")
         torch.cuda.set_device(device)           # what PyTorch or a pipeline allocates without saying where
+    return device
+
+
+@torch.inference_mode()
+def evaluate(args):
+    """Does what the flags ask for: generates or decodes latents, reconstructs a video, or compares models on clips."""
+    if process()[0] and (args.reconstruct or args.decode):
+        return                      # one video is the first process's
+    device = set_device(args)
     check_inputs(args)
     if args.generate:
         return generate(args, device)
@@ -1104,78 +1229,41 @@ def evaluate(args):
         return saved_latents(args, files, device)
     out = None if args.reconstruct else results_folder(args, files)
     teacher, students = load_decoders(args, files, device)
-    if not args.student and rank == 0:
+    if not args.student and process()[0] == 0:
         print(f"the student {next(iter(students))}" if SHIPPED not in files.values() else
               f"no student in out/: evaluating the shipped one, {short(SHIPPED)}")
     if args.reconstruct:
         return one_video(args, teacher, students, device)
+    compare(args, files, teacher, students, out, device)
 
-    label = f"{teacher.name} (teacher)"
-    decoders = {label: teacher.decode, **students}
-    encode = lambda video: teacher.encode(video.to(teacher.dtype), sample=False)
-    decode = lambda latents: {name: run(latents) for name, run in decoders.items()}
-    if args.latents:
-        items, reference = SavedLatents(args.latents), label
-        numbers, name_of, skipped = range(min(args.clips or len(items), len(items))), lambda n: items.files[n].name, {}
-        shape = items.usual_shape(numbers, teacher.latent_channels)
-        like = torch.zeros(1, *shape, device=device, dtype=teacher.dtype)
-        frames, height, width = next(iter(students.values()))(like).shape[2:]
-        videos_of = lambda latents: decode(latents.to(teacher.dtype))
-        real_clips = (open_clips(args, frames, height, width)
-                      if args.data != "synthetic" and "fvd" in args.metrics else None)
-        without = ({} if real_clips or "fvd" not in args.metrics else
-                   {"fvd": "real video is needed: --data openvid, for example"})
-    else:
-        frames, height, width = clip_shape(args, teacher)
-        items, numbers, name_of, skipped = open_clips(args, frames, height, width)
-        reference, shape, without = {"input": "input", "teacher": label}[args.against], None, {}
-        videos_of = lambda video: {"input": video, **decode(encode(video))}
-    settings = {"clips_chosen": len(numbers), "frames": frames, "height": height, "width": width,
+
+def compare(args, files, teacher, students, out, device):
+    """The table of teacher and students, and what goes to the folder `out`."""
+    compared = to_compare(args, teacher, students, device)
+    frames, height, width = compared.clip
+    settings = {"clips_chosen": len(compared.numbers), "frames": frames, "height": height, "width": width,
                 "teacher": teacher.name, "teacher_weights": teacher.weights_hash()}
     check_same(out, settings)
-    functions, detector, without = load_metrics(args, frames, device, without)
-    records, features, failed, broken = measure(items, numbers, args, videos_of, reference, functions, detector, device,
-                                                name_of, shape)
-    skipped = {**skipped, **failed}
-    broken = drop_broken(records, features, broken, skipped, name_of) if rank == 0 else []
-    real = None
-    if args.latents and detector:
-        clips, real, name_of_real, skipped_real = real_clips
-        seen, found, failed, _ = measure(clips, real, args, lambda video: {"input": video}, None, {}, detector, device,
-                                         name_of_real)
-        features, skipped, real = ({**features, **found}, {**skipped, **skipped_real, **failed},
-                                   [name_of_real(n) for n in sorted(seen)])
-    if rank:
+    functions, detector, without = load_metrics(args, frames, device, compared.without)
+    found = measure_all(args, compared, functions, detector, device)
+    if found is None:
         return
-    for clips, where in ((records, args.latents or args.data), (real, args.data)):
-        if clips is not None and not clips:
-            raise ValueError(f"none of the clips in {where} can be evaluated")
-    if reference in broken:
-        raise ValueError(f"{reference} gave values that are not finite for every clip: nothing can be compared with it")
+    records, features, skipped, broken, real = found
+    done = sorted(records)
+    fvd, few = distances(features, "input" if args.latents else compared.reference) if detector else ({}, None)
 
-    done, fvd, few = sorted(records), {}, None
-    if detector:
-        fvd, few = distances(features, "input" if args.latents else reference)
-    mean = lambda model, metric: statistics.fmean(records[n][model][metric] for n in done)
-    sample = items[done[0]][None].to(device)
-    latents = sample.to(teacher.dtype) if args.latents else encode(sample)
     # Small clips are timed four at a time: PyTorch's convolutions on a CPU take a slow path for one clip with few
     # channels.
     together = max(1, min(4, 2 ** 20 // (frames * height * width)))
-    fps = decode_speeds(decoders, latents.repeat(together, 1, 1, 1, 1))
-    count = lambda module: sum(p.numel() for p in module.parameters())
-    rows = []
-    for name in decoders:
-        compared = functions if name not in (reference, *broken) else {}
-        values = {m: mean(name, m) if m in compared else fvd.get(name) if m == "fvd" else None for m in args.metrics}
-        rows.append({"model": name, "parameters": count(students.get(name, teacher.vae.decoder)), **values,
-                     "fps": fps[name], "psnr_kept": None, "speed_up": fps[name] / fps[label]})
-        if "psnr" in functions and reference == "input" and not {name, label} & set(broken):
-            rows[-1]["psnr_kept"] = 100 * rows[-1]["psnr"] / rows[0]["psnr"]
+    latents = compared.encode(compared.items[done[0]][None].to(device))
+    fps = decode_speeds(compared.decoders, latents.repeat(together, 1, 1, 1, 1))
+    parameters = {name: sum(p.numel() for p in students.get(name, teacher.vae.decoder).parameters())
+                  for name in compared.decoders}
+    rows = rows_of(compared, args.metrics, functions, records, fvd, broken, fps, parameters)
     hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     what = (f"{args.latents or args.data}: {len(done)} clips of {frames}x{height}x{width} (frames x height x width)"
             f"{f', FVD to {len(real)} real clips of {args.data}' if real else ''}"
-            f"{', against the teacher' if reference == label else ''}; "
+            f"{', against the teacher' if compared.reference.endswith(' (teacher)') else ''}; "
             f"{hardware}, {torch.get_num_threads()} CPU threads, {args.dtype}, {together} at a time for speed; "
             f"{len(skipped)} clips skipped")
     columns = {m: ("FVD", 2) if m == "fvd" and args.latents else METRICS[m] for m in args.metrics}
@@ -1183,40 +1271,17 @@ def evaluate(args):
     notes += [f"{name}: every clip's video holds values that are not finite" for name in broken]
     print("\n".join([table(rows, columns), what, *notes]))
 
-    out.mkdir(parents=True, exist_ok=True)
-    names = [name_of(n) for n in done]
-    digest = lambda data: hashlib.sha256(data).hexdigest()
-    measured_by = {"AlexNet": Path(args.lpips_weights or cached(ALEXNET))} if "lpips" in functions else {}
-    measured_by |= {"I3D": Path(args.i3d or cached("i3d_torchscript.pt"))} if detector else {}
+    names = [compared.name_of(n) for n in done]
     results = {
-        "rows": rows, **whose(args, files), **settings, "clips": len(done), "against": reference, "device": hardware,
-        "threads": torch.get_num_threads(), "timed_together": together, "skipped": skipped, "broken": broken,
-        "without": without, "about_fvd": few, "command": ["python", *sys.argv],
-        "versions": {"python": platform.python_version(),
-                     **{p: version(p) for p in ("torch", "torchvision", "torchmetrics", "lpips", "av")}},
-        "weights": {label: settings["teacher_weights"],
-                    **{name: digest(file.read_bytes()) for name, file in {**files, **measured_by}.items()}},
-        "clips_hash": digest(json.dumps([names, real]).encode()),
-        "per_clip": [{"clip": name_of(n), **records[n]} for n in done]}
+        "rows": rows, **whose(args, files), **settings, "clips": len(done), "against": compared.reference,
+        "device": hardware, "threads": torch.get_num_threads(), "timed_together": together, "skipped": skipped,
+        "broken": broken, "without": without, "about_fvd": few,
+        **provenance(args, files, teacher, functions, detector),
+        "clips_hash": hashlib.sha256(json.dumps([names, real]).encode()).hexdigest(),
+        "per_clip": [{"clip": name, **records[n]} for n, name in zip(done, names)]}
     finite = json.loads(json.dumps(results), parse_constant=lambda _: None)      # JSON has neither infinities nor NaN
-
-    # The pictures' clips are decoded again: keeping all of them until it is known which ones would take memory.
-    student = next(iter(students))
-    metric = next(iter(functions), None)
-    rising = 1 if metric in ("psnr", "ssim") else -1
-    order = sorted(done, key=lambda n: rising * records[n][student][metric]) if metric else done
-    picks = ({order[len(order) // 2]: "median", order[0]: "worst", order[-1]: "best"}
-             if metric and len(done) > 1 else {order[0]: "clip"})
-    shown = []
-    for n in sorted(picks, key=order.index):
-        videos = videos_of(items[n][None].to(device))
-        title = lambda name: name + (f", {records[n][name]['psnr']:.2f} dB"
-                                     if "psnr" in records[n].get(name, {}) else "")
-        tiles = [(title(name), tile(frames_of(video))) for name, video in videos.items()]
-        error = tile((4 * (frames_of(videos[student]) - frames_of(videos[reference])).abs()).clamp(max=1))
-        shown.append((f"{picks[n]}: {name_of(n)}", [*tiles, (f"|error| x4 of {student}", error)]))
-        del videos          # before the next clip's are made
-    sheets = [sheet(shown, t) for t in range(frames)]
+    sheets = sheets_of(compared, records, functions, device)
+    out.mkdir(parents=True, exist_ok=True)
     replace(dict(zip((out / name for name in WRITTEN), (
         lambda file: Image.fromarray(sheets[frames // 2]).save(file), lambda file: write_film(file, sheets),
         lambda file: file.write_text(markdown(rows, columns, teacher.compression, what)),
