@@ -66,7 +66,6 @@ WARM_UP, ROUNDS = 2, 7          # of the speed measurement
 # name: (heading, decimals)
 METRICS = {"psnr": ("PSNR (dB)", 2), "ssim": ("SSIM", 4), "lpips": ("LPIPS", 4), "temporal": ("temporal error", 2),
            "grid": ("grid", 2), "fvd": ("rFVD", 2)}
-OFFLINE = ("psnr", "ssim", "temporal", "grid")      # those that need no network
 I3D_URL = "https://huggingface.co/flateon/FVD-I3D-torchscript/resolve/main/i3d_torchscript.pt"
 ALEXNET = "alexnet-owt-7be5be79.pth"        # torchvision's name; its checksum begins so
 I3D_SHA256 = "bec6519f66ea534e953026b4ae2c65553c17bf105611c746d904657e5860a5e2"
@@ -935,7 +934,7 @@ def parse():
         help='a folder or file, or "random" to measure speed only (default: the released weights)')
     add("--against", choices=("input", "teacher"), default="input",
         help="what reconstructions are compared with (default input)")
-    add("--metrics", nargs="+", choices=METRICS, help="default: psnr ssim temporal grid, "
+    add("--metrics", nargs="+", choices=METRICS, help="default: psnr ssim temporal, "
         "and on real video lpips fvd, whose networks are downloaded")
     add("--lpips-weights", metavar="FILE",
         help=f"torchvision's {ALEXNET} (default: PyTorch's cache, or a download of 233 MB)")
@@ -985,8 +984,8 @@ def parse():
     for name, mode in (("fps", "decode"), ("pipeline", "generate")):
         if name in given and not getattr(args, mode):
             raise ValueError(f"--{name} is of --{mode} only")
-    args.metrics = [m for m in METRICS
-                    if m in (args.metrics or (METRICS if args.data != "synthetic" or args.latents else OFFLINE))]
+    usual = ["psnr", "ssim", "temporal", *(["lpips", "fvd"] if args.data != "synthetic" or args.latents else [])]
+    args.metrics = [m for m in METRICS if m in (args.metrics or usual)]
     return args
 
 

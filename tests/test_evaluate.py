@@ -308,7 +308,7 @@ def test_a_run_on_made_up_video(student, run, tmp_path, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert "2 clips of 8x64x64" in lines[-5] and sorted(lines[-4:]) == [f"out/demo/{name}" for name in written]
     rows = (student.parent / "results.md").read_text().splitlines()
-    assert rows[0] == "| Model | Decoder Param (M) | (d_t, d_h, d_w) | FPS↑ | PSNR↑ | SSIM↑ | temporal error↓ | grid↓ |"
+    assert rows[0] == "| Model | Decoder Param (M) | (d_t, d_h, d_w) | FPS↑ | PSNR↑ | SSIM↑ | temporal error↓ |"
     assert rows[3].startswith("| out/demo | 0.5 | (4, 8, 8) |") and f"| {results['rows'][1]['psnr']:.2f} |" in rows[3]
 
 
@@ -385,7 +385,7 @@ def videos(tmp_path):
 
 
 def test_every_video_is_evaluated_or_skipped_by_name(student, run, videos, capsys):
-    results = run("--data", "videos", "--size", 64, "--metrics", "psnr", "ssim", "temporal")
+    results = run("--data", "videos", "--size", 64, "--metrics", "psnr", "ssim", "temporal", "grid")
     assert [clip["clip"] for clip in results["per_clip"]] == ["frames", "odd.mp4", "plain.mp4", "ten_bits.mp4", "turned.mp4", "uneven.mp4"]
     assert sorted(results["skipped"]) == ["corrupt.mp4", "empty.mp4", "few_frames", "short.mp4", "single.mp4"]
     assert all(math.isfinite(v) for clip in results["per_clip"] for v in clip["out/demo"].values())
