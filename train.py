@@ -1306,29 +1306,65 @@ def main(args):
         distil(args)
 
 
-def distil(args):
-    # processes -----------------------------------------------------------------------------------------------
-    signals, device, out = Signals(), find_device(args.device), Path(args.out)
+@dataclass
+class Setup:
+    """What a run works with: processes, precision, teacher and clips."""
+    args: argparse.Namespace
+    device: torch.device
+    processes: Processes
+    out: Path
+    saved: dict                         # the checkpoint that the run goes on from, or None
+    autocast: object                    # makes the context of the student's precision
+    compiles: bool
+    teacher: object = None              # None where a cache has what it makes
+    teacher_autocast: object = None     # as autocast, but float32 where the teacher is not finite in half precision
+    clips: object = None                # the training stream
+    validation: Validation = None
+    about: dict = None                  # what a resume must find unchanged
+
+    @property
+    def accumulate(self):
+        """Micro-batches of a process in a step."""
+        return self.args.batch // (self.args.micro_batch * self.processes.world)
+
+    def say(self, line):
+        if self.processes.chief:
+            tqdm.write(line)
+
+
+def set_up(args):
+    """A Setup without teacher and clips; settles the precision in args.dtype. ValueError where the batch does not
+    divide."""
+    device, out = find_device(args.device), Path(args.out)
     processes = Processes(device)
-    world, chief = processes.world, processes.chief
-    say = tqdm.write if chief else (lambda line: None)
-    together = args.micro_batch * world
+    together = args.micro_batch * processes.world
     if args.batch % together:
-        raise ValueError(f"--batch {args.batch} cannot be divided among {world} processes in micro-batches of "
-                         f"{args.micro_batch}: multiples of {together} can")
-    accumulate = args.batch // together
+        raise ValueError(f"--batch {args.batch} cannot be divided among {processes.world} processes in micro-batches "
+                         f"of {args.micro_batch}: multiples of {together} can")
     resumes = processes.from_chief(lambda: open_folder(out, args))
-    if args.resume and not resumes:
-        say(f"{out} has no checkpoint yet: it begins at step 0")
     saved = read_checkpoint(out / "checkpoint.pt") if resumes else None
     if resumes and args.dtype == "auto":
         args.dtype = saved["args"]["dtype"]
     dtype = autocast_dtype(args.dtype, device)
     args.dtype = str(dtype)[6:]
-    autocast = teacher_autocast = lambda: torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+    compiles = args.compile or args.compile is None and device.type == "cuda"
+    torch.backends.cudnn.benchmark = True                     # sizes do not change
+    if device.type == "cuda" and dtype != torch.float32:
+        torch.set_float32_matmul_precision("high")            # Muon's products
+    if compiles:
+        torch._dynamo.config.suppress_errors = True           # what cannot be compiled here runs eager, with a warning
+        torch._dynamo.config.optimize_ddp = not args.checkpointing      # it cannot split a graph of checkpointed blocks
+    autocast = lambda: torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+    setup = Setup(args, device, processes, out, saved, autocast, compiles)
+    if args.resume and not resumes:
+        setup.say(f"{out} has no checkpoint yet: it begins at step 0")
+    return setup
 
-    # teacher and clips ---------------------------------------------------------------------------------------
-    teacher = load_teacher(args.teacher, args.teacher_weights, device)
+
+def add_teacher_and_clips(setup):
+    """Loads the teacher, finds the clips, and lets the teacher decode those to validate on."""
+    args, processes = setup.args, setup.processes
+    teacher = setup.teacher = load_teacher(args.teacher, args.teacher_weights, setup.device)
     teacher.check_clip(args.frames, args.size, args.size)
     with torch.device("meta"):
         check_fit(TurboVAED(student_config(args)), f"the {args.teacher} teacher", (), teacher.latent_channels,
@@ -1340,169 +1376,219 @@ def distil(args):
         held_out.extend(clips)
         return train, name, about | {"teacher_weights": teacher.weights_hash()}
 
-    train_clips, val_name, about = processes.from_chief(find_clips)
-    if resumes:
-        check_resume(saved, args, about)
-    compiles = args.compile or args.compile is None and device.type == "cuda"
-    torch.backends.cudnn.benchmark = True                     # sizes do not change
-    if device.type == "cuda" and dtype != torch.float32:
-        torch.set_float32_matmul_precision("high")            # Muon's products
-    if compiles:
-        torch._dynamo.config.suppress_errors = True           # what cannot be compiled here runs eager, with a warning
-        torch._dynamo.config.optimize_ddp = not args.checkpointing      # it cannot split a graph of checkpointed blocks
-    prepare(teacher, device, compiles)
-    validation = Validation(held_out, val_name, teacher, device)
-    is_finite = lambda: finite_in_autocast(teacher, validation.clips[0].to(device), args.align, autocast)
-    if dtype != torch.float32 and not processes.from_chief(is_finite):
-        teacher_autocast = nullcontext
-        say(f"the {args.teacher} teacher is not finite in {args.dtype}: it runs in float32")
-    teacher_psnr = processes.from_chief(lambda: validation.decode_with_teacher(teacher, teacher_autocast))
+    setup.clips, val_name, setup.about = processes.from_chief(find_clips)
+    if setup.saved:
+        check_resume(setup.saved, args, setup.about)
+    prepare(teacher, setup.device, setup.compiles)
+    setup.validation, setup.teacher_autocast = Validation(held_out, val_name, teacher, setup.device), setup.autocast
+    is_finite = lambda: finite_in_autocast(teacher, setup.validation.clips[0].to(setup.device), args.align,
+                                           setup.autocast)
+    if args.dtype != "float32" and not processes.from_chief(is_finite):
+        setup.teacher_autocast = nullcontext
+        setup.say(f"the {args.teacher} teacher is not finite in {args.dtype}: it runs in float32")
+    return processes.from_chief(lambda: setup.validation.decode_with_teacher(teacher, setup.teacher_autocast))
 
-    # the run -------------------------------------------------------------------------------------------------
-    run, schedule = make_run(args, device, compiles, teacher, processes, resumes), Schedule(args)
-    if resumes:
-        run.load(saved, out / "log.jsonl")
-        if not schedule.check_left(run, saved):
-            say(f"{out} is finished: it ended at step {run.step}; to go on, ask for more --steps"
-                + " and --stage2-steps" * (args.stage2 == "auto"))
-            return processes.end()
-    saved = None                                              # or it would stay in memory
-    if args.cache:
-        train_clips = fill_cache(args, teacher, train_clips, about, device, teacher_autocast, processes, say)
-        teacher = None                                        # its memory is the student's now
-    run.tally.describe = train_clips.describe
-    if chief and not args.profile:
-        # --resume would go on with an older run's files.
-        for path in [] if resumes else [out / name for name in RUN_FILES]:
-            path.unlink(missing_ok=True)
-        for path in out.glob("*.partial"):
-            path.unlink(missing_ok=True)
-        write_file(out / "args.json", json.dumps(vars(args), indent=1).encode())
-        write_file(out / "log.jsonl", "".join(json.dumps(line) + "\n" for line in run.log).encode())
-    model = DistributedDataParallel(run.both) if world > 1 else run.both
-    millions = lambda module: sum(p.numel() for p in module.parameters()) / 1e6
-    student, heads = millions(run.both.student), millions(run.both.heads)
-    say(f"teacher {args.teacher}: {teacher_psnr:.2f} dB on {val_name}; "
-        f"student {args.config}: {student:.2f} M parameters"
-        f"{f' and {heads:.2f} M in heads' if args.align else ''}; {device.type} x {world}, {args.dtype}")
-    say(f"{args.steps} steps of {args.batch} clips ({args.micro_batch} x {world} processes x {accumulate}), "
-        f"{args.frames}x{args.size}x{args.size}, {args.data}" + ("" if run.objective.lpips else "; no LPIPS term"))
 
-    def save(validates=False):
-        """All processes take part, since the tally is theirs. Returns the time when it is done."""
-        def write():
-            if validates:
-                validation(run, autocast)
-            save_as(out / "checkpoint.pt", torch.save, run.state() | {"about": about})
+def open_run(setup, run):
+    """Writes what a run's folder begins with, on the first process."""
+    if not setup.processes.chief or setup.args.profile:
+        return
+    # --resume would go on with an older run's files.
+    for path in [] if setup.saved else [setup.out / name for name in RUN_FILES]:
+        path.unlink(missing_ok=True)
+    for path in setup.out.glob("*.partial"):
+        path.unlink(missing_ok=True)
+    write_file(setup.out / "args.json", json.dumps(vars(setup.args), indent=1).encode())
+    write_file(setup.out / "log.jsonl", "".join(json.dumps(line) + "\n" for line in run.log).encode())
 
-        if not args.profile:
-            run.tally.settle(args.clip)
-            run.tally.gather(processes)
-            processes.from_chief(write)
-        return time.time()
 
-    # the loop ------------------------------------------------------------------------------------------------
-    # Each turn: agree with the other processes what is to be done. Begin stage 2 or end, if it is time. Set the
-    # learning rates. For each micro-batch, let the teacher make latents and features, and add up the gradients of
-    # Equation 5. Step. Now and then write a line of the log, validate and save.
+def save(setup, run, validates=False):
+    """Writes the checkpoint, and validates before. All processes take part, since the tally is theirs. Returns the time
+    when it is done."""
+    def write():
+        if validates:
+            setup.validation(run, setup.autocast)
+        save_as(setup.out / "checkpoint.pt", torch.save, run.state() | {"about": setup.about})
+
+    if not setup.args.profile:
+        run.tally.settle(setup.args.clip)
+        run.tally.gather(setup.processes)
+        setup.processes.from_chief(write)
+    return time.time()
+
+
+def gradients_of_a_step(setup, run, model, loader, timer, start):
+    """Adds up Equation 5's gradients over a step's micro-batches: the teacher makes latents and features, and
+    `Objective.backward` has the terms and their weights. Returns what `optimise` wants: (clips' numbers, {term: value})
+    of each micro-batch, and the last layer's gradients, every tenth step of stage 2."""
+    args, accumulate, micro_terms, layers = setup.args, setup.accumulate, [], []
+    for i in range(accumulate):
+        with timer("data"):
+            batch = next(loader)
+            numbers = batch.pop("n").tolist()
+            batch = {name: t.to(setup.device, non_blocking=True) for name, t in batch.items()}
+        with timer("teacher"):
+            latents, features, kl = lesson(batch, numbers, setup.teacher, args, setup.teacher_autocast)
+        noise = clip_noise(args.seed, 7, numbers, batch["video"]) if run.stage == 2 else None
+        with model.no_sync() if setup.processes.world > 1 and i + 1 < accumulate else nullcontext():
+            terms, gradients = run.objective.backward(
+                model, latents, features, batch["video"], kl.mean(), batch.get("frames"), noise,
+                scale=lambda loss: run.scaler.scale(loss / accumulate), autocast=setup.autocast, timer=timer)
+        micro_terms.append((numbers, terms))
+        if run.stage == 2 and (run.step - start) % 10 == 0:
+            with timer("discriminator"):
+                layer = last_layer_gradients(run.both.student, latents, *gradients, autocast=setup.autocast)
+                layers.append(torch.stack(layer))
+    return micro_terms, layers
+
+
+def open_loader(setup, run):
+    """An endless iterator of micro-batches, from the run's step on."""
+    args = setup.args
     lpips_frames = args.lpips_frames if run.objective.lpips and args.lpips_frames < args.frames else 0
-    signals.holding = True
-    atexit.register(end_workers)
-    loader = iter(DataLoader(Indexed(train_clips, args.seed, args.frames, lpips_frames), worker_init_fn=begin_worker,
-                             batch_sampler=Slots(args, run.step, processes.rank, world), num_workers=args.workers,
-                             pin_memory=device.type == "cuda"))
-    bar = tqdm(total=args.steps, initial=run.step, unit="step", disable=not (chief and sys.stderr.isatty()))
-    said_at = time.time()
-    first_step, logged_seconds, timed_steps, timers, idle = run.step, run.seconds, 0, {}, Timer(device, on=False)
+    slots = Slots(args, run.step, setup.processes.rank, setup.processes.world)
+    return iter(DataLoader(Indexed(setup.clips, args.seed, args.frames, lpips_frames), worker_init_fn=begin_worker,
+                           batch_sampler=slots, num_workers=args.workers, pin_memory=setup.device.type == "cuda"))
+
+
+def loop(setup, run, schedule, signals):
+    """Each turn: agree with the other processes what is to be done. Begin stage 2 or end, if it is time. Set the
+    learning rates. Add up gradients, and step. Now and then write a line of the log, validate and save. Returns what
+    was agreed on last, and the timers of both stages."""
+    args, processes = setup.args, setup.processes
+    model = DistributedDataParallel(run.both) if processes.world > 1 else run.both
+    loader, timers, idle = open_loader(setup, run), {}, Timer(setup.device, on=False)
+    progress = Progress(setup, run)
     clock = saved_at = time.time()
     while True:
-        shared = decide(run, schedule, signals, saved_at, run.step == first_step, processes)
-        if shared.failed:
-            if run.tally.failure:
-                print(f"error: {run.tally.failure}{last_checkpoint(out)}", file=sys.stderr, flush=True)
-            processes.wait()
-            sys.exit(1)
-        if shared.signal:
+        shared = decide(run, schedule, signals, saved_at, run.step == progress.first_step, processes)
+        if shared.failed or shared.signal:
             break
         if shared.saves:
-            clock = saved_at = save()                         # --minutes counts training only
+            clock = saved_at = save(setup, run)               # --minutes counts training only
         if shared.begins:
             if not processes.from_chief(run.validated):       # stage 2 is measured by what stage 1 ended with
-                clock = saved_at = save(validates=True)
+                clock = saved_at = save(setup, run, validates=True)
             run.stage2_start = run.step
             run.begin_stage2()
-            say(f"step {run.step}: stage 2 begins")
+            setup.say(f"step {run.step}: stage 2 begins")
         start, end = schedule.bounds(run.stage2_start)
         if run.step >= end or shared.time_used >= 1:
             break
-        bar.total, bar.desc = end, f"stage {run.stage}"
         warmup, decay = rate_factors(args, run.step, start, end, shared.time_used)
         for optimizer, rate in zip(run.optimizers, run.rates):
             optimizer.param_groups[0]["lr"] = rate * decay * warmup
         run.objective.adversarial_weight = args.adversarial_weight * shared.damping * warmup
         weight = run.objective.adversarial_weight * run.objective.adaptive_weight
         times = args.profile and run.step - start >= schedule.WARM
-        timer = timers.setdefault(run.stage, Timer(device)) if times else idle
-
+        timer = timers.setdefault(run.stage, Timer(setup.device)) if times else idle
         with timer.step():
-            micro_terms, layers = [], []
-            for i in range(accumulate):
-                with timer("data"):
-                    batch = next(loader)
-                    numbers = batch.pop("n").tolist()
-                    batch = {name: t.to(device, non_blocking=True) for name, t in batch.items()}
-                with timer("teacher"):
-                    latents, features, kl = lesson(batch, numbers, teacher, args, teacher_autocast)
-                noise = clip_noise(args.seed, 7, numbers, batch["video"]) if run.stage == 2 else None
-                with model.no_sync() if world > 1 and i + 1 < accumulate else nullcontext():
-                    terms, gradients = run.objective.backward(
-                        model, latents, features, batch["video"], kl.mean(), batch.get("frames"), noise,
-                        scale=lambda loss: run.scaler.scale(loss / accumulate), autocast=autocast, timer=timer)
-                micro_terms.append((numbers, terms))
-                if run.stage == 2 and (run.step - start) % 10 == 0:
-                    with timer("discriminator"):
-                        layer = last_layer_gradients(run.both.student, latents, *gradients, autocast=autocast)
-                        layers.append(torch.stack(layer))
+            micro_terms, layers = gradients_of_a_step(setup, run, model, loader, timer, start)
             with timer("optimiser"):
                 norm = optimise(run, micro_terms, layers, processes)
             logs = run.step % args.log_every == 0 or run.step % args.eval_every == 0 or run.step == end
             if logs or run.step % 10 == 0:
                 run.tally.settle(args.clip)
-        bar.update()
-        if not compiles or run.step - 1 not in (first_step, run.stage2_start):     # compiling is no training
-            run.seconds, timed_steps = run.seconds + time.time() - clock, timed_steps + 1
-        clock = time.time()
+        clock = progress.step(clock, end)
         if logs:                                              # before it is saved, too
-            rate = args.batch * timed_steps / max(run.seconds - logged_seconds, 1e-9)
-            loss = f"{write_means(run, norm, weight, rate, processes):.4f}"
-            bar.set_postfix(loss=loss)
-            if bar.disable and clock - said_at > 20:          # no terminal
-                said_at = clock
-                say(f"step {run.step} of {end}: loss {loss}, {rate:.1f} clips a second, {run.seconds / 60:.1f} minutes")
-            timed_steps, logged_seconds = 0, run.seconds
+            progress.tell(write_means(run, norm, weight, progress.rate(), processes), end)
         if run.step % args.eval_every == 0 or run.step == end:
-            clock = saved_at = save(validates=True)
-    bar.close()
+            clock = saved_at = save(setup, run, validates=True)
+    progress.bar.close()
+    return shared, timers
 
-    # the end -------------------------------------------------------------------------------------------------
+
+class Progress:
+    """The bar, or a line every 20 seconds where there is no terminal; and the run's clock."""
+
+    def __init__(self, setup, run):
+        self.setup, self.run, self.first_step = setup, run, run.step
+        hidden = not (setup.processes.chief and sys.stderr.isatty())
+        self.bar = tqdm(total=setup.args.steps, initial=run.step, unit="step", disable=hidden)
+        self.logged_seconds, self.timed_steps, self.told_at = run.seconds, 0, time.time()
+
+    def step(self, clock, end):
+        """Counts a step that began at `clock`. Returns the time."""
+        run, now = self.run, time.time()
+        self.bar.total, self.bar.desc = end, f"stage {run.stage}"
+        self.bar.update()
+        compiled = self.setup.compiles and run.step - 1 in (self.first_step, run.stage2_start)
+        if not compiled:                                      # which is no training
+            run.seconds, self.timed_steps = run.seconds + now - clock, self.timed_steps + 1
+        return now
+
+    def rate(self):
+        """Clips a second since the last call."""
+        rate = self.setup.args.batch * self.timed_steps / max(self.run.seconds - self.logged_seconds, 1e-9)
+        self.timed_steps, self.logged_seconds, self.last_rate = 0, self.run.seconds, rate
+        return rate
+
+    def tell(self, loss, end):
+        self.bar.set_postfix(loss=f"{loss:.4f}")
+        if self.bar.disable and time.time() - self.told_at > 20:
+            self.told_at = time.time()
+            self.setup.say(f"step {self.run.step} of {end}: loss {loss:.4f}, {self.last_rate:.1f} clips a second, "
+                           f"{self.run.seconds / 60:.1f} minutes")
+
+
+def finish(setup, run, schedule, shared, timers):
+    """What comes after the last step: saves, reports, says where the student is, and ends the processes."""
+    args, out, processes = setup.args, setup.out, setup.processes
+    if shared.failed:
+        if run.tally.failure:
+            print(f"error: {run.tally.failure}{last_checkpoint(out)}", file=sys.stderr, flush=True)
+        processes.wait()
+        sys.exit(1)
     if shared.signal:
-        save()
+        save(setup, run)
         there = (out / "checkpoint.pt").exists() and not args.profile
-        say(f"stopped by {signal.Signals(int(shared.signal)).name} at step {run.step}; "
-            + (f"--resume goes on from {out}/checkpoint.pt" if there else "nothing was saved"))
+        setup.say(f"stopped by {signal.Signals(int(shared.signal)).name} at step {run.step}; "
+                  + (f"--resume goes on from {out}/checkpoint.pt" if there else "nothing was saved"))
     elif args.profile:
-        if chief:
-            report(timers, schedule.recipe, args, device, world, Path("profile.png"))
+        if processes.chief:
+            report(timers, schedule.recipe, args, setup.device, processes.world, Path("profile.png"))
     else:
         if not processes.from_chief(run.validated):           # --minutes are over
-            save(validates=True)
-        if chief:
+            save(setup, run, validates=True)
+        if processes.chief:
             best = best_step(run.log, run.stage2_start, args.max_drop)
-            say(f"the student is in {out}/student.safetensors, the best one, of step {best}, in best.safetensors; "
-                f"pictures: {out}/samples.png, {out}/curves.png")
+            setup.say(f"the student is in {out}/student.safetensors, the best one, of step {best}, in "
+                      f"best.safetensors; pictures: {out}/samples.png, {out}/curves.png")
     processes.end()
     if shared.signal:
         sys.exit(128 + int(shared.signal))
+
+
+def distil(args):
+    signals = Signals()
+    setup = set_up(args)
+    teacher_psnr = add_teacher_and_clips(setup)
+    device, processes, saved = setup.device, setup.processes, setup.saved
+    run = make_run(args, device, setup.compiles, setup.teacher, processes, saved is not None)
+    schedule = Schedule(args)
+    if saved:
+        run.load(saved, setup.out / "log.jsonl")
+        if not schedule.check_left(run, saved):
+            setup.say(f"{args.out} is finished: it ended at step {run.step}; to go on, ask for more --steps"
+                      + " and --stage2-steps" * (args.stage2 == "auto"))
+            return processes.end()
+    if args.cache:
+        setup.clips = fill_cache(args, setup.teacher, setup.clips, setup.about, device, setup.teacher_autocast,
+                                 processes, setup.say)
+        setup.teacher = None                                  # its memory is the student's now
+    run.tally.describe = setup.clips.describe
+    open_run(setup, run)
+    saved = setup.saved = None                                # or it would stay in memory
+    millions = lambda module: sum(p.numel() for p in module.parameters()) / 1e6
+    heads = f" and {millions(run.both.heads):.2f} M in heads" if args.align else ""
+    setup.say(f"teacher {args.teacher}: {teacher_psnr:.2f} dB on {setup.validation.name}; student {args.config}: "
+              f"{millions(run.both.student):.2f} M parameters{heads}; {device.type} x {processes.world}, {args.dtype}")
+    setup.say(f"{args.steps} steps of {args.batch} clips ({args.micro_batch} x {processes.world} processes x "
+              f"{setup.accumulate}), {args.frames}x{args.size}x{args.size}, {args.data}"
+              + ("" if run.objective.lpips else "; no LPIPS term"))
+    signals.holding = True
+    atexit.register(end_workers)
+    finish(setup, run, schedule, *loop(setup, run, schedule, signals))
 
 
 def one_line(error):
