@@ -1262,7 +1262,7 @@ def compare(args, files, teacher, students, out, device):
     hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     what = (f"{args.latents or args.data}: {len(done)} clips of {frames}x{height}x{width} (frames x height x width)"
             f"{f', FVD to {len(real)} real clips of {args.data}' if real else ''}"
-            f"{', against the teacher' if compared.reference.endswith(' (teacher)') else ''}; "
+            f"{', against the teacher' if compared.reference != 'input' else ''}; "
             f"{hardware}, {torch.get_num_threads()} CPU threads, {args.dtype}, {together} at a time for speed; "
             f"{len(skipped)} clips skipped")
     columns = {m: ("FVD", 2) if m == "fvd" and args.latents else METRICS[m] for m in args.metrics}

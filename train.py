@@ -1491,7 +1491,8 @@ def loop(setup, run, schedule, signals):
                 run.tally.settle(args.clip)
         clock = progress.step(clock, end)
         if logs:                                              # before it is saved, too
-            progress.tell(write_means(run, norm, weight, progress.rate(), processes), end)
+            rate = progress.rate()
+            progress.tell(write_means(run, norm, weight, rate, processes), rate, end)
         if run.step % args.eval_every == 0 or run.step == end:
             clock = saved_at = save(setup, run, validates=True)
     progress.bar.close()
@@ -1520,14 +1521,14 @@ class Progress:
     def rate(self):
         """Clips a second since the last call."""
         rate = self.setup.args.batch * self.timed_steps / max(self.run.seconds - self.logged_seconds, 1e-9)
-        self.timed_steps, self.logged_seconds, self.last_rate = 0, self.run.seconds, rate
+        self.timed_steps, self.logged_seconds = 0, self.run.seconds
         return rate
 
-    def tell(self, loss, end):
+    def tell(self, loss, rate, end):
         self.bar.set_postfix(loss=f"{loss:.4f}")
         if self.bar.disable and time.time() - self.told_at > 20:
             self.told_at = time.time()
-            self.setup.say(f"step {self.run.step} of {end}: loss {loss:.4f}, {self.last_rate:.1f} clips a second, "
+            self.setup.say(f"step {self.run.step} of {end}: loss {loss:.4f}, {rate:.1f} clips a second, "
                            f"{self.run.seconds / 60:.1f} minutes")
 
 

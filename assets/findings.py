@@ -62,7 +62,7 @@ def what_hinders(preset, teacher):
 
 def run_train(out, seed, args, *flags):
     """train.py on one thread, from the seed's cache; its last line is what ends this where it fails."""
-    cache = ["--cache", str(Path(args.work) / f"cache{seed}-{args.crops}"), "--cache-crops", str(args.crops)]
+    cache = ["--cache", str(args.work / f"cache{seed}-{args.crops}"), "--cache-crops", str(args.crops)]
     command = [sys.executable, str(ROOT / "train.py"), "--seed", str(seed), *cache, "--out", str(out), *flags]
     done = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE,
                           stderr=subprocess.STDOUT, text=True)
@@ -72,7 +72,7 @@ def run_train(out, seed, args, *flags):
 
 def train(preset, seed, args):
     """The run's folder; trains what of it is still to be trained."""
-    run = Path(args.work) / f"{preset}-{seed}-{args.steps}"
+    run = args.work / f"{preset}-{seed}-{args.steps}"
     log = run / "log.jsonl"
     if not log.exists() or json.loads(log.read_text().splitlines()[-1])["step"] < args.steps:
         resume = "--resume" if (run / "checkpoint.pt").exists() else "--overwrite"
@@ -188,6 +188,7 @@ def main():
     out.mkdir(parents=True, exist_ok=True)
 
     teacher = load_teacher("tiny")
+    args.work = Path(args.work) / teacher.weights_hash()       # another teacher's runs are no runs of this one
     presets = [name for name in PRESETS if name.split("-")[0] in args.tables]
     left_out = {name: why for name in presets if (why := what_hinders(name, teacher))}
     presets = [name for name in presets if name not in left_out]
@@ -204,7 +205,7 @@ def main():
     results, total = {}, len(named) * len(args.seeds)
     for seed in args.seeds:
         # A cache holds the features of the run that makes it: all that are asked for.
-        run_train(Path(args.work) / f"cache{seed}-run", seed, args, "--align", *sorted(blocks), "--steps", "1",
+        run_train(args.work / f"cache{seed}-run", seed, args, "--align", *sorted(blocks), "--steps", "1",
                   "--overwrite")
         with ThreadPoolExecutor(args.jobs) as pool:
             for name, run in zip(named.values(), pool.map(lambda name: train(name, seed, args), named.values())):
