@@ -33,7 +33,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial, partialmethod
 from pathlib import Path
 
@@ -42,10 +42,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from model import (BLOCKS, CONFIGS, UPSAMPLING, TurboVAED, check_fit, check_writable, devices, newest_student, number,
-                   replace_files, run_command, summary)
+from model import (BLOCKS, CONFIGS, UPSAMPLING, TurboVAED, check_fit, check_writable, default_student, find_device,
+                   number, replace_files, run_command, summary, text_table)
 
-SHIPPED = Path(__file__).resolve().parent / "assets" / "tiny_student.safetensors"
 WARM_UP = 3     # rounds that do not count, in which caches fill, clocks rise and kernels are chosen
 PARTS = ("conv_in", *BLOCKS, "out")
 GPU_RUNS = (    # what --gpu measures, the most telling first
@@ -533,6 +532,87 @@ def bench_features(args, device, dtype):
     return rows
 
 
+@dataclass
+class Training:
+    """What the ways to take a training step share: a teacher, the losses' networks, and a micro-batch of video with
+    what the teacher makes of it, also as train.py's cache holds it."""
+    name: str                   # of the configuration
+    teacher: object
+    lpips: object
+    discriminator: object
+    autocast: object            # makes the context of the step's precision
+    video: torch.Tensor         # (B, 3, T, H, W)
+    lpips_frames: int
+    cache: object = None
+
+    def __post_init__(self):
+        self.blocks = aligned_blocks(self.teacher)
+        with torch.no_grad():
+            self.latents, self.features, self.kl = self.teach()
+
+    def teach(self):
+        """(latents, {block: features}, KL divergence), by the teacher."""
+        from losses import kl_loss
+        mean, logvar = self.teacher.posterior(self.video)
+        z = mean if logvar is None else mean + (0.5 * logvar).exp() * torch.randn_like(mean)
+        return z, self.teacher.features(z, self.blocks), kl_loss(mean, logvar)
+
+    def fill_cache(self, folder):
+        from data import CachedClips
+        self.cache = CachedClips(folder, len(self.video), {}, blocks=self.blocks)
+        for n, clip in enumerate(self.video):
+            made = {f"features.{block}": x[n] for block, x in self.features.items()}
+            self.cache.put(n, clip, {"latents": self.latents[n], "kl": self.kl} | made)
+
+    def from_cache(self):
+        """(video, latents, {block: features}, KL divergences), read from the cache."""
+        entries = [self.cache[n] for n in range(len(self.video))]
+        keys = ("video", "latents", "kl", *(f"features.{block}" for block in self.blocks))
+        video, z, kl, *aligned = (torch.stack([entry[key] for entry in entries]).to(self.video.device) for key in keys)
+        return video, z.float(), dict(zip(self.blocks, aligned)), kl
+
+    def step(self, way, compiles):
+        """A function that takes one step with a new student, the way `bench_train` calls it."""
+        from losses import Objective, StudentWithHeads, make_heads
+        student, device = TurboVAED(CONFIGS[self.name]), self.video.device
+        student = student.to(device) if way == "plain" else placed(student, device, torch.float32)
+        heads = make_heads({b: student.config.feature_shape(b, self.latents.shape) for b in self.blocks},
+                           {b: x.shape for b, x in self.features.items()})
+        model = StudentWithHeads(student, heads).to(device)
+        if compiles:
+            student.compile()
+        optimizer, objective = torch.optim.AdamW(model.parameters(), 2e-4), Objective(self.lpips)
+
+        def run():
+            if way == "plain":
+                self.plain_gradients(model)
+            else:
+                self.our_gradients(model, objective, way == "cached")
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        return run
+
+    def plain_gradients(self, model):
+        with torch.no_grad(), self.autocast():
+            z, aligned, _ = self.teach()
+            self.teacher.decode(z)
+        with self.autocast():
+            decoded, distill = model(z, aligned)
+            loss = (decoded.float() - self.video).abs().mean() + self.lpips(decoded, self.video) + distill
+            self.discriminator(decoded)
+        loss.backward()
+
+    def our_gradients(self, model, objective, cached):
+        if cached:
+            target, z, aligned, kl = self.from_cache()
+        else:
+            with torch.no_grad(), self.autocast():
+                target, (z, aligned, kl) = self.video, self.teach()
+        chosen = torch.stack([torch.randperm(target.shape[2])[:self.lpips_frames] for _ in target]).to(target.device)
+        objective.backward(model, z, aligned, target, kl.mean(), chosen, autocast=self.autocast)
+
+
 def bench_train(args, device, dtype):
     """A row for each way to take a training step of stage 1 on one micro-batch, for each configuration.
 
@@ -541,77 +621,26 @@ def bench_train(args, device, dtype):
     cached: the same from train.py's cache, reading it included. The losses are the same in expectation. Random weights;
     reading videos is left out of all.
     """
-    from data import CachedClips
-    from losses import LPIPS, Objective, PatchDiscriminator, StudentWithHeads, kl_loss, make_heads
+    from losses import LPIPS, PatchDiscriminator
     from teachers import load_teacher
     rows, (height, width) = [], args.size[0]
-    autocast = lambda: torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
     for name in args.config or ["ltx"]:
         teacher = load_teacher(name, None if name == "tiny" else "random", device)
-        blocks, frames = aligned_blocks(teacher), 16 + int(teacher.images)
+        frames = 16 + int(teacher.images)
         teacher.check_clip(frames, height, width)
-        lpips, discriminator = LPIPS(random=True).to(device), PatchDiscriminator().to(device)
-        video = torch.rand(args.batch, 3, frames, height, width, device=device) * 2 - 1
-
-        def teach():
-            mean, logvar = teacher.posterior(video)
-            z = mean if logvar is None else mean + (0.5 * logvar).exp() * torch.randn_like(mean)
-            return z, teacher.features(z, blocks), kl_loss(mean, logvar)
-
-        with torch.no_grad():
-            latents, features, kl = teach()
-        shapes = {block: x.shape for block, x in features.items()}
-
-        def step(way, compiles):
-            student = TurboVAED(CONFIGS[name])
-            student = student.to(device) if way == "plain" else placed(student, device, torch.float32)
-            heads = make_heads({b: student.config.feature_shape(b, latents.shape) for b in blocks}, shapes)
-            model = StudentWithHeads(student, heads).to(device)
-            if compiles:
-                student.compile()
-            optimizer, objective = torch.optim.AdamW(model.parameters(), 2e-4), Objective(lpips)
-
-            def run():
-                if way == "plain":
-                    with torch.no_grad(), autocast():
-                        z, aligned, _ = teach()
-                        teacher.decode(z)
-                    with autocast():
-                        decoded, distill = model(z, aligned)
-                        loss = (decoded.float() - video).abs().mean() + lpips(decoded, video) + distill
-                        discriminator(decoded)
-                    loss.backward()
-                else:
-                    target = video
-                    if way == "cached":
-                        entries = [cache[n] for n in range(args.batch)]
-                        keys = ("video", "latents", "kl", *[f"features.{b}" for b in blocks])
-                        target, z, divergence, *aligned = (
-                            torch.stack([e[key] for e in entries]).to(device) for key in keys)
-                        z, aligned = z.float(), dict(zip(blocks, aligned))
-                    else:
-                        with torch.no_grad(), autocast():
-                            z, aligned, divergence = teach()
-                    chosen = torch.stack([torch.randperm(frames)[:args.lpips_frames]
-                                          for _ in range(args.batch)]).to(device)
-                    objective.backward(model, z, aligned, target, divergence.mean(), chosen, autocast=autocast)
-                torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-                optimizer.step()
-                optimizer.zero_grad(set_to_none=True)
-            return run
-
+        training = Training(
+            name, teacher, LPIPS(random=True).to(device), PatchDiscriminator().to(device),
+            lambda: torch.autocast(device.type, dtype, enabled=dtype != torch.float32),
+            torch.rand(args.batch, 3, frames, height, width, device=device) * 2 - 1, args.lpips_frames)
+        held = {"plain": nbytes(teacher, training.lpips, training.discriminator),
+                "ours": nbytes(teacher, training.lpips), "cached": nbytes(training.lpips)}
         with tempfile.TemporaryDirectory() as folder:
-            cache = CachedClips(folder, args.batch, {}, blocks=blocks)
-            for n in range(args.batch):
-                cache.put(n, video[n], {"latents": latents[n], "kl": kl}
-                          | {f"features.{b}": x[n] for b, x in features.items()})
-            held = {"plain": nbytes(teacher, lpips, discriminator), "ours": nbytes(teacher, lpips),
-                    "cached": nbytes(lpips)}
+            training.fill_cache(folder)
             work = {way: WorkCounter() for way in held}
             for way in held:
                 with work[way]:
-                    step(way, False)()
-            runs = {way: step(way, args.compile and way != "plain") for way in held}
+                    training.step(way, False)()
+            runs = {way: training.step(way, args.compile and way != "plain") for way in held}
             limits, amounts = machine(device, dtype)
             seconds = take_turns(runs | limits, device, args.rounds)
             student = TurboVAED(CONFIGS[name])
@@ -636,13 +665,7 @@ def table(rows, columns, markdown=False):
 
     cells = [[header, *(cell(text, row) for row in rows)] for header, text in columns.items()]
     cells = [column for column in cells if any(column[1:])]
-    if markdown:
-        header, *lines = zip(*cells)
-        return "\n".join("| " + " | ".join(line) + " |" for line in (header, ["---"] * len(header), *lines))
-    widths = [max(map(len, column)) * (-1 if column[0] in ("model", "way", "not measured") else 1) for column in cells]
-    lines = ["  ".join(text.ljust(-w) if w < 0 else text.rjust(w) for text, w in zip(line, widths)).rstrip()
-             for line in zip(*cells)]
-    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
+    return text_table(list(zip(*cells)), ("model", "way", "not measured"), markdown)
 
 
 def report(rows, args):
@@ -747,8 +770,12 @@ def parse(words=None):
         help="folder for bench.json and bench.png (default out/bench), with --gpu README.md (results/<the GPU>)")
     args = parser.parse_args(words)
     gpu = args.device.split(":")[0] == "cuda"
-    if args.device not in devices() or args.device == "mps":
-        parser.error(f"--device is cpu or, where there is one, cuda, cuda:1 ...; not {args.device}")
+    if args.device == "mps":
+        parser.error("--device is cpu or cuda, not mps")
+    try:
+        find_device(args.device)
+    except ValueError as error:
+        parser.error(str(error))
     if args.gpu and not gpu:
         raise ValueError("no GPU that PyTorch sees here: --gpu measures on one")
     sizes = args.size or (["128x128"] if args.features else ["256x256" if gpu else "128x128"] if args.train else
@@ -855,9 +882,7 @@ def bench_gpu(args):
 def find_student(path, config=None):
     """(name of its teacher, or "student", model) of the student asked for, else of the newest trained here, else of the
     shipped one. config: a list of one name, for a file that does not say."""
-    if path is None:
-        path = newest_student() or SHIPPED
-        print(f"the student {path}" if path != SHIPPED else f"no student in out/: the shipped one, {path.name}")
+    path = path or default_student()
     student = TurboVAED.from_pretrained(path, config[0] if config else None)
     name = student.metadata.get("teacher")
     if name is None:

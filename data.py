@@ -650,6 +650,29 @@ class SyntheticClips(Dataset):
 
 
 # ----------------------------------------------------------------------------------------------------------
+# how alike two clips are
+
+def frames_of(video):
+    """(B, 3, T, H, W) in [-1, 1] -> (B T, 3, H, W) in [0, 1], clamped: what a screen can show of it."""
+    return video.float().clamp(-1, 1).add(1).div(2).transpose(1, 2).flatten(0, 1)
+
+
+def check_shapes(a, b):
+    if a.shape != b.shape:
+        raise ValueError(f"cannot compare clips of shapes {tuple(a.shape)} and {tuple(b.shape)}")
+
+
+def psnr(a, b):
+    """PSNR in dB of each clip, (B,): the mean over frames of each frame's PSNR, with a peak of 1 in [0, 1].
+
+    a, b: (B, 3, T, H, W) in [-1, 1], clamped to it. Infinite for equal frames. ValueError if shapes differ.
+    """
+    check_shapes(a, b)
+    error = (frames_of(a) - frames_of(b)).square().mean((1, 2, 3))
+    return (-10 * error.log10()).view(len(a), -1).mean(1)
+
+
+# ----------------------------------------------------------------------------------------------------------
 # what a teacher makes of clips, computed once
 
 def write_file(path, data):

@@ -50,14 +50,13 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm import tqdm
 
 from data import (BROKEN, CLIPS_PER_SCENE, DATA_SETS, EXACT, HELD_OUT_SEED, BadVideo, SyntheticClips, VideoClips,
-                  check_colours, check_fields, colours, download, find_clips, header_frames, open_video, picture,
-                  video_stream, why)
-from model import (CONFIGS, OWN_FILE, TurboVAED, check_fit, check_writable, devices, find_checkpoint, newest_student,
-                   number, replace_files, run_command)
+                  check_colours, check_fields, check_shapes, colours, download, find_clips, frames_of, header_frames,
+                  open_video, picture, psnr, video_stream, why)
+from model import (CONFIGS, OWN_FILE, TurboVAED, check_fit, check_writable, default_student, find_checkpoint,
+                   find_device, number, replace_files, run_command, text_table)
 from teachers import TEACHERS, load_teacher
 
 FLOATS = ("F8_E4M3", "F8_E5M2", "F16", "BF16", "F32", "F64")      # as safetensors calls what latents may be
-SHIPPED = Path(__file__).resolve().parent / "assets" / "tiny_student.safetensors"
 WRITTEN = ("compare.png", "compare.mp4", "results.md", "results.json")
 # What goes with the modes that evaluate nothing, beside --device, --dtype and --threads.
 TAKES = {"reconstruct": "student teacher teacher_weights frames", "decode": "student teacher fps",
@@ -73,26 +72,6 @@ I3D_SHA256 = "bec6519f66ea534e953026b4ae2c65553c17bf105611c746d904657e5860a5e2"
 
 # ----------------------------------------------------------------------------------------------------------
 # metrics
-
-def frames_of(video):
-    """(B, 3, T, H, W) in [-1, 1] -> (B T, 3, H, W) in [0, 1], clamped: what a screen can show of it."""
-    return video.float().clamp(-1, 1).add(1).div(2).transpose(1, 2).flatten(0, 1)
-
-
-def check_shapes(a, b):
-    if a.shape != b.shape:
-        raise ValueError(f"cannot compare clips of shapes {tuple(a.shape)} and {tuple(b.shape)}")
-
-
-def psnr(a, b):
-    """PSNR in dB of each clip, (B,): the mean over frames of each frame's PSNR, with a peak of 1 in [0, 1].
-
-    a, b: (B, 3, T, H, W) in [-1, 1], clamped to it. Infinite for equal frames. ValueError if shapes differ.
-    """
-    check_shapes(a, b)
-    error = (frames_of(a) - frames_of(b)).square().mean((1, 2, 3))
-    return (-10 * error.log10()).view(len(a), -1).mean(1)
-
 
 def ssim(a, b):
     """SSIM of each clip, (B,): the mean over frames of torchmetrics' SSIM.
@@ -298,10 +277,7 @@ def find_students(paths, teacher):
         taken = lambda name: name == "input" or name.endswith("(teacher)")      # tables mean something else by these
         names = [f"./{name}" if taken(name) else name for name in names]
         return {name: find_checkpoint(path, teacher) for name, path in zip(names, paths)}
-    file = newest_student() or SHIPPED
-    if not file.is_file():
-        raise FileNotFoundError(f"no student: out/ holds none and neither does {short(SHIPPED)}; "
-                                f"train one (make demo), or name one with --student")
+    file = default_student(quiet=process()[0] > 0)
     return {short(file): file}
 
 
@@ -334,13 +310,10 @@ def load_decoders(args, files, device):
 
 
 def clip_shape(args, teacher):
-    """(frames, height, width) of a clip: what was asked for, else the paper's for that data set and teacher.
-
-    The embedded teacher, which never saw anything else, takes 8 frames.
-    """
-    step, extra, tiny = teacher.frame_step, int(teacher.images), teacher.name == "tiny"
-    frames = args.frames or (8 if tiny else (17 - extra) // step * step + extra)
-    usual = DATA_SETS[args.data][0] if args.data in DATA_SETS else (128, 128) if tiny else (256, 256)
+    """(frames, height, width) of a clip: what was asked for, else the paper's for that data set and teacher."""
+    step, extra = teacher.frame_step, int(teacher.images)
+    frames = args.frames or (17 - extra) // step * step + extra
+    usual = DATA_SETS.get(args.data, [(128, 128) if teacher.name == "tiny" else (256, 256)])[0]
     # The usual sides are rounded down to multiples of the teacher's compression: 360 is no multiple of 32.
     size = args.size or tuple(side // d * d for side, d in zip(usual, teacher.compression[1:]))
     teacher.check_clip(frames, *size)
@@ -525,13 +498,9 @@ def table(rows, columns):
     """The rows as lines of text, numbers aligned to the right. columns: {metric: (heading, decimals)}."""
     header = ("model", "decoder (M)", *(heading for heading, _ in columns.values()), "PSNR kept", "decode FPS",
               "speed-up")
-    cells = [(r["model"], cell(r["parameters"] / 1e6, 2),
-              *(cell(r[m], decimals) for m, (_, decimals) in columns.items()),
-              cell(r["psnr_kept"], 1, "%"), cell(r["fps"], 1), cell(r["speed_up"], 2, "x")) for r in rows]
-    widths = [max(map(len, column)) for column in zip(header, *cells)]
-    lines = ["  ".join([c[0].ljust(widths[0])] + [v.rjust(w) for v, w in zip(c[1:], widths[1:])])
-             for c in (header, *cells)]
-    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
+    return text_table([header, *(
+        (r["model"], cell(r["parameters"] / 1e6, 2), *(cell(r[m], decimals) for m, (_, decimals) in columns.items()),
+         cell(r["psnr_kept"], 1, "%"), cell(r["fps"], 1), cell(r["speed_up"], 2, "x")) for r in rows)])
 
 
 def markdown(rows, columns, compression, clips):
@@ -541,8 +510,7 @@ def markdown(rows, columns, compression, clips):
               *(heading.removesuffix(" (dB)") + arrow.get(m, "↓") for m, (heading, _) in columns.items())]
     lines = [[r["model"], cell(r["parameters"] / 1e6, 1), str(tuple(compression)), cell(r["fps"], 1),
               *(cell(r[m], decimals) for m, (_, decimals) in columns.items())] for r in rows]
-    return ("\n".join("| " + " | ".join(line) + " |" for line in (header, ["---"] * len(header), *lines))
-            + f"\n\n{clips}\n")
+    return text_table([header, *lines], markdown=True) + f"\n\n{clips}\n"
 
 
 replace = partial(replace_files, errors=(SafetensorError, *BROKEN))
@@ -710,6 +678,61 @@ def in_windows(source, through, length, overlap):
         held, tail, fresh = held[ready:], decoded[ready:], False
 
 
+class Film:
+    """A video file that is written frame by frame, beside it the audio tracks of the one that the frames come from:
+    copied where this kind of file takes them, else as AAC."""
+
+    def __init__(self, out, suffix, stream, rate, tracks):
+        self.out, self.stream, self.rate = out, stream, rate        # an open container, and the stream of the source
+        self.copies = COPIED.get(suffix.lower(), out.supported_codecs)
+        self.tracks, self.packets, self.sounds, self.written = tracks, deque(), {}, None
+
+    def open(self, height, width, look):
+        self.written = add_h264(self.out, self.rate, height, width, look=look)
+        self.written.time_base = self.written.codec_context.time_base = self.stream.time_base
+        shape = self.stream.sample_aspect_ratio
+        if shape:
+            self.written.codec_context.sample_aspect_ratio = shape if height == self.stream.height else 1 / shape
+        for track in self.tracks:
+            if track.name in self.copies:
+                self.sounds[track.index] = self.out.add_stream_from_template(track), True
+            else:
+                # "6 channels" is no layout's name.
+                layout = {} if track.layout.name.endswith("channels") else {"layout": track.layout.name}
+                rate = next((r for r in AAC_RATES if r >= track.rate), AAC_RATES[-1])
+                self.sounds[track.index] = self.out.add_stream("aac", rate=rate, **layout), False
+
+    def put(self, image, stamp, look):
+        """Writes an (H, W, 3) uint8 RGB image, and the packets of sound that came before it."""
+        if self.written is None:
+            self.open(*image.shape[:2], look)
+        frame = to_frame(image, self.written)
+        frame.pts, frame.time_base = stamp, self.stream.time_base
+        self.out.mux(self.written.encode(frame))
+        self.mux_audio()
+
+    def mux_audio(self):
+        while self.packets:
+            packet = self.packets.popleft()
+            sound, copied = self.sounds[packet.stream.index]
+            if not copied:
+                with suppress(av.InvalidDataError):         # a damaged packet of sound
+                    for frame in packet.decode():
+                        self.out.mux(sound.encode(frame))
+            elif packet.dts is not None:
+                packet.stream = sound
+                self.out.mux(packet)
+
+    def close(self):
+        if self.written is None:
+            raise BadVideo("no frame in it can be decoded")
+        self.out.mux(self.written.encode())
+        self.mux_audio()
+        for sound, copied in self.sounds.values():
+            if not copied:
+                self.out.mux(sound.encode())
+
+
 def reconstruct(teacher, student, source, target, frames, device, dtype):
     """Writes the video `source`, of any size and length, through the teacher's encoder and the student to `target`.
 
@@ -720,7 +743,7 @@ def reconstruct(teacher, student, source, target, frames, device, dtype):
     Returns (frames, PSNR in dB, mean over frames, how many frames the source lacks of those that it promises).
     ValueError for a source that cannot be read, or a target that cannot be written.
     """
-    (_, d_h, d_w), errors, waiting, seen, promised = teacher.compression, [], deque(), {"end": 0.0}, 0
+    (_, d_h, d_w), errors, seen, promised = teacher.compression, [], {"end": 0.0}, 0
 
     def through(images):
         video = torch.from_numpy(np.stack(images)).permute(3, 0, 1, 2)[None].to(device, dtype).div(127.5).sub(1)
@@ -743,54 +766,16 @@ def reconstruct(teacher, student, source, target, frames, device, dtype):
             # A track without a codec context is one that no decoder knows.
             tracks = [audio for audio in container.streams.audio if audio.codec_context]
             step = max(1, round(1 / (rate * stream.time_base)))
-            written, sounds = None, {}
-
-            def open_streams(height, width, look):
-                written = add_h264(out, rate, height, width, look=look)
-                written.time_base = written.codec_context.time_base = stream.time_base
-                shape = stream.sample_aspect_ratio
-                if shape:
-                    written.codec_context.sample_aspect_ratio = shape if height == stream.height else 1 / shape
-                for audio in tracks:
-                    if audio.name in COPIED.get(file.suffix.lower(), out.supported_codecs):
-                        sounds[audio.index] = out.add_stream_from_template(audio), True
-                    else:
-                        # "6 channels" is no layout's name.
-                        layout = {} if audio.layout.name.endswith("channels") else {"layout": audio.layout.name}
-                        sound_rate = next((r for r in AAC_RATES if r >= audio.rate), AAC_RATES[-1])
-                        sounds[audio.index] = out.add_stream("aac", rate=sound_rate, **layout), False
-                return written
-
-            def mux_audio():
-                while waiting:
-                    packet = waiting.popleft()
-                    sound, copied = sounds[packet.stream.index]
-                    if not copied:
-                        with suppress(av.InvalidDataError):         # a damaged packet of sound
-                            for frame in packet.decode():
-                                out.mux(sound.encode(frame))
-                    elif packet.dts is not None:
-                        packet.stream = sound
-                        out.mux(packet)
-
-            film = upright_frames(container, stream, tracks, waiting.append, seen)
-            film = in_windows(rising(film, step), through, frames, min(4, frames // 4))
-            film = tqdm(film, total=stream.frames or None, unit="frame", disable=not sys.stderr.isatty(), leave=False)
-            for image, original, stamp, look in film:
+            film = Film(out, file.suffix, stream, rate, tracks)
+            images = upright_frames(container, stream, tracks, film.packets.append, seen)
+            images = in_windows(rising(images, step), through, frames, min(4, frames // 4))
+            hidden = not sys.stderr.isatty()
+            for image, original, stamp, look in tqdm(images, total=stream.frames or None, unit="frame", disable=hidden,
+                                                     leave=False):
                 error = np.square(image.astype(np.float32) - original).mean() / 255 ** 2
                 errors.append(-10 * math.log10(max(error, 1e-10)))
-                written = written or open_streams(*image.shape[:2], look)
-                frame = to_frame(image, written)
-                frame.pts, frame.time_base = stamp, stream.time_base
-                out.mux(written.encode(frame))
-                mux_audio()
-            if written is None:
-                raise BadVideo("no frame in it can be decoded")
-            out.mux(written.encode())
-            mux_audio()
-            for sound, copied in sounds.values():
-                if not copied:
-                    out.mux(sound.encode())
+                film.put(image, stamp, look)
+            film.close()
             # What a header counts; else by the time at which the file ends, with room for the last packets.
             early = ((container.duration or 0) + (container.start_time or 0)) / av.time_base - seen["end"]
             promised = header_frames(container, stream) or (len(errors) + round(early * rate) if early > 0.25 else 0)
@@ -940,7 +925,7 @@ def parse():
         help=f"torchvision's {ALEXNET} (default: PyTorch's cache, or a download of 233 MB)")
     add("--i3d", metavar="FILE", help="i3d_torchscript.pt (default: PyTorch's cache, or a download of 51 MB)")
     add("--clips", type=number(int, 1), help="the first so many (default: all; 16 of made-up video)")
-    add("--frames", type=number(int, 1), help="frames of a clip (default: 17; 16 for dc, 8 for tiny)")
+    add("--frames", type=number(int, 1), help="frames of a clip (default: 17; 16 for dc and tiny)")
     add("--size", type=size_of, metavar="S|HxW",
         help="pixels (default: 512 for davis, 360x640 for openvid, else 256; 128 for tiny)")
     add("--batch", type=number(int, 1), default=1, help="clips at a time (default 1)")
@@ -967,8 +952,7 @@ def parse():
     add("--pipeline", metavar="HUB_ID", help="a diffusers pipeline, or a folder with one")
     args = parser.parse_args()
     args.data = args.data.rstrip("/") or "/"
-    if args.device not in devices():
-        raise ValueError(f"--device {args.device}: PyTorch sees {', '.join(devices())} here")
+    find_device(args.device)
     if args.generate and not (args.pipeline and args.latents):
         raise ValueError("--generate needs --pipeline HUB_ID and --latents DIR, for what it makes")
     for name, paths in (("reconstruct", args.reconstruct), ("decode", args.decode)):
@@ -1205,13 +1189,7 @@ def set_device(args):
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
     if args.threads:
         torch.set_num_threads(args.threads)
-    local = int(os.environ.get("LOCAL_RANK", 0))
-    device = torch.device(f"cuda:{local}" if args.device == "cuda" and dist.is_initialized() else args.device)
-    if device.type == "cuda":
-        if (device.index or 0) >= torch.cuda.device_count():
-            raise ValueError(f"process {local} has no GPU: PyTorch sees {torch.cuda.device_count()} here")
-        torch.cuda.set_device(device)           # what PyTorch or a pipeline allocates without saying where
-    return device
+    return find_device(args.device)
 
 
 @torch.inference_mode()
@@ -1228,9 +1206,6 @@ def evaluate(args):
         return saved_latents(args, files, device)
     out = None if args.reconstruct else results_folder(args, files)
     teacher, students = load_decoders(args, files, device)
-    if not args.student and process()[0] == 0:
-        print(f"the student {next(iter(students))}" if SHIPPED not in files.values() else
-              f"no student in out/: evaluating the shipped one, {short(SHIPPED)}")
     if args.reconstruct:
         return one_video(args, teacher, students, device)
     compare(args, files, teacher, students, out, device)

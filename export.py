@@ -37,9 +37,8 @@ import torch
 import torch.nn.functional as F
 
 from model import (BLOCKS, CONFIGS, OWN_FILE, ChannelNorm, Conv3d, Resnet, SeparableConv3d, TurboVAED, TurboVAEDConfig,
-                   Upsampler, Upsampler2d, check_writable, newest_student, number, replace_files, run_command, summary)
+                   Upsampler, Upsampler2d, check_writable, default_student, number, replace_files, run_command, summary)
 
-SHIPPED = Path(__file__).resolve().parent / "assets" / "tiny_student.safetensors"
 PARTS = ("conv_in", *BLOCKS, "out")
 TINY = 2.0 ** -24           # the smallest number fp16 has
 MOVES = ("gather", "slice_by_index", "concat", "split", "reshape", "pixel_shuffle", "upsample_nearest_neighbor")
@@ -1161,10 +1160,7 @@ def find_student(args):
     if args.random:
         torch.manual_seed(0)
         return f"{args.config}_random", TurboVAED(CONFIGS[args.config]), Path(args.out or "out/export")
-    path = args.student
-    if path is None:
-        path = newest_student() or SHIPPED
-        print(f"the student {path}" if path != SHIPPED else f"no student in out/: the shipped one, {path.name}")
+    path = args.student or default_student()
     model = TurboVAED.from_pretrained(path, config=args.config)
     teacher = model.metadata.get("teacher")
     if teacher is None:

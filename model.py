@@ -147,7 +147,7 @@ CONFIGS = {
         latent_channels=48, widths=(512, 512, 256, 128, 64), resnets=(3, 3, 2, 2, 2), up=((2, 2), (2, 2), (1, 2), None),
         patch=2, drop_first=True, separable=(), upsampling="resample", shortcut="rms", head="unpatchify"),
     "tiny": TurboVAEDConfig(
-        latent_channels=16, widths=(96, 96, 48, 32, 32), resnets=(1, 1, 1, 2, 0),
+        latent_channels=32, widths=(96, 96, 64, 32, 32), resnets=(1, 1, 2, 2, 0),
         up=(None, (2, 2), (2, 1), (1, 2)), patch=2, drop_first=False, separable=("mid", "up0", "up1"), kernel=3),
 }
 CONFIGS["ltx23"] = CONFIGS["ltx2"]      # 22.9 % of a decoder of 407.2 M
@@ -156,6 +156,7 @@ CONFIGS["qwen"] = CONFIGS["wan21"]      # Qwen-Image's encoder, and so its laten
 PUBLISHED = {"ltx": "Turbo-VAED-LTX.pth", "dc": "Turbo-VAED-DC.pth",
              "hunyuan": "Turbo-VAED-Hunyuan.pth", "cog": "Turbo-VAED-Cog.pth"}
 OWN_FILE = "student.safetensors"
+SHIPPED = Path(__file__).resolve().parent / "assets" / "tiny_student.safetensors"
 # a key of the decoder's, after a prefix
 IN_DECODER = re.compile(r"((?:[^.]+\.)*?)(?:conv_in|mid_block|up_blocks|upsampler2d_[12]|conv_out)\.")
 
@@ -697,15 +698,12 @@ class TurboVAED(nn.Module):
         path = path if path.suffix.lower() == ".safetensors" else path / OWN_FILE
         path.parent.mkdir(parents=True, exist_ok=True)
         state = {key: tensor.detach().cpu().contiguous() for key, tensor in self.state_dict().items()}
-        partial_file = path.with_name(f"{path.name}.partial")
+        about = {**self.metadata, **(metadata or {}), "config": json.dumps(asdict(self.config))}
+        data = save(state, metadata=about)      # not save_file: what that writes only its owner may read
         try:
-            about = {**self.metadata, **(metadata or {}), "config": json.dumps(asdict(self.config))}
-            partial_file.write_bytes(save(state, metadata=about))      # what save_file writes only its owner may read
-            os.replace(partial_file, path)
+            replace_files({path: lambda file: file.write_bytes(data)}, errors=())
         except OSError as error:
             raise OSError(f"{path} cannot be written ({error.strerror}); what was there before still is") from None
-        finally:
-            partial_file.unlink(missing_ok=True)
         return path
 
     @classmethod
@@ -1149,15 +1147,41 @@ def number(kind=int, least=-math.inf, most=math.inf, above=-math.inf, below=math
     return convert
 
 
-def devices():
-    """The names of the devices that PyTorch sees here."""
-    gpus = range(torch.cuda.device_count())
-    return ["cpu", *["cuda"] * bool(gpus), *(f"cuda:{n}" for n in gpus), *["mps"] * torch.backends.mps.is_available()]
+def find_device(name):
+    """The torch.device of that name; "cuda" is the process's own GPU under torchrun. Raises ValueError for one that
+    PyTorch does not see."""
+    gpus = [f"cuda:{n}" for n in range(torch.cuda.device_count())]
+    there = ["cpu", *["cuda"] * bool(gpus), *gpus, *["mps"] * torch.backends.mps.is_available()]
+    own = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else name
+    if name not in there or own not in there:
+        raise ValueError(f"--device {own if name in there else name}: PyTorch sees {', '.join(there)} here")
+    device = torch.device(own)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)           # what PyTorch or a pipeline allocates without saying where
+    return device
 
 
-def newest_student():
-    """The file of the student that was trained last under out/; None if there is none. Hidden folders do not count."""
-    return max(Path("out").glob(f"[!.]*/{OWN_FILE}"), key=lambda file: file.stat().st_mtime, default=None)
+def default_student(quiet=False):
+    """The file of the student that was trained last under out/, hidden folders left out, else the shipped one; says
+    which unless `quiet`. Raises FileNotFoundError where there is none."""
+    file = max(Path("out").glob(f"[!.]*/{OWN_FILE}"), key=lambda file: file.stat().st_mtime, default=SHIPPED)
+    if not file.is_file():
+        raise FileNotFoundError(f"no student: out/ holds none and neither does {file.parent}; "
+                                f"train one (make demo), or name one with --student")
+    if not quiet:
+        print(f"the student {file}" if file != SHIPPED else f"no student in out/: the shipped one, {file.name}")
+    return file
+
+
+def text_table(rows, left=("model",), markdown=False):
+    """Lines of text from rows of cells, the first of which are headings; columns are aligned to the right, those of the
+    headings `left` to the left."""
+    if markdown:
+        return "\n".join("| " + " | ".join(row) + " |" for row in (rows[0], ["---"] * len(rows[0]), *rows[1:]))
+    widths = [max(map(len, column)) * (-1 if column[0] in left else 1) for column in zip(*rows)]
+    lines = ["  ".join(cell.ljust(-width) if width < 0 else cell.rjust(width)
+                       for cell, width in zip(row, widths)).rstrip() for row in rows]
+    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
 
 
 def replace_files(writes, errors=OSError):

@@ -249,8 +249,8 @@ class VideoDCAE(nn.Module):
         return self.decoder(self.encoder(video))
 
 
-TINY = VideoDCAEConfig(latent_channels=16, widths=(96, 96, 96), encoder_depths=(2, 1, 1), decoder_depths=(2, 1, 1),
-                       strides=((2, 2), (2, 1)), attention_from=2, patch=4)
+TINY = VideoDCAEConfig(latent_channels=32, widths=(48, 96, 128), encoder_depths=(1, 1, 0), decoder_depths=(2, 2, 2),
+                       strides=((2, 2), (2, 2)), attention_from=3, patch=2)     # no attention: any length, any size
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -425,13 +425,14 @@ class DCAETeacher(Teacher):
     """Video DC-AE, released (`dc`) or reduced (`tiny`).
 
     mid, up0, up1, ... = project_in, the last stage, the one before it, ... Clips of more than 32 frames are encoded and
-    decoded in overlapping temporal tiles, as in Open-Sora 2.0's configuration (tiles of 32, overlap 0.25). Latents are
-    the encoder's; Open-Sora's own are these divided by 0.493.
+    decoded by dc in overlapping temporal tiles, as in Open-Sora 2.0's configuration (tiles of 32, overlap 0.25), since
+    its attention is over whole clips; tiny, which has none, takes them whole. Latents are the encoder's; Open-Sora's
+    own are these divided by 0.493.
     """
-    tile = 32
 
     def __init__(self, name, config):
         super().__init__(name, VideoDCAE(config), config.latent_channels, config.compression, images=False)
+        self.tile = 32 if config.attention_from < len(config.widths) else 2 ** 30
 
     def posterior(self, video):
         self.check_clip(*video.shape[2:])

@@ -49,11 +49,11 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from data import (CLIPS_PER_SCENE, HELD_OUT_SEED, BadVideo, CachedClips, SyntheticClips, VideoClips, begin_worker,
-                  shuffled, write_file)
+                  psnr, shuffled, write_file)
 from losses import (HEADS, LPIPS, Objective, PatchDiscriminator, StudentWithHeads, adaptive_weight, kl_loss,
                     last_layer_gradients, make_heads, sharpness)
-from model import (BLOCKS, CONFIGS, Block, ChannelRMSNorm, TurboVAED, channels_last, check_fit, check_writable, number,
-                   out_of_memory)
+from model import (BLOCKS, CONFIGS, Block, ChannelRMSNorm, TurboVAED, channels_last, check_fit, check_writable,
+                   find_device, number, out_of_memory)
 from teachers import TEACHERS, load_teacher
 
 # Section 4.2: AdamW, learning rate 2e-4, betas 0.9 and 0.95, effective batch 32, 17 (dc: 16) frames at 256x256.
@@ -76,7 +76,7 @@ RECIPES = {
     "qwen": PAPER | dict(frames=1, micro_batch=4, align=["mid", "up0"]),
     # Made-up video and no LPIPS, since the embedded recipe must need no download. Muon, since AdamW alone learns
     # brightness first and leaves the student grey for hundreds of steps.
-    "tiny": dict(frames=8, size=64, batch=8, micro_batch=8, steps=2000, lr=2e-3, muon_lr=0.02, schedule="cosine",
+    "tiny": dict(frames=16, size=64, batch=4, micro_batch=4, steps=2000, lr=2e-3, muon_lr=0.02, schedule="cosine",
                  align=["mid", "up0"], lpips_weight=0.0, distill_weight=0.02, normalize=True, data="synthetic",
                  eval_every=200, workers=1, stage2="off", stage2_steps=600, stage2_lr=0.1, adversarial_weight=1.0,
                  disc_lr=1e-3, disc_width=32),
@@ -168,14 +168,14 @@ def parse_args(argv=None):
     add("--stride", type=number(int, 1), default=1, help="keep every so many frames of a video (default: 1)")
     add("--steps", type=number(int, 1), help="optimiser steps, both stages together, at most *")
     add("--stage2", type=stage2_argument, metavar="auto|STEP|off",
-        help="when the adversarial term joins: once validation PSNR has gained less than --stage2-gain over "
-             "--stage2-evaluations, or --stage2-steps are left; at that step; never *")
-    add("--stage2-steps", type=number(int, 1), help="optimiser steps of stage 2 where it begins by itself *")
-    add("--stage2-lr", type=number(float, 0), help="the student's learning rates in stage 2, as a part of stage 1's *")
-    add("--stage2-gain", type=number(float, 0), default=0.05, help="in dB (default: 0.05)")
-    add("--stage2-evaluations", type=number(int, 1), default=5, help="(default: 5)")
+        help="when stage 2, with the adversarial term, begins. auto: when the last --stage2-evaluations validations "
+             "brought less than --stage2-gain, at the latest --stage2-steps before the end. A number: at that step *")
+    add("--stage2-steps", type=number(int, 1), help="optimiser steps of stage 2, with --stage2 auto *")
+    add("--stage2-lr", type=number(float, 0), help="factor on the student's learning rates in stage 2 *")
+    add("--stage2-gain", type=number(float, 0), default=0.05, help="of PSNR in dB, see --stage2 (default: 0.05)")
+    add("--stage2-evaluations", type=number(int, 1), default=5, help="see --stage2 (default: 5)")
     add("--minutes", type=number(float, above=0),
-        help="stop after this long at the latest; the cosine then ends with the time")
+        help="end after so many minutes of training, if --steps take longer; a cosine reaches 0 by then")
     add("--batch", type=number(int, 1), help="effective batch: clips a step over all processes and accumulation *")
     add("--micro-batch", type=number(int, 1), help="clips a process takes at once *")
     add("--lr", type=number(float, above=0), help="AdamW's learning rate *")
@@ -196,15 +196,15 @@ def parse_args(argv=None):
     add("--equation4", action="store_true",
         help="the distillation loss as the paper has it: weight 1, features as they are")
     add("--kl-weight", type=number(float, 0), default=1e-7, help="α3 of Equation 5 (default: 1e-7)")
-    add("--adversarial-weight", type=number(float, 0), help="α4 of Equation 5, besides the adaptive weight *")
+    add("--adversarial-weight", type=number(float, 0), help="α4 of Equation 5; the adaptive weight multiplies it *")
     add("--max-drop", type=number(float, 0), default=0.3,
         help="dB of validation PSNR that stage 2 may cost: where it costs more, the adversarial weight is halved at "
              "each validation until it does not (default: 0.3)")
     add("--disc-lr", type=number(float, above=0), help="the discriminator's learning rate *")
     add("--disc-width", type=number(int, 4), help="channels of the discriminator's first layer *")
     add("--disc-floor", type=number(float, 0), default=1.0,
-        help="the discriminator rests in steps where its hinge loss is below this, so that it does not outrun the "
-             "student; 0 for never (default: 1)")
+        help="train the discriminator only in steps where its hinge loss is at least this, so that the student can "
+             "keep up; 0: in all (default: 1)")
     add("--smoothness", type=number(float, 0), default=10.0,
         help="weight of the discriminator's approximate R1 penalty (default: 10)")
     add("--normalize", action=argparse.BooleanOptionalAction, default=None,
@@ -532,11 +532,13 @@ def make_optimizers(module, lr, muon_lr, weight_decay):
         + ([Muon(mixing, muon_lr, weight_decay=weight_decay)] if mixing else [])
 
 
-def take_step(optimizers, scaler, skip, rests=None):
-    """One step of all optimisers together, or of none where `skip` is 1; the last one, the discriminator's, stays where
-    `rests` is 1. Both are tensors that stay on the device, as torch.optim's fused optimisers and Muon read them."""
+def take_step(optimizers, scaler, skip, skip_discriminator=None):
+    """One step of each optimiser, or of none where `skip` is 1, or of all but the last one, the discriminator's, where
+    `skip_discriminator` is 1. Both are tensors that stay on the device, as torch.optim's fused optimisers and Muon read
+    them."""
     for optimizer in optimizers:
-        optimizer.found_inf = skip if rests is None or optimizer is not optimizers[-1] else torch.maximum(skip, rests)
+        last = skip_discriminator is not None and optimizer is optimizers[-1]
+        optimizer.found_inf = torch.maximum(skip, skip_discriminator) if last else skip
         optimizer.step()
     scaler.update()
 
@@ -573,7 +575,9 @@ def fill_cache(args, teacher, clips, about, device, autocast, processes, say):
         | {key: getattr(args, key) for key in ("teacher", "frames", "size", "stride", "cache_crops", "seed")}
     dtype = getattr(torch, args.cache_dtype)
     count = videos * args.cache_crops
-    cache = processes.from_chief(lambda: CachedClips(args.cache, count, settings, dtype, args.align, args.seed))
+    if args.data == "synthetic" and args.samples:
+        count = min(count, args.samples)
+    cache = processes.from_rank0(lambda: CachedClips(args.cache, count, settings, dtype, args.align, args.seed))
 
     def make(numbers, video):
         with autocast():
@@ -582,8 +586,6 @@ def fill_cache(args, teacher, clips, about, device, autocast, processes, say):
         return [{name: t[i] for name, t in tensors.items()} for i in range(len(video))]
 
     cache.fill(clips, make, args.micro_batch, processes.rank, processes.world, processes.wait, args.workers, say)
-    if args.data == "synthetic" and args.samples:
-        cache.count = min(cache.count, args.samples)
     return cache
 
 
@@ -625,11 +627,11 @@ def prepare(module, device, compiles):
 
 class Processes:
     """The processes of a run, in one place. They wait for each other over gloo on the CPU, with no limit to speak of:
-    NCCL's watchdog ends who waits for ten minutes, be it for a validation or a cache. The chief is the first."""
+    NCCL's watchdog ends a process that waits for ten minutes, be it for a validation or a cache."""
 
     def __init__(self, device):
         self.world, self.rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
-        self.chief = self.rank == 0
+        self.rank0 = self.rank == 0
         if self.world > 1:
             dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
             self.group = dist.new_group(backend="gloo", timeout=timedelta(days=7))
@@ -651,12 +653,12 @@ class Processes:
         dist.all_reduce(values, dist.ReduceOp.MAX if largest else dist.ReduceOp.SUM, self.group)
         return values.tolist()
 
-    def from_chief(self, make):
-        """What make() returns on the chief, on all processes; its error ends them all, and is said once."""
+    def from_rank0(self, make):
+        """What make() returns on the first process, on all of them; its error ends them all, and is said once."""
         if self.world == 1:
             return make()
         held, error = [None, None], None
-        if self.chief:
+        if self.rank0:
             try:
                 held = [make(), None]
             except (ValueError, OSError, RuntimeError) as e:
@@ -684,25 +686,8 @@ class Signals:
             sys.exit(128 + which)
 
 
-def find_device(name):
-    """The torch.device, this process's own where there are several GPUs. Raises ValueError where there is none such."""
-    try:
-        device = torch.device(name, int(os.environ.get("LOCAL_RANK", 0))) if name == "cuda" else torch.device(name)
-        torch.zeros(1, device=device).item()                  # the meta device has no numbers
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device {name} cannot be used here: {str(error).splitlines()[0].split('. ')[0]}") from None
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    return device
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # What is measured, and the rules that go by it.
-
-def psnr(video, target):
-    """dB over a clip, [-1, 1] mapped to [0, 1] and clamped."""
-    return -10 * math.log10(max(((video.float().clamp(-1, 1) - target.float()) / 2).square().mean().item(), 1e-10))
-
 
 @torch.no_grad()
 def decode_all(decode, latents):
@@ -723,8 +708,8 @@ def converged(log, evaluations, gain):
 
 
 def damping(log, start, max_drop):
-    """What the adversarial weight is multiplied by: halved at every validation of stage 2 whose PSNR lies more than
-    max_drop below stage 1's last, and let grow back to 1 by a quarter at every other."""
+    """What the adversarial weight is multiplied by: halved at each validation of stage 2 whose PSNR lies more than
+    max_drop below stage 1's last, multiplied by 1.25, up to 1, at each of the others."""
     before = [line["psnr"] for line in log if "psnr" in line and start is not None and line["step"] <= start]
     factor = 1.0
     for line in log:
@@ -750,7 +735,7 @@ class Tally:
     IN_A_ROW, OF_100 = 5, 20                        # so many steps that are not finite end a run
 
     def __init__(self, processes):
-        self.chief, self.alone = processes.chief, processes.world == 1
+        self.rank0, self.alone = processes.rank0, processes.world == 1
         self.describe, self.pending, self.failure = str, [], None
         self.in_a_row, self.recent, self.told = 0, deque(maxlen=100), 0
         self.reset()
@@ -759,13 +744,13 @@ class Tally:
         self.state = {"steps": 0, "clipped": 0, "skipped": 0, "sums": dict.fromkeys(names, 0.0)}
 
     def restore(self, state):
-        """The sums over all processes are the chief's from then on."""
+        """Gives the first process the totals; the others begin again at zero, so that no sum counts them twice."""
         self.reset(state["sums"])
-        if self.chief:
+        if self.rank0:
             self.state = state
 
     def gather(self, processes):
-        """The state summed over all processes."""
+        """The state summed over all processes; the first keeps it, the others begin again at zero."""
         counts, names = ("steps", "clipped", "skipped"), list(self.state["sums"])
         values = processes.total([self.state[name] for name in counts] + list(self.state["sums"].values()))
         state = dict(zip(counts, values)) | {"sums": dict(zip(names, values[len(counts):]))}
@@ -782,7 +767,7 @@ class Tally:
         self.pending.append((step, numbers, list(micros[0][1]), list(norms), values))
 
     def settle(self, clip):
-        """clip: the largest norm that is not clipped."""
+        """Reads the pending steps' values from the device. clip: the largest norm that is not clipped."""
         flat = torch.cat([p[-1] for p in self.pending]).tolist() if self.pending else []
         for step, numbers, names, norms, values in self.pending:
             values, flat = flat[:len(values)], flat[len(values):]
@@ -790,11 +775,11 @@ class Tally:
             norms, (skip, scale) = dict(zip(norms, values[len(names) * len(rows):])), values[-2:]
             wrong = [(name, value, n) for row, n in zip(rows, numbers) for name, value in zip(names, row)
                      if not math.isfinite(value)]
-            if skip and not wrong and scale <= 1:   # above 1 float16 just looks for its scale
+            if skip and not wrong and scale <= 1:   # above 1 a smaller loss scale will mend it
                 where = "" if self.alone else " of this process or another"
                 wrong = [(name + where, value, sum(numbers, [])) for name, value in norms.items()
                          if not math.isfinite(value)][:1]
-            self.state["skipped"] += int(skip) * self.chief             # it is the same step on all processes
+            self.state["skipped"] += int(skip) * self.rank0             # it is the same step on all processes
             if wrong:
                 self.not_finite(step, wrong)
             self.in_a_row = self.in_a_row + 1 if wrong else 0
@@ -891,7 +876,8 @@ def plot_samples(path, columns):
             frame = clips[i][:, clips[i].shape[1] // 2]
             axes[i, j].imshow((frame + 1).div(2).permute(1, 2, 0).numpy(), interpolation="nearest")
             axes[i, j].set_axis_off()
-            axes[i, j].set_title(title if j == 0 else f"{title}, {psnr(clips[i], target[i]):.1f} dB", fontsize=8)
+            quality = psnr(clips[i][None], target[i][None]).item()
+            axes[i, j].set_title(title if j == 0 else f"{title}, {quality:.1f} dB", fontsize=8)
     save_as(path, figure.savefig, dpi=150, format="png")
     plt.close(figure)
 
@@ -1016,7 +1002,7 @@ def make_run(args, device, compiles, teacher, processes, resumes):
     student = TurboVAED(student_config(args))
     if args.init == "teacher" and not resumes:
         begun = begin_as(student, teacher.layers())
-        if processes.chief:
+        if processes.rank0:
             tqdm.write(f"{len(begun)} of the student's layers begin as the {args.teacher} teacher's: "
                        + ", ".join(begun))
     student = student.to(device)
@@ -1061,13 +1047,14 @@ MAY_CHANGE = {"data", "val_data", "teacher_weights", "steps", "minutes", "stage2
               "device", "compile", "save_minutes", "eval_every", "log_every", "out", "resume", "overwrite", "preset"}
 
 # and these before stage 2 has begun
-STAGE_2 = {"stage2_lr", "adversarial_weight", "max_drop", "disc_lr", "disc_width", "disc_floor", "smoothness"}
+MAY_CHANGE_BEFORE_STAGE_2 = {"stage2_lr", "adversarial_weight", "max_drop", "disc_lr", "disc_width", "disc_floor",
+                             "smoothness"}
 
 
 def check_resume(saved, args, about):
     """Raises ValueError where a run would not go on as what it began as."""
     then, out = saved["args"], args.out
-    may_change = MAY_CHANGE | (STAGE_2 if saved["stage2_start"] is None else set())
+    may_change = MAY_CHANGE | (MAY_CHANGE_BEFORE_STAGE_2 if saved["stage2_start"] is None else set())
     for name, value in vars(args).items():
         if name not in may_change and then.get(name, value) != value:
             raise ValueError(f"{out} was run with --{name.replace('_', '-')} {then.get(name)}, not {value}")
@@ -1102,10 +1089,11 @@ def alone_in(out):
     out.mkdir(parents=True, exist_ok=True)
     folder = os.open(out, os.O_RDONLY)
     try:
-        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        try:
+            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"another run is at work in {out}: --out names another folder") from None
         yield
-    except BlockingIOError:
-        raise ValueError(f"another run is at work in {out}: --out names another folder") from None
     finally:
         os.close(folder)
 
@@ -1161,22 +1149,22 @@ def rate_factors(args, step, start, end, time_used):
     return warmup, 0.5 * (1 + math.cos(math.pi * progress)) if args.schedule == "cosine" else 1.0
 
 
-Shared = namedtuple("Shared", "time_used begins damping saves signal failed")
+Decision = namedtuple("Decision", "time_used begins damping saves signal failed")
 
 
 def decide(run, schedule, signals, saved_at, first, processes):
     """What all processes must do alike at the top of a step. The first process has the clock and the validations;
     signals and failures may reach any."""
     args, mine = run.args, [0.0] * 4
-    if processes.chief:
-        begins = run.stage2_start is None and run.step < schedule.last and (
+    if processes.rank0:
+        time_used = run.seconds / (60 * args.minutes) if args.minutes and not args.profile else 0.0
+        begins = run.stage2_start is None and run.step < schedule.last and time_used < 1 and (
             run.step >= schedule.stage2_at
             or schedule.converges and (first or run.step % args.eval_every == 0)
             and converged(run.log, args.stage2_evaluations, args.stage2_gain))
-        mine = [run.seconds / (60 * args.minutes) if args.minutes and not args.profile else 0.0, float(begins),
-                run.damping, float(time.time() - saved_at > 60 * args.save_minutes)]
+        mine = [time_used, float(begins), run.damping, float(time.time() - saved_at > 60 * args.save_minutes)]
     mine += [float(signals.received), float(run.tally.failure is not None)]
-    return Shared(*processes.total(mine, largest=True))
+    return Decision(*processes.total(mine, largest=True))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1238,10 +1226,10 @@ class Validation:
 # ---------------------------------------------------------------------------------------------------------------------
 # One step.
 
-def optimise(run, micro_terms, layers, processes):
+def optimise(run, micro_terms, at_last_layer, processes):
     """Clips the gradients and steps along them, or passes over the step where one is not finite. Nothing here waits for
-    the device. micro_terms: (clips' numbers, {term: value}) of each micro-batch; layers: the last layer's gradients, or
-    none. Returns the gradient's norm."""
+    the device. micro_terms: (clips' numbers, {term: value}) of each micro-batch; at_last_layer: each one's gradients
+    there, of reconstruction and of L_adv, or none. Returns the gradient's norm."""
     args, objective, world = run.args, run.objective, processes.world
     scale = run.scaler.scale(torch.ones((), device=run.device))
     if run.stage == 2 and world > 1:
@@ -1250,17 +1238,21 @@ def optimise(run, micro_terms, layers, processes):
             p.grad /= world
     for optimizer in run.optimizers:
         run.scaler.unscale_(optimizer)
-    clip = lambda module: torch.nn.utils.clip_grad_norm_(module.parameters(), args.clip)
-    norms = {"the gradient": clip(run.both)}
-    rests = None
+    clip_norm = lambda module: torch.nn.utils.clip_grad_norm_(module.parameters(), args.clip)
+    norms = {"the gradient": clip_norm(run.both)}
+    skip_discriminator = None
     if run.stage == 2:
-        norms["the discriminator's gradient"] = clip(objective.discriminator)
+        norms["the discriminator's gradient"] = clip_norm(objective.discriminator)
         hinge = torch.stack([terms["discriminator"] for _, terms in micro_terms]).mean()
         if world > 1:
             dist.all_reduce(hinge)
-        rests = (hinge / world < args.disc_floor).float()
-    skip = 1 - torch.stack(list(norms.values())).isfinite().all().float()
-    take_step(run.optimizers, run.scaler, skip, rests)
+        skip_discriminator = (hinge / world < args.disc_floor).float()
+    # A term may be infinite and its gradient finite: L1's is a sign.
+    values = [value.float() for _, terms in micro_terms for value in terms.values()]
+    skip = 1 - torch.stack([*norms.values(), *values]).isfinite().all().float()
+    if world > 1:
+        dist.all_reduce(skip, dist.ReduceOp.MAX)
+    take_step(run.optimizers, run.scaler, skip, skip_discriminator)
     run.step += 1
     run.tally.add(run.step, micro_terms, norms, skip, scale)
     run.both.zero_grad(set_to_none=True)
@@ -1269,22 +1261,22 @@ def optimise(run, micro_terms, layers, processes):
     with torch.no_grad():                       # an average of few steps forgets sooner, or it would keep the start
         keep = min(args.ema, (1 + run.step) / (10 + run.step))
         torch._foreach_lerp_(list(run.ema.parameters()), list(run.both.student.parameters()), 1 - keep)
-    if layers:
-        layers = sum(layers)
+    if at_last_layer:
+        pair = sum(at_last_layer)
         if world > 1:
-            dist.all_reduce(layers)
-        ratio = adaptive_weight(*(layers / (scale * world)))
+            dist.all_reduce(pair)
+        ratio = adaptive_weight(*(pair / (scale * world)))
         objective.adaptive_weight = torch.where(ratio.isfinite(), ratio, objective.adaptive_weight)
     return norms["the gradient"]
 
 
-def write_means(run, norm, weight, samples_per_s, processes):
+def write_means(run, norm, adversarial_weight, samples_per_s, processes):
     """A line of the log: means of the terms since the line before. Returns the mean loss."""
     state = run.tally.gather(processes)
     steps = state["steps"]
     line = {"step": run.step} | {name: round(value / steps, 7) for name, value in state["sums"].items() if steps}
     if run.stage == 2:
-        line["weight"] = round(float(weight), 7)                # of L_adv
+        line["weight"] = round(float(adversarial_weight), 7)
     norm = norm.item()
     line |= {"lr": run.optimizers[0].param_groups[0]["lr"],
              "grad_norm": round(norm, 4) if math.isfinite(norm) else None, "clipped": state["clipped"] / max(steps, 1),
@@ -1292,7 +1284,7 @@ def write_means(run, norm, weight, samples_per_s, processes):
     if state["skipped"]:
         line["skipped"] = state["skipped"]
     run.tally.reset()
-    if processes.chief and not run.args.profile:
+    if processes.rank0 and not run.args.profile:
         run.write_line(line)
     return line.get("loss", math.nan)
 
@@ -1328,7 +1320,7 @@ class Setup:
         return self.args.batch // (self.args.micro_batch * self.processes.world)
 
     def say(self, line):
-        if self.processes.chief:
+        if self.processes.rank0:
             tqdm.write(line)
 
 
@@ -1341,7 +1333,7 @@ def set_up(args):
     if args.batch % together:
         raise ValueError(f"--batch {args.batch} cannot be divided among {processes.world} processes in micro-batches "
                          f"of {args.micro_batch}: multiples of {together} can")
-    resumes = processes.from_chief(lambda: open_folder(out, args))
+    resumes = processes.from_rank0(lambda: open_folder(out, args))
     saved = read_checkpoint(out / "checkpoint.pt") if resumes else None
     if resumes and args.dtype == "auto":
         args.dtype = saved["args"]["dtype"]
@@ -1376,27 +1368,27 @@ def add_teacher_and_clips(setup):
         held_out.extend(clips)
         return train, name, about | {"teacher_weights": teacher.weights_hash()}
 
-    setup.clips, val_name, setup.about = processes.from_chief(find_clips)
+    setup.clips, val_name, setup.about = processes.from_rank0(find_clips)
     if setup.saved:
         check_resume(setup.saved, args, setup.about)
     prepare(teacher, setup.device, setup.compiles)
     setup.validation, setup.teacher_autocast = Validation(held_out, val_name, teacher, setup.device), setup.autocast
     is_finite = lambda: finite_in_autocast(teacher, setup.validation.clips[0].to(setup.device), args.align,
                                            setup.autocast)
-    if args.dtype != "float32" and not processes.from_chief(is_finite):
+    if args.dtype != "float32" and not processes.from_rank0(is_finite):
         setup.teacher_autocast = nullcontext
         setup.say(f"the {args.teacher} teacher is not finite in {args.dtype}: it runs in float32")
-    return processes.from_chief(lambda: setup.validation.decode_with_teacher(teacher, setup.teacher_autocast))
+    return processes.from_rank0(lambda: setup.validation.decode_with_teacher(teacher, setup.teacher_autocast))
 
 
 def open_run(setup, run):
     """Writes what a run's folder begins with, on the first process."""
-    if not setup.processes.chief or setup.args.profile:
+    if not setup.processes.rank0 or setup.args.profile:
         return
     # --resume would go on with an older run's files.
     for path in [] if setup.saved else [setup.out / name for name in RUN_FILES]:
         path.unlink(missing_ok=True)
-    for path in setup.out.glob("*.partial"):
+    for path in (*setup.out.glob("*.partial"), *setup.out.glob(".*.safetensors")):
         path.unlink(missing_ok=True)
     write_file(setup.out / "args.json", json.dumps(vars(setup.args), indent=1).encode())
     write_file(setup.out / "log.jsonl", "".join(json.dumps(line) + "\n" for line in run.log).encode())
@@ -1413,15 +1405,23 @@ def save(setup, run, validates=False):
     if not setup.args.profile:
         run.tally.settle(setup.args.clip)
         run.tally.gather(setup.processes)
-        setup.processes.from_chief(write)
+        setup.processes.from_rank0(write)
     return time.time()
 
 
 def gradients_of_a_step(setup, run, model, loader, timer, start):
-    """Adds up Equation 5's gradients over a step's micro-batches: the teacher makes latents and features, and
-    `Objective.backward` has the terms and their weights. Returns what `optimise` wants: (clips' numbers, {term: value})
-    of each micro-batch, and the last layer's gradients, every tenth step of stage 2."""
-    args, accumulate, micro_terms, layers = setup.args, setup.accumulate, [], []
+    """Adds up Equation 5's gradients over a step's micro-batches. The teacher makes latents and features;
+    `losses.Objective.backward` computes
+
+        L = L_1                                     mean absolute error
+            + α1 L_lpips                            --lpips-weight
+            + α2 L_distill                          --distill-weight, Equation 4
+            + α3 L_kl                               --kl-weight; constant, since the encoder is frozen: logged only
+            + α4 L_adv                              --adversarial-weight x adaptive weight x damping x warm-up; stage 2
+
+    Returns what `optimise` wants: (clips' numbers, {term: value}) of each micro-batch, and the gradients at the last
+    layer, every tenth step of stage 2."""
+    args, accumulate, micro_terms, at_last_layer = setup.args, setup.accumulate, [], []
     for i in range(accumulate):
         with timer("data"):
             batch = next(loader)
@@ -1437,9 +1437,9 @@ def gradients_of_a_step(setup, run, model, loader, timer, start):
         micro_terms.append((numbers, terms))
         if run.stage == 2 and (run.step - start) % 10 == 0:
             with timer("discriminator"):
-                layer = last_layer_gradients(run.both.student, latents, *gradients, autocast=setup.autocast)
-                layers.append(torch.stack(layer))
-    return micro_terms, layers
+                pair = last_layer_gradients(run.both.student, latents, *gradients, autocast=setup.autocast)
+                at_last_layer.append(torch.stack(pair))
+    return micro_terms, at_last_layer
 
 
 def open_loader(setup, run):
@@ -1457,7 +1457,7 @@ def loop(setup, run, schedule, signals):
     was agreed on last, and the timers of both stages."""
     args, processes = setup.args, setup.processes
     model = DistributedDataParallel(run.both) if processes.world > 1 else run.both
-    loader, timers, idle = open_loader(setup, run), {}, Timer(setup.device, on=False)
+    loader, timers, untimed = open_loader(setup, run), {}, Timer(setup.device, on=False)
     progress = Progress(setup, run)
     clock = saved_at = time.time()
     while True:
@@ -1467,7 +1467,7 @@ def loop(setup, run, schedule, signals):
         if shared.saves:
             clock = saved_at = save(setup, run)               # --minutes counts training only
         if shared.begins:
-            if not processes.from_chief(run.validated):       # stage 2 is measured by what stage 1 ended with
+            if not processes.from_rank0(run.validated):       # stage 2 is measured by what stage 1 ended with
                 clock = saved_at = save(setup, run, validates=True)
             run.stage2_start = run.step
             run.begin_stage2()
@@ -1479,20 +1479,20 @@ def loop(setup, run, schedule, signals):
         for optimizer, rate in zip(run.optimizers, run.rates):
             optimizer.param_groups[0]["lr"] = rate * decay * warmup
         run.objective.adversarial_weight = args.adversarial_weight * shared.damping * warmup
-        weight = run.objective.adversarial_weight * run.objective.adaptive_weight
-        times = args.profile and run.step - start >= schedule.WARM
-        timer = timers.setdefault(run.stage, Timer(setup.device)) if times else idle
+        adversarial_weight = run.objective.adversarial_weight * run.objective.adaptive_weight       # α4 of Equation 5
+        timed = args.profile and run.step - start >= schedule.WARM
+        timer = timers.setdefault(run.stage, Timer(setup.device)) if timed else untimed
         with timer.step():
-            micro_terms, layers = gradients_of_a_step(setup, run, model, loader, timer, start)
+            micro_terms, at_last_layer = gradients_of_a_step(setup, run, model, loader, timer, start)
             with timer("optimiser"):
-                norm = optimise(run, micro_terms, layers, processes)
-            logs = run.step % args.log_every == 0 or run.step % args.eval_every == 0 or run.step == end
-            if logs or run.step % 10 == 0:
+                norm = optimise(run, micro_terms, at_last_layer, processes)
+            log_now = run.step % args.log_every == 0 or run.step % args.eval_every == 0 or run.step == end
+            if log_now or run.step % 10 == 0:
                 run.tally.settle(args.clip)
         clock = progress.step(clock, end)
-        if logs:                                              # before it is saved, too
+        if log_now:                                           # before it is saved, too
             rate = progress.rate()
-            progress.tell(write_means(run, norm, weight, rate, processes), rate, end)
+            progress.note(write_means(run, norm, adversarial_weight, rate, processes), rate)
         if run.step % args.eval_every == 0 or run.step == end:
             clock = saved_at = save(setup, run, validates=True)
     progress.bar.close()
@@ -1504,9 +1504,9 @@ class Progress:
 
     def __init__(self, setup, run):
         self.setup, self.run, self.first_step = setup, run, run.step
-        hidden = not (setup.processes.chief and sys.stderr.isatty())
+        hidden = not (setup.processes.rank0 and sys.stderr.isatty())
         self.bar = tqdm(total=setup.args.steps, initial=run.step, unit="step", disable=hidden)
-        self.logged_seconds, self.timed_steps, self.told_at = run.seconds, 0, time.time()
+        self.logged_seconds, self.timed_steps, self.told_at, self.noted = run.seconds, 0, time.time(), ""
 
     def step(self, clock, end):
         """Counts a step that began at `clock`. Returns the time."""
@@ -1516,6 +1516,9 @@ class Progress:
         compiled = self.setup.compiles and run.step - 1 in (self.first_step, run.stage2_start)
         if not compiled:                                      # which is no training
             run.seconds, self.timed_steps = run.seconds + now - clock, self.timed_steps + 1
+        if self.bar.disable and now - self.told_at > 20:
+            self.told_at = now
+            self.setup.say(f"step {run.step} of {end}: {self.noted}{run.seconds / 60:.1f} minutes")
         return now
 
     def rate(self):
@@ -1524,12 +1527,10 @@ class Progress:
         self.timed_steps, self.logged_seconds = 0, self.run.seconds
         return rate
 
-    def tell(self, loss, rate, end):
+    def note(self, loss, rate):
+        """What the next line is to say beside the step and the minutes."""
         self.bar.set_postfix(loss=f"{loss:.4f}")
-        if self.bar.disable and time.time() - self.told_at > 20:
-            self.told_at = time.time()
-            self.setup.say(f"step {self.run.step} of {end}: loss {loss:.4f}, {rate:.1f} clips a second, "
-                           f"{self.run.seconds / 60:.1f} minutes")
+        self.noted = f"loss {loss:.4f}, {rate:.1f} clips a second, "
 
 
 def finish(setup, run, schedule, shared, timers):
@@ -1546,12 +1547,12 @@ def finish(setup, run, schedule, shared, timers):
         setup.say(f"stopped by {signal.Signals(int(shared.signal)).name} at step {run.step}; "
                   + (f"--resume goes on from {out}/checkpoint.pt" if there else "nothing was saved"))
     elif args.profile:
-        if processes.chief:
+        if processes.rank0:
             report(timers, schedule.recipe, args, setup.device, processes.world, Path("profile.png"))
     else:
-        if not processes.from_chief(run.validated):           # --minutes are over
+        if not processes.from_rank0(run.validated):           # --minutes are over
             save(setup, run, validates=True)
-        if processes.chief:
+        if processes.rank0:
             best = best_step(run.log, run.stage2_start, args.max_drop)
             setup.say(f"the student is in {out}/student.safetensors, the best one, of step {best}, in "
                       f"best.safetensors; pictures: {out}/samples.png, {out}/curves.png")
@@ -1593,7 +1594,7 @@ def distil(args):
 
 
 def one_line(error):
-    """What a user is told of an error; None for one that is not ours, which wants its traceback."""
+    """What a user is told of an error; None for a bug, whose traceback is shown."""
     message = str(error).strip()
     if "DataLoader worker" in message and ("killed by signal" in message or "exited unexpectedly" in message):
         return ("a loader process was killed, most likely since memory ran out: fewer --workers, a smaller "

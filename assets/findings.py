@@ -6,6 +6,7 @@
 
 Each row is a run of `train.py --preset NAME`: same recipe, same clips and, for a seed, the same teacher's cache. Rows
 that come to the same run share it. Runs are compared in pairs of one seed, since seeds differ by more than rows do.
+Rows of ours change one more thing at a time, to find out what the gain of distillation depends on.
 """
 import argparse
 import json
@@ -33,24 +34,41 @@ from train import PRESETS, parse_args, student_config                   # noqa: 
 TITLES = {"figure2": "Figure 2: depthwise separable blocks, from none to all", "figure5": "Figure 5: distillation",
           "table1": "Table 1: upsampling", "table2": "Table 2: number of training samples",
           "table5": "Table 5: kernel of the depthwise convolutions", "table6": "Table 6: aligned blocks",
-          "table7": "Table 7: projection head"}
+          "table7": "Table 7: projection head", "ours": "Ours: what the gain of distillation depends on"}
+OURS = {        # flags beside the recipe's
+    "ours-weight-0.2": ["--distill-weight", "0.2"],
+    "ours-weight-1": ["--distill-weight", "1"],
+    "ours-equation4": ["--equation4"],
+    "ours-adamw-with": ["--muon-lr", "0"],
+    "ours-adamw-without": ["--muon-lr", "0", "--distill-weight", "0"],
+    "ours-paper-rate-with": ["--muon-lr", "0", "--lr", "2e-4", "--schedule", "constant", "--equation4"],
+    "ours-paper-rate-without": ["--muon-lr", "0", "--lr", "2e-4", "--schedule", "constant", "--distill-weight", "0"],
+    "ours-init-teacher": ["--init", "teacher"],
+    "ours-init-teacher-without": ["--init", "teacher", "--distill-weight", "0"],
+}
+ROWS = {name: paper for name, (_, paper) in PRESETS.items()} | dict.fromkeys(OURS)
+WITHOUT = {     # what a row is compared with, to see what distillation gains there
+    "figure5-with": "figure5-without", "ours-weight-0.2": "figure5-without", "ours-weight-1": "figure5-without",
+    "ours-equation4": "figure5-without", "ours-adamw-with": "ours-adamw-without",
+    "ours-paper-rate-with": "ours-paper-rate-without", "ours-init-teacher": "ours-init-teacher-without",
+    "ours-init-teacher-without": "figure5-without"}
 # Beside a preset's own: what stands for the paper's number of samples where a run sees few thousands of clips.
 INSTEAD = {"table2-10k": ["--samples", "205"]}
 
 
-def flags_of(preset):
-    return ["--preset", preset, *INSTEAD.get(preset, [])]
+def flags_of(row):
+    return OURS[row] if row in OURS else ["--preset", row, *INSTEAD.get(row, [])]
 
 
-def same_run(preset):
-    """What tells this preset's run from others."""
-    args = parse_args(flags_of(preset))
-    return json.dumps([student_config(args).__dict__, args.align, args.head, args.distill_weight, args.samples])
+def same_run(row):
+    """What tells this row's run from others."""
+    args = parse_args(flags_of(row))
+    return json.dumps(vars(args) | {"preset": None, "student": student_config(args).__dict__})
 
 
-def what_hinders(preset, teacher):
-    """Why the preset's blocks cannot be aligned with the teacher's, or None."""
-    args = parse_args(flags_of(preset))
+def what_hinders(row, teacher):
+    """Why the row's blocks cannot be aligned with the teacher's, or None."""
+    args = parse_args(flags_of(row))
     latents = torch.zeros(1, teacher.latent_channels, 2, 8, 8)
     theirs = {name: f.shape for name, f in teacher.features(latents, args.align).items()}
     ours = {name: student_config(args).feature_shape(name, latents.shape) for name in theirs}
@@ -70,13 +88,13 @@ def run_train(out, seed, args, *flags):
         sys.exit(f"{out}: {done.stdout.splitlines()[-1]}")
 
 
-def train(preset, seed, args):
+def train(row, seed, args):
     """The run's folder; trains what of it is still to be trained."""
-    run = args.work / f"{preset}-{seed}-{args.steps}"
+    run = args.work / f"{row}-{seed}-{args.steps}"
     log = run / "log.jsonl"
     if not log.exists() or json.loads(log.read_text().splitlines()[-1])["step"] < args.steps:
         resume = "--resume" if (run / "checkpoint.pt").exists() else "--overwrite"
-        run_train(run, seed, args, *flags_of(preset), "--steps", str(args.steps), "--val-clips", "16",
+        run_train(run, seed, args, *flags_of(row), "--steps", str(args.steps), "--val-clips", "16",
                   "--eval-every", str(max(args.steps // 12, 1)), resume)
     return run
 
@@ -103,17 +121,43 @@ def written(values, decimals):
     return f"{mean} ± {spread(values):.{decimals}f}" if len(values) > 1 else mean
 
 
+def pairs(rows, a, b):
+    """The runs of two rows that have the same seed: [(a's, b's)]."""
+    return [(run, rows[b]["seeds"][seed]) for seed, run in rows[a]["seeds"].items() if seed in rows[b]["seeds"]]
+
+
 def against(rows, a, b):
-    """A line that compares two rows: their order by the paper and by the pairs of our runs."""
-    seeds = [seed for seed in rows[a]["seeds"] if seed in rows[b]["seeds"]]
-    differences = [rows[a]["seeds"][seed]["psnr"] - rows[b]["seeds"][seed]["psnr"] for seed in seeds]
-    mean, deviation = statistics.mean(differences), spread(differences)
-    paper = rows[a]["paper"][0] - rows[b]["paper"][0]
-    if len(seeds) < 2:
-        return f"- {a} over {b}: paper {paper:+.2f} dB, ours {mean:+.2f} dB of one pair"
-    verdict = "within the spread" if abs(mean) <= deviation else "agrees" if mean * paper > 0 else "DISAGREES"
-    return (f"- {a} over {b}: paper {paper:+.2f} dB, ours {mean:+.2f} ± {deviation:.2f} dB of {len(seeds)} pairs, "
+    """A line that compares two rows: their order by the paper, if it has them, and by the pairs of our runs."""
+    differences = [one["psnr"] - other["psnr"] for one, other in pairs(rows, a, b)]
+    if not differences:
+        return f"- {a} over {b}: no pair yet"
+    mean, deviation, known = statistics.mean(differences), spread(differences), rows[a]["paper"] and rows[b]["paper"]
+    paper = rows[a]["paper"][0] - rows[b]["paper"][0] if known else 0.0
+    start = f"- {a} over {b}: " + (f"paper {paper:+.2f} dB, ours " if known else "")
+    if len(differences) < 2:
+        return f"{start}{mean:+.2f} dB of one pair"
+    verdict = ("within the spread" if abs(mean) <= deviation else "beyond the spread" if not known
+               else "agrees" if mean * paper > 0 else "DISAGREES")
+    return (f"{start}{mean:+.2f} ± {deviation:.2f} dB of {len(differences)} pairs, "
             f"{abs(mean) / max(deviation, 1e-9):.1f} spreads: {verdict}")
+
+
+def sooner(rows, a, b):
+    """How many times sooner a row is where the other one ends, by validation PSNR, in words."""
+    found = []
+    for one, other in pairs(rows, a, b):
+        last, goal = [(int(step), psnr) for step, psnr in other["curve"].items()][-1]
+        before = None
+        for step, psnr in ((int(step), psnr) for step, psnr in one["curve"].items()):
+            if psnr >= goal:
+                share = (goal - before[1]) / (psnr - before[1]) if before else 1.0      # of the steps between the two
+                found.append(last / ((1 - share) * before[0] + share * step if before else step))
+                break
+            before = step, psnr
+    several = len(pairs(rows, a, b))
+    if not found:
+        return "; never there" if several else ""
+    return f"; there {written(found, 2)} times sooner" + f" in {len(found)} of {several}" * (len(found) < several)
 
 
 def report(found):
@@ -122,8 +166,9 @@ def report(found):
              f"`{found['command']}`: {found['about']}", "",
              "PSNR and SSIM are of held-out made-up clips: mean over seeds ± standard deviation. The paper's are of",
              "Turbo-VAED-LTX on real video. Comparisons are of runs with the same seed and clips.", ""]
+    everything = {name: row for name, row in found["rows"].items() if row["seeds"]}
     for table, title in TITLES.items():
-        rows = {name: row for name, row in found["rows"].items() if name.startswith(table) and row["seeds"]}
+        rows = {name: row for name, row in everything.items() if name.startswith(table)}
         if not rows:
             continue
         lines += [f"## {title}", "", "| preset | decoder (M) | PSNR (dB) | SSIM | the paper's PSNR | SSIM |",
@@ -134,7 +179,9 @@ def report(found):
             lines.append(f"| {name} | {next(iter(row['seeds'].values()))['parameters'] / 1e6:.3f} "
                          f"| {written(psnr, 2)} | {written(ssim, 4)} | {' | '.join(paper)} |")
         known = sorted((name for name in rows if rows[name]["paper"]), key=lambda name: -rows[name]["paper"][0])
-        lines += ["", *(against(rows, a, b) for a, b in zip(known, known[1:])), ""]
+        gains = [(a, b) for a, b in WITHOUT.items() if a in rows and b in everything]
+        lines += ["", *(against(rows, a, b) for a, b in zip(known, known[1:]) if (a, b) not in gains),
+                  *(against(everything, a, b) + sooner(everything, a, b) for a, b in gains), ""]
     lines += [f"Left out: {name}: {why}." for name, why in found["left_out"].items()]
     return "\n".join(lines) + "\n"
 
@@ -189,19 +236,19 @@ def main():
 
     teacher = load_teacher("tiny")
     args.work = Path(args.work) / teacher.weights_hash()       # another teacher's runs are no runs of this one
-    presets = [name for name in PRESETS if name.split("-")[0] in args.tables]
-    left_out = {name: why for name in presets if (why := what_hinders(name, teacher))}
-    presets = [name for name in presets if name not in left_out]
+    rows = [name for name in ROWS if name.split("-")[0] in args.tables]
+    left_out = {name: why for name in rows if (why := what_hinders(name, teacher))}
+    rows = [name for name in rows if name not in left_out]
     named = {}
-    for name in presets:
+    for name in rows:
         named.setdefault(same_run(name), name)
-    blocks = {block for name in presets for block in parse_args(flags_of(name)).align}
-    held_out = SyntheticClips(8, 64, HELD_OUT_SEED)
+    blocks = {block for name in rows for block in parse_args(flags_of(name)).align}
+    held_out = SyntheticClips(16, 64, HELD_OUT_SEED)
     clips = [held_out[CLIPS_PER_SCENE * i] for i in range(32)]
     found = {"command": " ".join(["python", *sys.argv]), "steps": args.steps, "seeds": args.seeds,
              "teacher_weights": teacher.weights_hash(), "torch": torch.__version__,
-             "about": f"{args.steps} steps of 8 clips of 8x64x64, {len(clips)} held-out clips, seeds {args.seeds}",
-             "left_out": left_out, "rows": {name: {"paper": PRESETS[name][1], "seeds": {}} for name in presets}}
+             "about": f"{args.steps} steps of 4 clips of 16x64x64, {len(clips)} held-out clips, seeds {args.seeds}",
+             "left_out": left_out, "rows": {name: {"paper": ROWS[name], "seeds": {}} for name in rows}}
     results, total = {}, len(named) * len(args.seeds)
     for seed in args.seeds:
         # A cache holds the features of the run that makes it: all that are asked for.
@@ -211,7 +258,7 @@ def main():
             for name, run in zip(named.values(), pool.map(lambda name: train(name, seed, args), named.values())):
                 results[name, seed] = measured(run, clips, teacher)
                 print(f"{len(results)}/{total} {name}, seed {seed}: {results[name, seed]['psnr']:.2f} dB", flush=True)
-                for row in presets:
+                for row in rows:
                     if named[same_run(row)] == name:
                         found["rows"][row]["seeds"][str(seed)] = results[name, seed]
                 (out / "findings.json").write_text(json.dumps(found, indent=1) + "\n")

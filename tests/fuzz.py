@@ -163,7 +163,7 @@ def checkpoint(r, log):
         expect(p.isfinite().all() and p.dtype == torch.float32, f"{key} is not finite")
         alike = [v for k, v in there.items() if k.endswith(key) and v.shape == p.shape]
         expect(any(torch.equal(v.float(), p) for v in alike), f"{key} is not the file's")
-    expect(model(torch.zeros(1, 16, 1, 1, 1)).shape == (1, 3, 4, 8, 8), "no video")
+    expect(model(torch.zeros(1, 32, 1, 1, 1)).shape == (1, 3, 4, 8, 8), "no video")
 
 
 def configuration(r, log):
@@ -190,7 +190,7 @@ def configuration(r, log):
     as_tuple = lambda v: tuple(map(as_tuple, v)) if isinstance(v, list) else v
     meant = TurboVAEDConfig(**{k: as_tuple(v) for k, v in fields.items()})
     expect(text is None and model.config == meant, "another configuration")
-    expect(torch.isfinite(model(torch.zeros(1, 16, 1, 1, 1))).all(), "no video")
+    expect(torch.isfinite(model(torch.zeros(1, 32, 1, 1, 1))).all(), "no video")
 
 
 def teacher(r, log):
@@ -258,7 +258,7 @@ def video(r, log):
 
 def latents(r, log):
     Path("latents").mkdir()
-    good = torch.randn(1, 16, 2, 3, 3)
+    good = torch.randn(1, 32, 2, 3, 3)
     for n in range(4):
         save_file({"latents": good}, f"latents/{n}.safetensors")
     for name in ("-", "1a", "z"):           # before, between and after them

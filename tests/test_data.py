@@ -102,7 +102,9 @@ def test_a_clip_depends_on_seed_and_number_only(folder):
     assert torch.equal(pickle.loads(pickle.dumps(clips))[4], stream[4])     # how it reaches a spawned worker
 
 
-@pytest.mark.parametrize("make", [lambda folder: VideoClips(folder, frames=4, size=24), lambda folder: SyntheticClips(2, 16)])
+@pytest.mark.parametrize("make", [
+    lambda folder: VideoClips(folder, frames=4, size=24),
+    lambda folder: SyntheticClips(2, 16)])
 def test_workers_and_processes_share_one_stream(folder, make):
     alone = load(make(folder), [[0, 1, 2, 3], [4, 5, 6, 7]], workers=0)
     assert torch.equal(alone, load(make(folder), [[0, 1, 2, 3], [4, 5, 6, 7]], workers=2))
@@ -116,7 +118,8 @@ def test_every_epoch_sees_every_file_once_in_its_own_order(tmp_path):
         write(tmp_path / f"{k}.mkv", [np.full((16, 16, 3), 40 * k, np.uint8)] * 2)
     clips = VideoClips(tmp_path, frames=1, size=16)
     assert len(clips) == 6
-    orders = [tuple(round((clips[n].mean().item() + 1) * 127.5 / 40) for n in range(6 * e, 6 * e + 6)) for e in range(5)]
+    orders = [tuple(round((clips[n].mean().item() + 1) * 127.5 / 40) for n in range(6 * e, 6 * e + 6))
+              for e in range(5)]
     assert all(sorted(order) == list(range(6)) for order in orders)
     assert len(set(orders)) > 1
 
@@ -168,7 +171,8 @@ def test_downscaling_is_antialiased(tmp_path):
     noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
     write(tmp_path / "v.mkv", [noise] * 2)
     full, quarter = (VideoClips(tmp_path, 1, size, train=False)[0].std() for size in (64, 16))
-    assert quarter < 0.4 * full                                     # the mean of 4 x 4 pixels; sampling them keeps most of it
+    # the mean of 4 x 4 pixels; sampling them keeps most of it
+    assert quarter < 0.4 * full
 
 
 def test_random_crop_and_flip(tmp_path):
@@ -197,7 +201,8 @@ def test_values_fill_minus_one_to_one(tmp_path):
 
 def test_phones_turn_their_pictures(tmp_path):
     image = np.zeros((32, 48, 3), np.uint8)
-    image[:, 24:] = 255                                             # turned 90 degrees to the left, its right half is on top
+    # turned 90 degrees to the left, its right half is on top
+    image[:, 24:] = 255
     write(tmp_path / "v.mp4", [image] * 3, H264, turn=90)
     clip = VideoClips(tmp_path, 1, (48, 32), train=False)[0]
     assert clip[:, :, :20].min() > 0.9 and clip[:, :, 28:].max() < -0.9
@@ -270,7 +275,8 @@ def test_a_file_that_breaks_while_decoding_gives_way_to_the_next(tmp_path, capfd
 
 
 def test_what_was_read_before_decides_nothing(folder, monkeypatch):
-    """A file of which some windows can be decoded and others cannot: the clip may not depend on when that was noticed."""
+    ("A file of which some windows can be decoded and others cannot: "
+     "the clip may not depend on when that was noticed.")
     read_frames = data.read_frames
 
     def damaged_opening(path, start, *args):
@@ -459,14 +465,17 @@ def test_ucf101_is_its_test_split(tmp_path, place):
     (lists / "trainlist01.txt").write_text("Archery/v_Archery_g02_c01.mkv 1\n")
     for split, want in ((None, ["g01", "g03"]), ("trainlist01", ["g02"])):
         folder, names = find_clips("ucf101", root=tmp_path, split=split)
-        assert VideoClips(folder, 6, 32, train=False, names=names).files == [f"{place}/v_Archery_{g}_c01.mkv" for g in want]
+        assert VideoClips(folder, 6, 32, train=False, names=names).files == [
+            f"{place}/v_Archery_{g}_c01.mkv" for g in want]
 
 
 def test_other_data_is_the_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write(tmp_path / "data" / "openvid" / "a.mkv", greys(6))
-    assert find_clips("openvid") == ("data/openvid", None) and find_clips("data/openvid/a.mkv") == ("data/openvid/a.mkv", None)
-    for data, message in (("ucf101", "UCF101.php, or by --download"), ("vidgen", "VIDGEN-1M$"), ("mine", "holds them$")):
+    assert (find_clips("openvid") == ("data/openvid", None)
+            and find_clips("data/openvid/a.mkv") == ("data/openvid/a.mkv", None))
+    for data, message in (("ucf101", "UCF101.php, or by --download"), ("vidgen", "VIDGEN-1M$"),
+                          ("mine", "holds them$")):
         with pytest.raises(FileNotFoundError, match=message):
             find_clips(data)
     (tmp_path / "data" / "davis").mkdir()
@@ -481,7 +490,8 @@ def test_an_archive_is_fetched_checked_and_unpacked(tmp_path, monkeypatch):
     monkeypatch.setattr(data, "ARCHIVES", {"davis": [(address, sha256)]})
     monkeypatch.chdir(tmp_path)
     (tmp_path / "data" / "davis" / "DAVIS" / "ImageSets" / "2017").mkdir(parents=True)
-    (tmp_path / "data" / "davis" / "DAVIS" / "ImageSets" / "2017" / "test-dev.txt").write_text("bear\n")    # test-dev was there
+    # test-dev was there
+    (tmp_path / "data" / "davis" / "DAVIS" / "ImageSets" / "2017" / "test-dev.txt").write_text("bear\n")
     data.download("davis")
     assert find_clips("davis")[1] == ["bear"] and find_clips("davis", split="val")[1] == ["swan"]
     assert VideoClips(*find_clips("davis")[:1], 9, 48, train=False, names=["swan"])[0].shape == (3, 9, 48, 48)
@@ -513,7 +523,8 @@ def test_an_image_that_claims_to_be_huge_is_skipped_by_name(tmp_path, capsys):
     import struct
     import zlib
     chunk = lambda kind, held: struct.pack(">I", len(held)) + kind + held + struct.pack(">I", zlib.crc32(kind + held))
-    bomb = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", 20_000, 20_000, 8, 2, 0, 0, 0)) + chunk(b"IDAT", b"") + chunk(b"IEND", b"")
+    bomb = (b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", 20_000, 20_000, 8, 2, 0, 0, 0))
+            + chunk(b"IDAT", b"") + chunk(b"IEND", b""))
     for name in ("bomb", "fine"):
         (tmp_path / name).mkdir()
         for k in range(3):

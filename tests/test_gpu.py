@@ -1,4 +1,5 @@
-"""What only a GPU can show: `python -m pytest -m gpu`, or with the measurements `make gpu`. Needs PyTorch and pytest alone."""
+("What only a GPU can show: `python -m pytest -m gpu`, or with the measurements `make gpu`. "
+ "Needs PyTorch and pytest alone.")
 
 import copy
 from dataclasses import replace
@@ -24,7 +25,8 @@ def exact():
 
 
 def student(config, dtype=torch.float32):
-    """With weights that let every layer matter: residual branches at full strength, biases and norms that are not trivial."""
+    ("With weights that let every layer matter: "
+     "residual branches at full strength, biases and norms that are not trivial.")
     torch.manual_seed(0)
     model = TurboVAED(CONFIGS[config] if isinstance(config, str) else config)
     for key, p in model.named_parameters():
@@ -55,7 +57,8 @@ def test_a_gpu_decodes_what_a_cpu_does(name):
 @pytest.mark.parametrize("dtype, least", [(torch.float16, 50), (torch.bfloat16, 40)])
 @pytest.mark.parametrize("name", NAMES)
 def test_half_precision_is_near_float32(name, dtype, least):
-    """Random weights make noise of every sum, and dc is deep: 47 dB in bfloat16 on a CPU, where a trained student has 59."""
+    ("Random weights make noise of every sum, and dc is deep: "
+     "47 dB in bfloat16 on a CPU, where a trained student has 59.")
     assert psnr(student(name, dtype)(latents(name, 3, dtype=dtype)), student(name)(latents(name, 3))) > least
 
 
@@ -73,7 +76,8 @@ def test_the_optimized_decoder_is_the_plain_one(dtype, mode, least):
     model, first, second = student(SHALLOW, dtype), latents("ltx", 2, dtype=dtype), -latents("ltx", 2, dtype=dtype)
     want = model(first)
     model.optimize_for_inference(compile=mode)
-    got = [model.decode(first), *(model.decode(second) for _ in range(4))][0]         # later replays must not overwrite it
+    # later replays must not overwrite it
+    got = [model.decode(first), *(model.decode(second) for _ in range(4))][0]
     assert psnr(got, want) > least
 
 

@@ -6,8 +6,9 @@ import pytest
 import torch
 import torch.nn as nn
 
-from losses import (HEADS, LPIPS, NOISE, Objective, PatchDiscriminator, ProjectionHead, StudentWithHeads, adaptive_weight,
-                    discriminator_loss, distillation_loss, kl_loss, l1_loss, last_layer_gradients, make_heads, sharpness)
+from losses import (HEADS, LPIPS, NOISE, Objective, PatchDiscriminator, ProjectionHead, StudentWithHeads,
+                    adaptive_weight, discriminator_loss, distillation_loss, kl_loss, l1_loss, last_layer_gradients,
+                    make_heads, sharpness)
 from model import CONFIGS, TurboVAED
 
 lpips = pytest.importorskip("lpips")
@@ -236,7 +237,8 @@ def test_lpips_of_random_frames_is_the_mean_over_all_in_expectation(perceptual):
     estimates = [perceptual(video, target, torch.tensor([a, b])).item() for a in pairs for b in pairs]
     assert np.mean(estimates) == pytest.approx(perceptual(video, target).item(), rel=1e-5) and np.std(estimates) > 0
     one = perceptual(video, target, torch.tensor([[3], [0]]))
-    torch.testing.assert_close(one, ((video[0, :, 3] - target[0, :, 3]).square().mean() + (video[1, :, 0] - target[1, :, 0]).square().mean()) / 2)
+    torch.testing.assert_close(one, ((video[0, :, 3] - target[0, :, 3]).square().mean()
+                                     + (video[1, :, 0] - target[1, :, 0]).square().mean()) / 2)
 
 
 def test_lpips_that_cannot_be_downloaded_says_how_to_go_on(monkeypatch):
@@ -254,11 +256,11 @@ def test_lpips_that_cannot_be_downloaded_says_how_to_go_on(monkeypatch):
 def parts(blocks=("mid", "up0"), normalize=False):
     """A tiny student with heads, and the inputs of one micro-batch: latents, features, target, KL divergence."""
     torch.manual_seed(0)
-    student, latents = TurboVAED(CONFIGS["tiny"]), noise(2, 16, 1, 2, 2)
+    student, latents = TurboVAED(CONFIGS["tiny"]), noise(2, 32, 1, 2, 2)
     shapes = {b: student.config.feature_shape(b, latents.shape) for b in blocks}
     features = {b: noise(s[0], s[1] + 8, *s[2:], seed=i) for i, (b, s) in enumerate(shapes.items())}
     heads = make_heads(shapes, {b: x.shape for b, x in features.items()})
-    kl = kl_loss(noise(2, 16, 1, 2, 2, seed=5), noise(2, 16, 1, 2, 2, seed=6))
+    kl = kl_loss(noise(2, 32, 1, 2, 2, seed=5), noise(2, 32, 1, 2, 2, seed=6))
     return StudentWithHeads(student, heads, normalize), latents, features, noise(2, 3, 4, 16, 16, seed=7), kl
 
 
@@ -271,10 +273,12 @@ def test_gradients_are_those_of_one_graph_over_equation_5(perceptual, stage):
     weights = {"lpips": 0.5, "distill": 3.0, "kl": 0.01}
     model, latents, features, target, kl = parts()
     frames, extra = torch.tensor([[0, 2], [3, 1]]), noise(2, 3, 4, 16, 16, seed=9)
-    objective = Objective(perceptual, **{f"{name}_weight": w for name, w in weights.items()}, adversarial_weight=0.3, smoothness=2.0)
+    objective = Objective(perceptual, **{f"{name}_weight": w for name, w in weights.items()},
+                          adversarial_weight=0.3, smoothness=2.0)
     if stage == 2:
         objective.discriminator, objective.adaptive_weight = PatchDiscriminator(8), 0.7
-    terms, (of_video, adversarial) = objective.backward(model, latents, features, target, kl, frames, extra, scale=lambda loss: 4 * loss)
+    terms, (of_video, adversarial) = objective.backward(model, latents, features, target, kl, frames, extra,
+                                                        scale=lambda loss: 4 * loss)
     got = gradients(model)
 
     model.zero_grad()
@@ -325,7 +329,8 @@ def test_normalize_reaches_the_distillation():
 def test_distillation_alone_trains_the_blocks_up_to_the_deepest_named():
     model, latents, features, *_ = parts(blocks=("mid",))
     model(latents, features)[1].backward()
-    trained = {key.split(".")[0] for key, p in model.student.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}
+    trained = {key.split(".")[0] for key, p in model.student.named_parameters()
+               if p.grad is not None and p.grad.abs().sum() > 0}
     assert trained == {"conv_in", "mid_block"}
     assert all(p.grad.abs().sum() > 0 for p in model.heads.parameters())
 
@@ -349,7 +354,8 @@ def test_the_discriminator_gives_a_logit_for_each_patch_and_knows_no_batch():
     logits = discriminator(video)
     assert logits.shape == (3, 1, 5, 4, 3)
     torch.testing.assert_close(logits[1:2], discriminator(video[1:2]), rtol=1e-4, atol=1e-5)
-    assert sum(p.numel() for p in PatchDiscriminator().parameters()) == 27 * 172_736 + 961 + 1792      # weights, biases, norms
+    # weights, biases, norms
+    assert sum(p.numel() for p in PatchDiscriminator().parameters()) == 27 * 172_736 + 961 + 1792
 
 
 def test_discriminator_loss_is_the_hinge_and_the_approximate_r1_penalty():
