@@ -240,11 +240,13 @@ def parse_args(argv=None):
     preset = p.parse_args(argv).preset
     p.set_defaults(**(PRESETS[preset][0] if preset else {}))        # what is given beside a preset wins
     args = p.parse_args(argv)
+    if args.equation4:
+        if (args.distill_weight, args.normalize) != (None, None):
+            p.error("--equation4 sets --distill-weight and --normalize: give it or them")
+        args.distill_weight, args.normalize = 1.0, False
     for name, value in RECIPES[args.teacher].items():
         if getattr(args, name) is None:
             setattr(args, name, value)
-    if args.equation4:
-        args.distill_weight, args.normalize = 1.0, False
     args.config = args.config or args.teacher
     args.out = args.out or f"out/{args.teacher}"
     if not args.distill_weight:
@@ -350,7 +352,8 @@ class Indexed(torch.utils.data.Dataset):
         clip = self.clips[n]
         item = {"n": n} | (clip if isinstance(clip, dict) else {"video": clip})
         if self.lpips_frames:
-            item["frames"] = torch.from_numpy(clip_rng(self.seed, 6, n).permutation(self.frames)[:self.lpips_frames])
+            order = clip_rng(self.seed, LPIPS_FRAMES, n).permutation(self.frames)
+            item["frames"] = torch.from_numpy(order[:self.lpips_frames])
         return item
 
 
@@ -368,7 +371,7 @@ def end_workers():
 # nothing is upsampled.
 
 @torch.no_grad()
-def begin_as(student, layers):
+def init_from_teacher(student, layers):
     """Fills those of the student's layers that have a counterpart among a teacher's `layers`, and returns their names.
 
     Each stream of channels, a resnet's inner one too, keeps the teacher's most important: by the norm of what writes a
@@ -399,7 +402,7 @@ def begin_as(student, layers):
             if layer.upsampling == "decoupled":                 # channels in order (C, r_s, r_s, r_t)
                 weight, bias = weight.movedim(1, 3), bias.movedim(1, 3)
             layer = layer.conv
-        place(layer, weight.flatten(0, 3), bias.flatten())
+        copy_weight(layer, weight.flatten(0, 3), bias.flatten())
     return [name for name, *_ in pairs]
 
 
@@ -461,21 +464,22 @@ def stretches(layers):
     return found
 
 
-def place(layer, weight, bias):
+def copy_weight(layer, weight, bias):
     """Puts (n_out, n_in, k_t, k_h, k_w) into the first channels of a layer, in the middle of its kernel; of a depthwise
     separable one as the nearest for each input channel: one kernel, times a number for each output channel."""
     if hasattr(layer, "depthwise_conv"):
         taps = weight.flatten(2).transpose(0, 1).double()                       # (n_in, n_out, taps)
         kernel = torch.linalg.eigh(taps.mT @ taps).eigenvectors[:, :, -1:]      # the first right singular vectors
         kernel = kernel * kernel.sum(1, keepdim=True).sign()
-        layer.depthwise_conv.weight[:len(kernel)] = fit(kernel.view(-1, 1, *weight.shape[2:]), layer.depthwise_conv)
+        conv = layer.depthwise_conv
+        conv.weight[:len(kernel)] = fit_kernel(kernel.view(-1, 1, *weight.shape[2:]), conv)
         weight = (taps @ kernel).transpose(0, 1)[..., None, None]
     conv = layer.pointwise_conv if hasattr(layer, "depthwise_conv") else layer.conv
-    conv.weight[:weight.shape[0], :weight.shape[1]] = fit(weight, conv)
+    conv.weight[:weight.shape[0], :weight.shape[1]] = fit_kernel(weight, conv)
     conv.bias[:len(bias)] = bias
 
 
-def fit(weight, conv):
+def fit_kernel(weight, conv):
     """A kernel in the middle of a larger one, or with its outer taps added to the outermost of a smaller one."""
     for axis, size in zip((2, 3, 4), conv.kernel_size):
         middle, n = weight.shape[axis] // 2, size // 2
@@ -546,6 +550,9 @@ def take_step(optimizers, scaler, skip, skip_discriminator=None):
 # ---------------------------------------------------------------------------------------------------------------------
 # Randomness, and what the teacher makes of clips.
 
+POSTERIOR, LPIPS_FRAMES, DISCRIMINATOR = 4, 6, 7          # what a clip's random numbers are for; data.py has the others
+
+
 def clip_rng(seed, purpose, n):
     """A generator for each clip, so that its random numbers do not depend on which others share its batch."""
     return np.random.default_rng((seed, purpose, n))
@@ -559,19 +566,19 @@ def clip_noise(seed, purpose, numbers, like):
     return torch.stack(noise).to(like.dtype)
 
 
-def teach(teacher, video, numbers, blocks, seed):
+def run_teacher(teacher, video, numbers, blocks, seed):
     """(latents, {block: features}, KL divergence of each clip) of the clips with these numbers."""
     mean, logvar = teacher.posterior(video)
-    latents = mean if logvar is None else mean + (0.5 * logvar).exp() * clip_noise(seed, 4, numbers, mean)
+    latents = mean if logvar is None else mean + (0.5 * logvar).exp() * clip_noise(seed, POSTERIOR, numbers, mean)
     kl = torch.stack([kl_loss(mean[i:i + 1], None if logvar is None else logvar[i:i + 1]) for i in range(len(mean))])
     return latents, teacher.features(latents, blocks), kl
 
 
 @torch.no_grad()
-def fill_cache(args, teacher, clips, about, device, autocast, processes, say):
+def fill_cache(args, teacher, clips, fingerprints, device, autocast, processes, say):
     """A CachedClips of --cache-crops crops of each clip, of which this process makes its share of what is missing."""
     videos = 512 if args.data == "synthetic" else len(clips)
-    settings = {"weights": about["teacher_weights"], "files": about["files"], "precision": args.dtype} \
+    settings = {"weights": fingerprints["teacher_weights"], "files": fingerprints["files"], "precision": args.dtype} \
         | {key: getattr(args, key) for key in ("teacher", "frames", "size", "stride", "cache_crops", "seed")}
     dtype = getattr(torch, args.cache_dtype)
     count = videos * args.cache_crops
@@ -581,7 +588,7 @@ def fill_cache(args, teacher, clips, about, device, autocast, processes, say):
 
     def make(numbers, video):
         with autocast():
-            latents, features, kl = teach(teacher, video.to(device), numbers, cache.made["blocks"], args.seed)
+            latents, features, kl = run_teacher(teacher, video.to(device), numbers, cache.made["blocks"], args.seed)
         tensors = {"latents": latents, "kl": kl} | {f"features.{name}": f for name, f in features.items()}
         return [{name: t[i] for name, t in tensors.items()} for i in range(len(video))]
 
@@ -590,12 +597,12 @@ def fill_cache(args, teacher, clips, about, device, autocast, processes, say):
 
 
 @torch.no_grad()
-def lesson(batch, numbers, teacher, args, autocast):
+def teacher_targets(batch, numbers, teacher, args, autocast):
     """(latents, {block: features}, KL divergence of each clip) of a batch; the cache's where there is no teacher."""
     if teacher is None:
         return batch["latents"].float(), {name: batch[f"features.{name}"] for name in args.align}, batch["kl"].float()
     with autocast():
-        return teach(teacher, batch["video"], numbers, args.align, args.seed)
+        return run_teacher(teacher, batch["video"], numbers, args.align, args.seed)
 
 
 @torch.no_grad()
@@ -919,7 +926,7 @@ class Run:
     args: argparse.Namespace
     device: torch.device
     compiles: bool
-    both: StudentWithHeads                      # the student and its projection heads
+    student_and_heads: StudentWithHeads                      # the student and its projection heads
     ema: TurboVAED                              # the student's moving average, which is what is validated and kept
     objective: Objective
     optimizers: list                            # AdamW, Muon where it is used, and in stage 2 the discriminator's
@@ -952,7 +959,8 @@ class Run:
         self.rates = [args.stage2_lr * rate for rate in self.rates] + [args.disc_lr]
 
     def state(self):
-        state = {"model": self.both.state_dict(), "ema": self.ema.state_dict(), "scaler": self.scaler.state_dict(),
+        state = {"model": self.student_and_heads.state_dict(), "ema": self.ema.state_dict(),
+                 "scaler": self.scaler.state_dict(),
                  "optimizers": [optimizer.state_dict() for optimizer in self.optimizers], "tally": self.tally.state,
                  "validations": [line for line in self.log if "psnr" in line],
                  "step": self.step, "stage2_start": self.stage2_start, "seconds": self.seconds, "args": vars(self.args)}
@@ -963,7 +971,7 @@ class Run:
 
     def load(self, state, log_file):
         self.step, self.seconds = state["step"], state["seconds"]
-        self.both.load_state_dict(state["model"])
+        self.student_and_heads.load_state_dict(state["model"])
         self.ema.load_state_dict(state["ema"])
         if state["stage2_start"] is not None:
             self.begin_stage2()
@@ -1001,7 +1009,7 @@ def make_run(args, device, compiles, teacher, processes, resumes):
     torch.manual_seed(args.seed)
     student = TurboVAED(student_config(args))
     if args.init == "teacher" and not resumes:
-        begun = begin_as(student, teacher.layers())
+        begun = init_from_teacher(student, teacher.layers())
         if processes.rank0:
             tqdm.write(f"{len(begun)} of the student's layers begin as the {args.teacher} teacher's: "
                        + ", ".join(begun))
@@ -1012,16 +1020,16 @@ def make_run(args, device, compiles, teacher, processes, resumes):
         latents = teacher.encode(torch.zeros(1, 3, args.frames, args.size, args.size, device=device), sample=False)
         shapes = {name: f.shape for name, f in teacher.features(latents, args.align).items()}
     heads = make_heads({name: student.config.feature_shape(name, latents.shape) for name in shapes}, shapes, args.head)
-    both = StudentWithHeads(student, heads, args.normalize).to(device)
+    student_and_heads = StudentWithHeads(student, heads, args.normalize).to(device)
     lpips = LPIPS().to(device) if args.lpips_weight else None
     prepare(ema, device, False)
     prepare(student, device, compiles)
     prepare(lpips, device, compiles)
     objective = Objective(lpips, args.lpips_weight, args.distill_weight, args.kl_weight, smoothness=args.smoothness)
-    optimizers = make_optimizers(both, args.lr, args.muon_lr, args.weight_decay)
+    optimizers = make_optimizers(student_and_heads, args.lr, args.muon_lr, args.weight_decay)
     scaler = torch.amp.GradScaler(device.type, enabled=args.dtype == "float16")
     rates = [args.lr, args.muon_lr][:len(optimizers)]
-    return Run(args, device, compiles, both, ema, objective, optimizers, rates, scaler, Tally(processes))
+    return Run(args, device, compiles, student_and_heads, ema, objective, optimizers, rates, scaler, Tally(processes))
 
 
 RUN_FILES = ("checkpoint.pt", "student.safetensors", "best.safetensors", "curves.png", "samples.png")
@@ -1051,18 +1059,18 @@ MAY_CHANGE_BEFORE_STAGE_2 = {"stage2_lr", "adversarial_weight", "max_drop", "dis
                              "smoothness"}
 
 
-def check_resume(saved, args, about):
+def check_resume(saved, args, fingerprints):
     """Raises ValueError where a run would not go on as what it began as."""
     then, out = saved["args"], args.out
     may_change = MAY_CHANGE | (MAY_CHANGE_BEFORE_STAGE_2 if saved["stage2_start"] is None else set())
     for name, value in vars(args).items():
         if name not in may_change and then.get(name, value) != value:
             raise ValueError(f"{out} was run with --{name.replace('_', '-')} {then.get(name)}, not {value}")
-    held_out = ", ".join(saved["about"]["held_out"][:-1]) or "made-up clips"
+    held_out = ", ".join(saved["fingerprints"]["held_out"][:-1]) or "made-up clips"
     for key, what in (("held_out", f"validated on {held_out}, and now these files"),
                       ("files", f"trained on files of {then['data']} that"),
                       ("teacher_weights", "taught by weights that")):
-        if saved["about"][key] != about[key]:
+        if saved["fingerprints"][key] != fingerprints[key]:
             raise ValueError(f"{out} was {what} are others: bring back what was there, or start anew with --overwrite")
     if saved["stage2_start"] is not None and args.stage2 != then["stage2"]:
         raise ValueError(f"stage 2 of {out} began at step {saved['stage2_start']}: "
@@ -1073,7 +1081,7 @@ def read_checkpoint(path):
     """What Run.state() was. Raises ValueError where the file is damaged or of something else."""
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
-        saved["args"], saved["about"], saved["validations"]
+        saved["args"], saved["fingerprints"], saved["validations"]
         return saved
     except (RuntimeError, OSError, EOFError, KeyError, TypeError, ValueError, pickle.UnpicklingError) as error:
         raise ValueError(f"{path} cannot be resumed from: it is damaged, or not a checkpoint of this version "
@@ -1110,10 +1118,11 @@ class Schedule:
     WARM = 3                                    # steps that --profile does not time
 
     def __init__(self, args):
-        left = args.steps - args.stage2_steps   # for stage 1; a run too short has stage 2 only if it converges
-        never = args.steps
-        by_itself = left if args.stage2 == "auto" and left > 0 else never
-        self.stage2_at = args.stage2 if isinstance(args.stage2, int) else by_itself
+        self.stage2_at = args.steps             # never
+        if isinstance(args.stage2, int):
+            self.stage2_at = args.stage2
+        elif args.stage2 == "auto" and args.steps > args.stage2_steps:      # a shorter run: only if it converges
+            self.stage2_at = args.steps - args.stage2_steps
         self.last, self.stage2_steps = args.steps, args.stage2_steps if args.stage2 == "auto" else args.steps
         self.recipe = {1: self.stage2_at, 2: self.last - self.stage2_at}
         self.converges = args.stage2 == "auto" and not args.profile
@@ -1141,15 +1150,15 @@ class Schedule:
                          f"ask for more {more}")
 
 
-def rate_factors(args, step, start, end, time_used):
-    """(warm-up, decay) that the learning rates are multiplied by in a stage of steps `start` to `end`. The cosine ends
-    with the steps or with --minutes, whichever come first."""
-    warmup = min((step - start + 1) / args.warmup, 1) if args.warmup else 1.0
-    progress = max((step - start) / (end - start), time_used)
+def rate_factors(args, step, stage_start, stage_end, time_used):
+    """(warm-up, decay) that the learning rates are multiplied by in a stage of these steps. The cosine ends with the
+    steps or with --minutes, whichever come first."""
+    warmup = min((step - stage_start + 1) / args.warmup, 1) if args.warmup else 1.0
+    progress = max((step - stage_start) / (stage_end - stage_start), time_used)
     return warmup, 0.5 * (1 + math.cos(math.pi * progress)) if args.schedule == "cosine" else 1.0
 
 
-Decision = namedtuple("Decision", "time_used begins damping saves signal failed")
+Decision = namedtuple("Decision", "time_used begins_stage2 damping save_is_due signal failed")
 
 
 def decide(run, schedule, signals, saved_at, first, processes):
@@ -1239,7 +1248,7 @@ def optimise(run, micro_terms, at_last_layer, processes):
     for optimizer in run.optimizers:
         run.scaler.unscale_(optimizer)
     clip_norm = lambda module: torch.nn.utils.clip_grad_norm_(module.parameters(), args.clip)
-    norms = {"the gradient": clip_norm(run.both)}
+    norms = {"the gradient": clip_norm(run.student_and_heads)}
     skip_discriminator = None
     if run.stage == 2:
         norms["the discriminator's gradient"] = clip_norm(objective.discriminator)
@@ -1255,12 +1264,12 @@ def optimise(run, micro_terms, at_last_layer, processes):
     take_step(run.optimizers, run.scaler, skip, skip_discriminator)
     run.step += 1
     run.tally.add(run.step, micro_terms, norms, skip, scale)
-    run.both.zero_grad(set_to_none=True)
+    run.student_and_heads.zero_grad(set_to_none=True)
     if run.stage == 2:
         objective.discriminator.zero_grad(set_to_none=True)
     with torch.no_grad():                       # an average of few steps forgets sooner, or it would keep the start
         keep = min(args.ema, (1 + run.step) / (10 + run.step))
-        torch._foreach_lerp_(list(run.ema.parameters()), list(run.both.student.parameters()), 1 - keep)
+        torch._foreach_lerp_(list(run.ema.parameters()), list(run.student_and_heads.student.parameters()), 1 - keep)
     if at_last_layer:
         pair = sum(at_last_layer)
         if world > 1:
@@ -1312,7 +1321,7 @@ class Setup:
     teacher_autocast: object = None     # as autocast, but float32 where the teacher is not finite in half precision
     clips: object = None                # the training stream
     validation: Validation = None
-    about: dict = None                  # what a resume must find unchanged
+    fingerprints: dict = None           # what a resume must find unchanged
 
     @property
     def accumulate(self):
@@ -1364,13 +1373,13 @@ def add_teacher_and_clips(setup):
     held_out = []
 
     def find_clips():                                         # one process looks, since all must go by the same list
-        train, clips, name, about = datasets(args)
+        train, clips, name, fingerprints = datasets(args)
         held_out.extend(clips)
-        return train, name, about | {"teacher_weights": teacher.weights_hash()}
+        return train, name, fingerprints | {"teacher_weights": teacher.weights_hash()}
 
-    setup.clips, val_name, setup.about = processes.from_rank0(find_clips)
+    setup.clips, val_name, setup.fingerprints = processes.from_rank0(find_clips)
     if setup.saved:
-        check_resume(setup.saved, args, setup.about)
+        check_resume(setup.saved, args, setup.fingerprints)
     prepare(teacher, setup.device, setup.compiles)
     setup.validation, setup.teacher_autocast = Validation(held_out, val_name, teacher, setup.device), setup.autocast
     is_finite = lambda: finite_in_autocast(teacher, setup.validation.clips[0].to(setup.device), args.align,
@@ -1400,7 +1409,7 @@ def save(setup, run, validates=False):
     def write():
         if validates:
             setup.validation(run, setup.autocast)
-        save_as(setup.out / "checkpoint.pt", torch.save, run.state() | {"about": setup.about})
+        save_as(setup.out / "checkpoint.pt", torch.save, run.state() | {"fingerprints": setup.fingerprints})
 
     if not setup.args.profile:
         run.tally.settle(setup.args.clip)
@@ -1409,7 +1418,7 @@ def save(setup, run, validates=False):
     return time.time()
 
 
-def gradients_of_a_step(setup, run, model, loader, timer, start):
+def gradients_of_a_step(setup, run, model, loader, timer, stage_start):
     """Adds up Equation 5's gradients over a step's micro-batches. The teacher makes latents and features;
     `losses.Objective.backward` computes
 
@@ -1428,16 +1437,16 @@ def gradients_of_a_step(setup, run, model, loader, timer, start):
             numbers = batch.pop("n").tolist()
             batch = {name: t.to(setup.device, non_blocking=True) for name, t in batch.items()}
         with timer("teacher"):
-            latents, features, kl = lesson(batch, numbers, setup.teacher, args, setup.teacher_autocast)
-        noise = clip_noise(args.seed, 7, numbers, batch["video"]) if run.stage == 2 else None
+            latents, features, kl = teacher_targets(batch, numbers, setup.teacher, args, setup.teacher_autocast)
+        noise = clip_noise(args.seed, DISCRIMINATOR, numbers, batch["video"]) if run.stage == 2 else None
         with model.no_sync() if setup.processes.world > 1 and i + 1 < accumulate else nullcontext():
             terms, gradients = run.objective.backward(
                 model, latents, features, batch["video"], kl.mean(), batch.get("frames"), noise,
                 scale=lambda loss: run.scaler.scale(loss / accumulate), autocast=setup.autocast, timer=timer)
         micro_terms.append((numbers, terms))
-        if run.stage == 2 and (run.step - start) % 10 == 0:
+        if run.stage == 2 and (run.step - stage_start) % 10 == 0:
             with timer("discriminator"):
-                pair = last_layer_gradients(run.both.student, latents, *gradients, autocast=setup.autocast)
+                pair = last_layer_gradients(run.student_and_heads.student, latents, *gradients, autocast=setup.autocast)
                 at_last_layer.append(torch.stack(pair))
     return micro_terms, at_last_layer
 
@@ -1456,45 +1465,45 @@ def loop(setup, run, schedule, signals):
     learning rates. Add up gradients, and step. Now and then write a line of the log, validate and save. Returns what
     was agreed on last, and the timers of both stages."""
     args, processes = setup.args, setup.processes
-    model = DistributedDataParallel(run.both) if processes.world > 1 else run.both
+    model = DistributedDataParallel(run.student_and_heads) if processes.world > 1 else run.student_and_heads
     loader, timers, untimed = open_loader(setup, run), {}, Timer(setup.device, on=False)
     progress = Progress(setup, run)
-    clock = saved_at = time.time()
+    started_at = saved_at = time.time()
     while True:
         shared = decide(run, schedule, signals, saved_at, run.step == progress.first_step, processes)
         if shared.failed or shared.signal:
             break
-        if shared.saves:
-            clock = saved_at = save(setup, run)               # --minutes counts training only
-        if shared.begins:
+        if shared.save_is_due:
+            started_at = saved_at = save(setup, run)               # --minutes counts training only
+        if shared.begins_stage2:
             if not processes.from_rank0(run.validated):       # stage 2 is measured by what stage 1 ended with
-                clock = saved_at = save(setup, run, validates=True)
+                started_at = saved_at = save(setup, run, validates=True)
             run.stage2_start = run.step
             run.begin_stage2()
             setup.say(f"step {run.step}: stage 2 begins")
-        start, end = schedule.bounds(run.stage2_start)
-        if run.step >= end or shared.time_used >= 1:
+        stage_start, stage_end = schedule.bounds(run.stage2_start)
+        if run.step >= stage_end or shared.time_used >= 1:
             break
-        warmup, decay = rate_factors(args, run.step, start, end, shared.time_used)
+        warmup, decay = rate_factors(args, run.step, stage_start, stage_end, shared.time_used)
         for optimizer, rate in zip(run.optimizers, run.rates):
             optimizer.param_groups[0]["lr"] = rate * decay * warmup
         run.objective.adversarial_weight = args.adversarial_weight * shared.damping * warmup
         adversarial_weight = run.objective.adversarial_weight * run.objective.adaptive_weight       # α4 of Equation 5
-        timed = args.profile and run.step - start >= schedule.WARM
+        timed = args.profile and run.step - stage_start >= schedule.WARM
         timer = timers.setdefault(run.stage, Timer(setup.device)) if timed else untimed
         with timer.step():
-            micro_terms, at_last_layer = gradients_of_a_step(setup, run, model, loader, timer, start)
+            micro_terms, at_last_layer = gradients_of_a_step(setup, run, model, loader, timer, stage_start)
             with timer("optimiser"):
                 norm = optimise(run, micro_terms, at_last_layer, processes)
-            log_now = run.step % args.log_every == 0 or run.step % args.eval_every == 0 or run.step == end
+            log_now = run.step % args.log_every == 0 or run.step % args.eval_every == 0 or run.step == stage_end
             if log_now or run.step % 10 == 0:
                 run.tally.settle(args.clip)
-        clock = progress.step(clock, end)
+        started_at = progress.step(started_at, stage_end)
         if log_now:                                           # before it is saved, too
             rate = progress.rate()
             progress.note(write_means(run, norm, adversarial_weight, rate, processes), rate)
-        if run.step % args.eval_every == 0 or run.step == end:
-            clock = saved_at = save(setup, run, validates=True)
+        if run.step % args.eval_every == 0 or run.step == stage_end:
+            started_at = saved_at = save(setup, run, validates=True)
     progress.bar.close()
     return shared, timers
 
@@ -1508,17 +1517,17 @@ class Progress:
         self.bar = tqdm(total=setup.args.steps, initial=run.step, unit="step", disable=hidden)
         self.logged_seconds, self.timed_steps, self.told_at, self.noted = run.seconds, 0, time.time(), ""
 
-    def step(self, clock, end):
-        """Counts a step that began at `clock`. Returns the time."""
+    def step(self, started_at, stage_end):
+        """Counts a step that began at `started_at`. Returns the time now."""
         run, now = self.run, time.time()
-        self.bar.total, self.bar.desc = end, f"stage {run.stage}"
+        self.bar.total, self.bar.desc = stage_end, f"stage {run.stage}"
         self.bar.update()
         compiled = self.setup.compiles and run.step - 1 in (self.first_step, run.stage2_start)
         if not compiled:                                      # which is no training
-            run.seconds, self.timed_steps = run.seconds + now - clock, self.timed_steps + 1
+            run.seconds, self.timed_steps = run.seconds + now - started_at, self.timed_steps + 1
         if self.bar.disable and now - self.told_at > 20:
             self.told_at = now
-            self.setup.say(f"step {run.step} of {end}: {self.noted}{run.seconds / 60:.1f} minutes")
+            self.setup.say(f"step {run.step} of {stage_end}: {self.noted}{run.seconds / 60:.1f} minutes")
         return now
 
     def rate(self):
@@ -1575,16 +1584,17 @@ def distil(args):
                       + " and --stage2-steps" * (args.stage2 == "auto"))
             return processes.end()
     if args.cache:
-        setup.clips = fill_cache(args, setup.teacher, setup.clips, setup.about, device, setup.teacher_autocast,
+        setup.clips = fill_cache(args, setup.teacher, setup.clips, setup.fingerprints, device, setup.teacher_autocast,
                                  processes, setup.say)
         setup.teacher = None                                  # its memory is the student's now
     run.tally.describe = setup.clips.describe
     open_run(setup, run)
     saved = setup.saved = None                                # or it would stay in memory
     millions = lambda module: sum(p.numel() for p in module.parameters()) / 1e6
-    heads = f" and {millions(run.both.heads):.2f} M in heads" if args.align else ""
+    heads = f" and {millions(run.student_and_heads.heads):.2f} M in heads" if args.align else ""
     setup.say(f"teacher {args.teacher}: {teacher_psnr:.2f} dB on {setup.validation.name}; student {args.config}: "
-              f"{millions(run.both.student):.2f} M parameters{heads}; {device.type} x {processes.world}, {args.dtype}")
+              f"{millions(run.student_and_heads.student):.2f} M parameters{heads}; "
+              f"{device.type} x {processes.world}, {args.dtype}")
     setup.say(f"{args.steps} steps of {args.batch} clips ({args.micro_batch} x {processes.world} processes x "
               f"{setup.accumulate}), {args.frames}x{args.size}x{args.size}, {args.data}"
               + ("" if run.objective.lpips else "; no LPIPS term"))

@@ -52,8 +52,9 @@ WITHOUT = {     # what a row is compared with, to see what distillation gains th
     "ours-equation4": "figure5-without", "ours-adamw-with": "ours-adamw-without",
     "ours-paper-rate-with": "ours-paper-rate-without", "ours-init-teacher": "ours-init-teacher-without",
     "ours-init-teacher-without": "figure5-without"}
-# Beside a preset's own: what stands for the paper's number of samples where a run sees few thousands of clips.
-INSTEAD = {"table2-10k": ["--samples", "205"]}
+FRAMES, SIZE, CROPS = 8, 64, 3          # of a clip; a seed's cache has so many crops of 512 made-up videos
+# Beside a preset's own: a tenth of the clips stands for the paper's number of samples.
+INSTEAD = {"table2-10k": ["--samples", str(512 * CROPS // 10)]}
 
 
 def flags_of(row):
@@ -81,7 +82,8 @@ def what_hinders(row, teacher):
 def run_train(out, seed, args, *flags):
     """train.py on one thread, from the seed's cache; its last line is what ends this where it fails."""
     cache = ["--cache", str(args.work / f"cache{seed}-{args.crops}"), "--cache-crops", str(args.crops)]
-    command = [sys.executable, str(ROOT / "train.py"), "--seed", str(seed), *cache, "--out", str(out), *flags]
+    clips = ["--frames", str(FRAMES), "--size", str(SIZE), "--warmup", str(max(args.steps // 10, 1))]
+    command = [sys.executable, str(ROOT / "train.py"), "--seed", str(seed), *cache, *clips, "--out", str(out), *flags]
     done = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE,
                           stderr=subprocess.STDOUT, text=True)
     if done.returncode:
@@ -95,15 +97,15 @@ def train(row, seed, args):
     if not log.exists() or json.loads(log.read_text().splitlines()[-1])["step"] < args.steps:
         resume = "--resume" if (run / "checkpoint.pt").exists() else "--overwrite"
         run_train(run, seed, args, *flags_of(row), "--steps", str(args.steps), "--val-clips", "16",
-                  "--eval-every", str(max(args.steps // 12, 1)), resume)
+                  "--eval-every", str(max(args.steps // 10, 1)), resume)
     return run
 
 
 @torch.no_grad()
-def measured(run, clips, teacher):
+def measured(run, clips, latents):
     """{"parameters": of the student, "psnr": mean over held-out clips, "ssim", "curve": {step: validation PSNR}}."""
     student = TurboVAED.from_pretrained(str(run)).eval()
-    videos = [student(teacher.encode(clip[None])) for clip in clips]
+    videos = [student(z) for z in latents]
     found = {"parameters": sum(p.numel() for p in student.parameters())}
     for name, metric in (("psnr", evaluate.psnr), ("ssim", evaluate.ssim)):
         found[name] = statistics.mean(metric(video, clip[None]).item() for video, clip in zip(videos, clips))
@@ -221,14 +223,15 @@ def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--tables", nargs="+", choices=TITLES, default=list(TITLES), help="default: all")
     p.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    p.add_argument("--steps", type=int, default=600, help="of each run (default: 600)")
+    p.add_argument("--steps", type=int, default=400, help="of each run (default: 400)")
     p.add_argument("--jobs", type=int, default=2, help="runs at once, one thread each (default: 2)")
     p.add_argument("--quick", action="store_true", help="seed 0 and 30 steps: shows that all runs, measures nothing")
     p.add_argument("--work", default="out/findings", help="runs and caches (default: out/findings)")
     p.add_argument("--out", help="for findings.json, RESULTS.md, findings.png (default: results/findings; quick: "
                                  "out/findings)")
     args = p.parse_args()
-    args.crops = 4                      # of 512 made-up videos: clips in a seed's cache
+    torch.set_num_threads(1)            # the runs have the others
+    args.crops = CROPS
     if args.quick:
         args.seeds, args.steps, args.crops = [0], 30, 1
     out = Path(args.out or ("out/findings" if args.quick else ROOT / "results" / "findings"))
@@ -243,11 +246,13 @@ def main():
     for name in rows:
         named.setdefault(same_run(name), name)
     blocks = {block for name in rows for block in parse_args(flags_of(name)).align}
-    held_out = SyntheticClips(16, 64, HELD_OUT_SEED)
+    held_out = SyntheticClips(FRAMES, SIZE, HELD_OUT_SEED)
     clips = [held_out[CLIPS_PER_SCENE * i] for i in range(32)]
+    latents = [teacher.encode(clip[None]) for clip in clips]
     found = {"command": " ".join(["python", *sys.argv]), "steps": args.steps, "seeds": args.seeds,
              "teacher_weights": teacher.weights_hash(), "torch": torch.__version__,
-             "about": f"{args.steps} steps of 4 clips of 16x64x64, {len(clips)} held-out clips, seeds {args.seeds}",
+             "about": f"{args.steps} steps of 4 clips of {FRAMES}x{SIZE}x{SIZE}, {len(clips)} held-out clips, "
+                      f"seeds {args.seeds}",
              "left_out": left_out, "rows": {name: {"paper": ROWS[name], "seeds": {}} for name in rows}}
     results, total = {}, len(named) * len(args.seeds)
     for seed in args.seeds:
@@ -256,7 +261,7 @@ def main():
                   "--overwrite")
         with ThreadPoolExecutor(args.jobs) as pool:
             for name, run in zip(named.values(), pool.map(lambda name: train(name, seed, args), named.values())):
-                results[name, seed] = measured(run, clips, teacher)
+                results[name, seed] = measured(run, clips, latents)
                 print(f"{len(results)}/{total} {name}, seed {seed}: {results[name, seed]['psnr']:.2f} dB", flush=True)
                 for row in rows:
                     if named[same_run(row)] == name:

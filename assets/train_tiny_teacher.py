@@ -10,8 +10,7 @@ Clips of all the lengths and sizes below take turns, so that a clip's ends and e
 Muon and AdamW: with AdamW alone an earlier version was 3 dB behind after the first 140 steps, and still grey. The loss
 is the mean over clips of log(MSE) + log(MAE). The first is what PSNR averages: dull clips count as much as busy ones.
 The second gives small errors weight, such as a grid over flat areas. There is no KL term and no sampling, since Video
-DC-AE's encoder is deterministic. The last part of the time is the decoder's alone: while the encoder learns too, the
-latents move under the decoder, and a student of a sixth of its size was soon better than it.
+DC-AE's encoder is deterministic.
 """
 import argparse
 import copy
@@ -36,12 +35,10 @@ from train import make_optimizers        # noqa: E402
 FRAMES, SIZES = (4, 8, 12, 16, 20, 24), (64, 96)       # of the clips
 
 p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-p.add_argument("--minutes", type=float, default=115, help="how long to train both; the learning rates follow the clock")
-p.add_argument("--decoder-minutes", type=float, default=45, help="how long the decoder then trains alone")
+p.add_argument("--minutes", type=float, default=115, help="how long to train; the learning rates follow the clock")
 p.add_argument("--pixels", type=int, default=2 ** 17, help="of all frames of a step's clips together, about")
 p.add_argument("--lr", type=float, default=2e-3,
-               help="AdamW's peak learning rate: 50 steps of warm-up, then a cosine that ends at 0 with the time; "
-                    "half as high for the decoder alone")
+               help="AdamW's peak learning rate: 50 steps of warm-up, then a cosine that ends at 0 with the time")
 p.add_argument("--muon-lr", type=float, default=0.02, help="Muon's, likewise")
 p.add_argument("--seed", type=int, default=0)
 p.add_argument("--bf16", action=argparse.BooleanOptionalAction,
@@ -108,29 +105,13 @@ optimizers = make_optimizers(model, args.lr, args.muon_lr, weight_decay=1e-2)
 held_out = {frames: SyntheticClips(frames, 128, seed=HELD_OUT_SEED) for frames in (8, 32)}
 held_out = {frames: [clips[CLIPS_PER_SCENE * i] for i in range(8)] for frames, clips in held_out.items()}
 step, start, norms = 0, time.time(), []      # the latest gradients' norms
-phase_start = 0                              # the step after which this phase's warm-up begins
 checkpoint = Path(args.work) / "checkpoint.pt"
-
-
-def decoder_alone():
-    """Fixes the encoder at its average, from which the decoder goes on too; returns the decoder's new optimizers."""
-    model.load_state_dict(ema.module.state_dict())
-    model.encoder.requires_grad_(False)
-    return make_optimizers(model.decoder, args.lr / 2, args.muon_lr / 2, weight_decay=1e-2)
-
-
-def parts():
-    """{name: what the checkpoint holds the state of}."""
-    return {"model": model, "ema": ema, **{f"optimizer{i}": optimizer for i, optimizer in enumerate(optimizers)}}
-
-
+parts = {"model": model, "ema": ema, **{f"optimizer{i}": optimizer for i, optimizer in enumerate(optimizers)}}
 if checkpoint.exists():
     saved = torch.load(checkpoint, weights_only=True)
-    step, start, phase_start = saved["step"], time.time() - saved["seconds"], saved["phase_start"]
-    if phase_start:
-        optimizers = decoder_alone()
-    for name, part in parts().items():
+    for name, part in parts.items():
         part.load_state_dict(saved[name])
+    step, start = saved["step"], time.time() - saved["seconds"]
     print(f"goes on from step {step}, minute {saved['seconds'] / 60:.0f}", flush=True)
 
 
@@ -145,20 +126,15 @@ def save():
     save_file(weights, out / "model.tmp", metadata={"training": json.dumps(made)})
     os.replace(out / "model.tmp", out / "model.safetensors")
     checkpoint.parent.mkdir(parents=True, exist_ok=True)
-    torch.save({name: part.state_dict() for name, part in parts().items()}
-               | {"step": step, "seconds": time.time() - start, "phase_start": phase_start},
-               checkpoint.with_suffix(".tmp"))
+    torch.save({name: part.state_dict() for name, part in parts.items()}
+               | {"step": step, "seconds": time.time() - start}, checkpoint.with_suffix(".tmp"))
     os.replace(checkpoint.with_suffix(".tmp"), checkpoint)
 
 
 for step, video in enumerate(DataLoader(Batches(), None, num_workers=1, prefetch_factor=8), step + 1):
-    minutes = (time.time() - start) / 60
-    if minutes >= args.minutes and not phase_start:
-        optimizers, norms, phase_start = decoder_alone(), [], step - 1
-    done = min((minutes - args.minutes) / args.decoder_minutes if phase_start else minutes / args.minutes, 1)
+    done = min((time.time() - start) / (60 * args.minutes), 1)
     for optimizer, peak in zip(optimizers, (args.lr, args.muon_lr)):
-        peak *= 0.5 if phase_start else 1
-        optimizer.param_groups[0]["lr"] = peak * min((step - phase_start) / 50, 1) * 0.5 * (1 + math.cos(math.pi * done))
+        optimizer.param_groups[0]["lr"] = peak * min(step / 50, 1) * 0.5 * (1 + math.cos(math.pi * done))
     # PyTorch 2.14's bfloat16 gradients of clips of 4 frames are now and then a thousand times too large, or NaN, on
     # CPUs with AMX: those clips run in float32, and a step that stands out all the same is passed over.
     with torch.autocast("cpu", torch.bfloat16, enabled=args.bf16 and video.shape[2] > 4):
@@ -174,12 +150,11 @@ for step, video in enumerate(DataLoader(Batches(), None, num_workers=1, prefetch
     for optimizer in optimizers:
         optimizer.step()
     ema.update_parameters(model)
-    ended = done == 1 and phase_start
-    if step % 500 == 0 or ended:
+    if step % 500 == 0 or done == 1:
         found = ", ".join(f"{mean_psnr(ema.module, clips):.2f} dB of {frames} frames"
                           for frames, clips in held_out.items())
         seconds = (time.time() - start) / step
         print(f"step {step}: loss {loss.item():.3f}, held-out PSNR {found}, {seconds:.2f} s a step", flush=True)
         save()
-    if ended:
+    if done == 1:
         break

@@ -610,6 +610,9 @@ def test_presets_are_listed_and_wrong_ones_named(capsys):
     with pytest.raises(SystemExit):
         parse_args(["--preset", "table9"])
     assert "there is no preset table9" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        parse_args(["--equation4", "--distill-weight", "0.2"])
+    assert "--equation4 sets --distill-weight" in capsys.readouterr().err
 
 
 def test_a_preset_trains_its_student_and_a_resume_knows_it(tmp_path, here):
@@ -639,28 +642,28 @@ def test_samples_are_so_many_clips_again_and_again(videos, tmp_path):
 def test_every_setting_is_remembered_but_those_that_change_nothing():
     from train import MAY_CHANGE, MAY_CHANGE_BEFORE_STAGE_2, check_resume
     args = parse_args(["--size", "16", "--frames", "8"])
-    about = {"files": "a", "held_out": ["b"], "teacher_weights": "c"}
-    saved = {"args": dict(vars(args)), "about": dict(about), "stage2_start": 1}
-    check_resume(saved, args, about)
+    fingerprints = {"files": "a", "held_out": ["b"], "teacher_weights": "c"}
+    saved = {"args": dict(vars(args)), "fingerprints": dict(fingerprints), "stage2_start": 1}
+    check_resume(saved, args, fingerprints)
     newer = ("init", "student", "samples")              # than a run that was begun before there were such
     older = {name: value for name, value in saved["args"].items() if name not in newer}
-    check_resume(saved | {"args": older}, args, about)
+    check_resume(saved | {"args": older}, args, fingerprints)
     for name, value in vars(args).items():
         changed = parse_args(["--size", "16", "--frames", "8"])
         setattr(changed, name, "other" if value != "other" else None)
         if name in MAY_CHANGE - {"stage2"}:
-            check_resume(saved, changed, about)
+            check_resume(saved, changed, fingerprints)
         elif name in MAY_CHANGE_BEFORE_STAGE_2 | {"stage2"}:
-            check_resume(saved | {"stage2_start": None}, changed, about)
+            check_resume(saved | {"stage2_start": None}, changed, fingerprints)
         else:
             with pytest.raises(ValueError, match=f"--{name.replace('_', '-')}"):
-                check_resume(saved | {"stage2_start": None}, changed, about)
+                check_resume(saved | {"stage2_start": None}, changed, fingerprints)
         if name in MAY_CHANGE_BEFORE_STAGE_2 | {"stage2"}:
             with pytest.raises(ValueError, match=f"--{name.replace('_', '-')}"):
-                check_resume(saved, changed, about)
-    for key in about:
+                check_resume(saved, changed, fingerprints)
+    for key in fingerprints:
         with pytest.raises(ValueError, match="are others|these files"):
-            check_resume(saved, args, about | {key: ["d"]})
+            check_resume(saved, args, fingerprints | {key: ["d"]})
 
 
 @pytest.fixture(scope="module")
@@ -803,8 +806,9 @@ def test_copies_of_what_is_held_out_are_not_trained_on(videos, tmp_path):
         (tmp_path / "all").mkdir(exist_ok=True)
         shutil.copy(videos / f"{source}.mp4", tmp_path / "all" / f"{name}.mp4")
     (tmp_path / "all" / "hard.mp4").hardlink_to(tmp_path / "all" / "a.mp4")
-    clips, _, _, about = train.datasets(parse_args(["--data", str(tmp_path / "all"), "--size", "16", "--frames", "8"]))
-    assert about["held_out"][:-1] == ["a.mp4"] and clips.files == ["b.mp4", "d.mp4"]
+    args = parse_args(["--data", str(tmp_path / "all"), "--size", "16", "--frames", "8"])
+    clips, _, _, fingerprints = train.datasets(args)
+    assert fingerprints["held_out"][:-1] == ["a.mp4"] and clips.files == ["b.mp4", "d.mp4"]
     shutil.copy(videos / "1.mp4", tmp_path / "val.mp4")
     args = parse_args(["--data", str(tmp_path / "all"), "--val-data", str(tmp_path / "val.mp4"), "--size", "16",
                        "--frames", "8"])
@@ -857,8 +861,10 @@ def test_a_held_out_video_that_cannot_be_decoded_gives_way_to_the_next(videos, m
         return plain(self, i, *place)
 
     monkeypatch.setattr(data.VideoClips, "clip", clip)
-    clips, val_clips, name, about = train.datasets(parse_args(["--data", str(videos), "--size", "16", "--frames", "8"]))
-    assert about["held_out"][:-1] == ["1.mp4"] and clips.files == ["0.mp4", "2.mp4"] and name == "1 held-out videos"
+    args = parse_args(["--data", str(videos), "--size", "16", "--frames", "8"])
+    clips, val_clips, name, fingerprints = train.datasets(args)
+    assert fingerprints["held_out"][:-1] == ["1.mp4"] and clips.files == ["0.mp4", "2.mp4"]
+    assert name == "1 held-out videos"
     assert "not validating on 0.mp4: damaged" in capsys.readouterr().err
     monkeypatch.setattr(data.VideoClips, "clip", lambda *args: (_ for _ in ()).throw(data.BadVideo("damaged")))
     with pytest.raises(ValueError, match="no video in .* can be decoded to validate on"):
@@ -990,7 +996,7 @@ def test_a_student_of_ltxs_own_widths_begins_with_its_features():
         torch.nn.init.normal_(p)
     student = TurboVAED(narrow("ltx", teacher, widths=(16, 16, 16, 16, 8), resnets=(1, 1, 0, 0, 0), patch=2,
                                separable=()))
-    train.begin_as(student, teacher.layers())
+    train.init_from_teacher(student, teacher.layers())
     latents = torch.randn(1, 8, 3, 2, 3)
     features = student(latents, return_features=True)[1]
     for name, want in teacher.features(latents, list(features)).items():
@@ -1002,7 +1008,7 @@ def test_a_student_of_ltxs_own_widths_begins_with_its_features():
 def test_tinys_first_channels_are_the_teachers(width):
     teacher, latents = train.load_teacher("tiny"), torch.randn(1, 32, 3, 3, 3)
     student = TurboVAED(replace(train.CONFIGS["tiny"], widths=(width, 96, 48, 32, 32)))
-    train.begin_as(student, teacher.layers())
+    train.init_from_teacher(student, teacher.layers())
     ours, mid = (x[0, :, 1].flatten(1) for x in (student.conv_in(latents), teacher.features(latents, "mid")["mid"]))
     distance, which = (ours[:, None] - mid).abs().amax(2).min(1)    # of the middle frame, since padding in time differs
     assert distance.max() < 1e-3 and len(which.unique()) == width
@@ -1018,7 +1024,7 @@ def test_channels_that_nothing_reads_are_not_kept():
                    decoder.up_blocks[1].upsamplers[0].conv):
         reader.conv.weight[:, silent] = 0
     student = TurboVAED(narrow("ltx", teacher, widths=(14, 14, 14, 14, 16)))
-    train.begin_as(student, teacher.layers())
+    train.init_from_teacher(student, teacher.layers())
     others = [c for c in range(16) if c not in silent]
     assert torch.equal(student.conv_in.conv.weight, decoder.conv_in.conv.weight[others])
 
@@ -1031,7 +1037,7 @@ def test_a_separable_layer_begins_as_the_nearest_to_a_dense_one():
     mix, kernel = dense.weight.flatten(2).square().mean(2), torch.rand(1, 4, 3, 3, 3)
     dense.weight.copy_(mix[:, :, None, None, None] * kernel)        # one that is separable
     ours.depthwise_conv.bias.zero_()                                # as a student has it
-    train.place(ours, dense.weight, dense.bias)
+    train.copy_weight(ours, dense.weight, dense.bias)
     torch.testing.assert_close(ours(x)[:, :, 2], dense(x)[:, :, 2])
 
 
@@ -1045,7 +1051,7 @@ def test_every_student_begins_with_channels_of_its_teacher(name):
     teacher = KINDS[{"magihuman": "wan22"}.get(name, name)]()
     student = TurboVAED(narrow(name, teacher))
     before = {key: value.clone() for key, value in student.state_dict().items()}
-    begun = train.begin_as(student, teacher.layers())
+    begun = train.init_from_teacher(student, teacher.layers())
     ups = {f"up_blocks.{i}.upsamplers.0" for i, factors in enumerate(student.config.up) if factors}
     assert {"conv_in"} | (set() if name in ("tiny", "magihuman") else ups) <= set(begun)
     changed = {key for key, value in student.state_dict().items() if not torch.equal(value, before[key])}
