@@ -714,7 +714,8 @@ class CachedClips(Dataset):
     whole or not at all; `missing` says what is still to be made, so that filling resumes, and may be shared.
 
     settings (str -> anything JSON holds) says whose cache it is. Raises ValueError if the folder's manifest says
-    otherwise, or when an entry is damaged, which is then removed; OSError where the disk has no room or cannot be read.
+    otherwise, or has fewer entries (of more, the first `count` are taken), or when an entry is damaged, which is then
+    removed; OSError where the disk has no room or cannot be read.
     """
 
     def __init__(self, folder, count, settings, dtype=torch.float16, blocks=(), seed=0):
@@ -729,6 +730,9 @@ class CachedClips(Dataset):
                 " ".join(made["blocks"])
             except (ValueError, TypeError, KeyError):
                 raise ValueError(f"{manifest} is damaged: delete the cache, or name another folder") from None
+            entries = made.get("entries")
+            if isinstance(entries, int) and entries > count:        # the first `count` of them serve
+                settings["entries"] = entries
             for key, value in settings.items():
                 if made.get(key) != value:
                     raise ValueError(f"the cache {folder} was made with {key} {made.get(key)}, this run has {value}: "

@@ -212,7 +212,7 @@ def test_a_cache_of_other_settings_is_refused(staged, videos, tmp_path, flags, w
     fails_in_one_line(run(*staged_command(tmp_path, staged / "cache", videos, *flags), check=False), "cache", *words)
 
 
-def test_a_cache_serves_runs_that_align_less_and_refuses_those_that_align_more(tmp_path):
+def test_a_cache_serves_runs_that_ask_for_less_and_refuses_those_that_ask_for_more(tmp_path):
     from data import CachedClips
     cache = CachedClips(tmp_path, 2, {"teacher": "tiny"}, blocks=("mid", "up0"))
     for m in range(2):
@@ -221,6 +221,10 @@ def test_a_cache_serves_runs_that_align_less_and_refuses_those_that_align_more(t
     less = CachedClips(tmp_path, 2, {"teacher": "tiny"}, blocks=("up0",))
     assert set(less[0]) == {"video", "latents", "features.up0"}
     assert all(sorted(less[n]["latents"][0].item() for n in (2 * epoch, 2 * epoch + 1)) == [0, 1] for epoch in range(5))
+    fewer = CachedClips(tmp_path, 1, {"teacher": "tiny"}, blocks=("up0",))
+    assert [fewer[n]["latents"][0].item() for n in range(3)] == [0, 0, 0] and fewer.missing(1) == [0]
+    with pytest.raises(ValueError, match="made with entries 2, this run has 3"):
+        CachedClips(tmp_path, 3, {"teacher": "tiny"})
     with pytest.raises(ValueError, match="holds features of mid up0, this run aligns up1"):
         CachedClips(tmp_path, 2, {"teacher": "tiny"}, blocks=("up1",))
     with pytest.raises(ValueError, match="does not fit"):
@@ -390,7 +394,9 @@ def test_a_step_that_is_not_finite_is_passed_over(tmp_path, here, monkeypatch, c
 
 
 def test_a_step_whose_loss_alone_is_not_finite_is_passed_over(tmp_path, here, monkeypatch, capsys):
-    """L1's gradient is a sign: one infinite pixel leaves it finite."""
+    """L1's gradient is a sign: one infinite pixel, which the teacher does not see here, leaves it finite."""
+    plain = train.run_teacher
+    monkeypatch.setattr(train, "run_teacher", lambda teacher, video, *rest: plain(teacher, video.clamp(-1, 1), *rest))
     with_clips(monkeypatch, lambda n, clip: clip.index_fill(2, torch.tensor(3), math.inf) if n >= 4 else clip)
     here(tmp_path, "--steps", 3, "--eval-every", 3, "--distill-weight", 0, "--kl-weight", 0, "--overwrite")
     assert "passed over: l1 is inf at step 2" in capsys.readouterr().err
