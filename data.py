@@ -662,14 +662,15 @@ def check_shapes(a, b):
         raise ValueError(f"cannot compare clips of shapes {tuple(a.shape)} and {tuple(b.shape)}")
 
 
-def psnr(a, b):
+def psnr(a, b, most=math.inf):
     """PSNR in dB of each clip, (B,): the mean over frames of each frame's PSNR, with a peak of 1 in [0, 1].
 
-    a, b: (B, 3, T, H, W) in [-1, 1], clamped to it. Infinite for equal frames. ValueError if shapes differ.
+    a, b: (B, 3, T, H, W) in [-1, 1], clamped to it. most: what a frame counts for at most, in dB; equal frames are
+    infinite. ValueError if shapes differ.
     """
     check_shapes(a, b)
     error = (frames_of(a) - frames_of(b)).square().mean((1, 2, 3))
-    return (-10 * error.log10()).view(len(a), -1).mean(1)
+    return (-10 * error.log10()).clamp(max=most).view(len(a), -1).mean(1)
 
 
 # ----------------------------------------------------------------------------------------------------------

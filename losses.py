@@ -211,8 +211,8 @@ class Objective:
         In stage 2, also adds those of the discriminator's loss to the discriminator's. kl: a scalar; frames: for LPIPS;
         noise: like target, for the discriminator; scale multiplies a loss before its backward pass.
 
-        Returns ({term: value, unweighted}, gradients on the video). The gradients are a pair: reconstruction's, and
-        L_adv's, which is None in stage 1.
+        Returns ({term: value}, gradients on the video). The terms are unweighted; "loss" is their weighted sum without
+        L_adv. The gradients are a pair: reconstruction's, and L_adv's, which is None in stage 1.
         """
         with timer("student"), autocast():
             video, distill = model(latents, features)

@@ -170,7 +170,7 @@ def parse_args(argv=None):
     add("--stage2", type=stage2_argument, metavar="auto|STEP|off",
         help="when stage 2, with the adversarial term, begins. auto: when the last --stage2-evaluations validations "
              "brought less than --stage2-gain, at the latest --stage2-steps before the end. A number: at that step *")
-    add("--stage2-steps", type=number(int, 1), help="optimiser steps of stage 2, with --stage2 auto *")
+    add("--stage2-steps", type=number(int, 1), help="length of stage 2, with --stage2 auto *")
     add("--stage2-lr", type=number(float, 0), help="factor on the student's learning rates in stage 2 *")
     add("--stage2-gain", type=number(float, 0), default=0.05, help="of PSNR in dB, see --stage2 (default: 0.05)")
     add("--stage2-evaluations", type=number(int, 1), default=5, help="see --stage2 (default: 5)")
@@ -181,13 +181,13 @@ def parse_args(argv=None):
     add("--lr", type=number(float, above=0), help="AdamW's learning rate *")
     add("--muon-lr", type=number(float, 0),
         help="Muon's learning rate, for convolutions that mix channels; 0: AdamW for everything *")
-    add("--schedule", choices=("constant", "cosine"), help="of the learning rate, after the warm-up *")
-    add("--warmup", type=number(int, 0), default=100, help="steps of linear warm-up (default: 100)")
+    add("--schedule", choices=("constant", "cosine"), help="of the learning rates, in each stage after its warm-up *")
+    add("--warmup", type=number(int, 0), default=100, help="steps of linear warm-up, of each stage (default: 100)")
     add("--weight-decay", type=number(float, 0), default=1e-4, help="(default: 1e-4)")
     add("--clip", type=number(float, above=0), default=1.0, help="largest gradient norm (default: 1)")
     add("--ema", type=number(float, 0, below=1), default=0.999,
         help="decay of the weights' moving average (default: 0.999)")
-    add("--align", nargs="*", metavar="BLOCK", help="blocks that Equation 4 aligns; none after --align turns it off *")
+    add("--align", nargs="*", metavar="BLOCK", help="blocks that Equation 4 aligns; --align alone turns it off *")
     add("--head", choices=HEADS, default="pointwise", help="projection heads, Table 7 (default: pointwise)")
     add("--lpips-weight", type=number(float, 0), help="α1 of Equation 5; 0 turns LPIPS off *")
     add("--lpips-frames", type=number(int, 0), default=2,
@@ -199,7 +199,7 @@ def parse_args(argv=None):
     add("--adversarial-weight", type=number(float, 0), help="α4 of Equation 5; the adaptive weight multiplies it *")
     add("--max-drop", type=number(float, 0), default=0.3,
         help="dB of validation PSNR that stage 2 may cost: where it costs more, the adversarial weight is halved at "
-             "each validation until it does not (default: 0.3)")
+             "each validation until it does not, and then raised again (default: 0.3)")
     add("--disc-lr", type=number(float, above=0), help="the discriminator's learning rate *")
     add("--disc-width", type=number(int, 4), help="channels of the discriminator's first layer *")
     add("--disc-floor", type=number(float, 0), default=1.0,
@@ -219,7 +219,8 @@ def parse_args(argv=None):
     add("--checkpointing", action="store_true",
         help="recompute the student's blocks in the backward pass: less memory, more time")
     add("--profile", type=number(int, 1), metavar="N",
-        help="time N steps of each stage, say what takes how long and what the recipe would cost, and stop")
+        help="time N steps of each stage, say what takes how long and what the recipe would cost, draw it in "
+             "profile.png, and stop")
     add("--price", type=number(float, 0), default=2.0, help="dollars per GPU and hour, for --profile (default: 2)")
     add("--seed", type=number(int, 0, 2 ** 32 - 2), default=0, help="of weights, clips and samples (default: 0)")
     add("--workers", type=number(int, 0), help="loader processes for each training process *")
@@ -294,6 +295,13 @@ def hold_out(clips, n):
     return taken
 
 
+def some_of(clips, n):
+    """So many of the videos, always the same ones; all for None."""
+    if not n or n >= len(clips):
+        return clips
+    return copy.copy(clips).subset(sorted(shuffled(len(clips), 0, 7)[:n].tolist()))
+
+
 def datasets(args):
     """(training stream, validation clips, what the latter are, what a resume must find unchanged)."""
     made_up = args.data == "synthetic"
@@ -305,6 +313,7 @@ def datasets(args):
     if args.val_data == "synthetic" or made_up and not args.val_data:
         held_out = SyntheticClips(args.frames, args.size, HELD_OUT_SEED)
         clips = [held_out[CLIPS_PER_SCENE * i] for i in range(args.val_clips)]
+        train = train if made_up else some_of(train, args.samples)
         return train, clips, "held-out made-up clips", {"files": "made-up" if made_up else train.fingerprint(),
                                                         "held_out": []}
     if args.val_data:
@@ -322,8 +331,7 @@ def datasets(args):
         rest.without(held_out)
         train, name = ((rest, f"{len(clips)} held-out videos") if len(rest)
                        else (train, "the one video there is, trained on too"))
-    if not made_up and args.samples and args.samples < len(train):
-        train = copy.copy(train).subset(sorted(shuffled(len(train), 0, 7)[:args.samples].tolist()))
+    train = train if made_up else some_of(train, args.samples)
     return train, list(clips.values()), name, {"files": "made-up" if made_up else train.fingerprint(),
                                                "held_out": held_out.files + [held_out.fingerprint()]}
 
@@ -581,10 +589,10 @@ def fill_cache(args, teacher, clips, fingerprints, device, autocast, processes, 
     settings = {"weights": fingerprints["teacher_weights"], "files": fingerprints["files"], "precision": args.dtype} \
         | {key: getattr(args, key) for key in ("teacher", "frames", "size", "stride", "cache_crops", "seed")}
     dtype = getattr(torch, args.cache_dtype)
-    count = videos * args.cache_crops
+    entries = videos * args.cache_crops
     if args.data == "synthetic" and args.samples:
-        count = min(count, args.samples)
-    cache = processes.from_rank0(lambda: CachedClips(args.cache, count, settings, dtype, args.align, args.seed))
+        entries = min(entries, args.samples)
+    cache = processes.from_rank0(lambda: CachedClips(args.cache, entries, settings, dtype, args.align, args.seed))
 
     def make(numbers, video):
         with autocast():
@@ -698,7 +706,20 @@ class Signals:
 
 @torch.no_grad()
 def decode_all(decode, latents):
-    return [decode(z).float().clamp(-1, 1).cpu() for z in latents]
+    """Videos in [-1, 1], with NaN where a value is infinite: clamped, it would pass for white or black."""
+    videos = [decode(z).float() for z in latents]
+    return [video.where(video.isfinite(), math.nan).clamp(-1, 1).cpu() for video in videos]
+
+
+def capped_psnr(a, b):
+    """PSNR with at most 100 dB a frame: a black one may come out exactly, and its infinity would drown the others."""
+    return psnr(a, b, most=100)
+
+
+def sharpness_ratio(a, b):
+    """Of what b's sharpness is; 1 where b has none."""
+    ours, theirs = sharpness(a).item(), sharpness(b).item()
+    return ours / theirs if theirs else 1.0
 
 
 def save_as(path, save, *args, **options):
@@ -736,7 +757,7 @@ def best_step(log, start, max_drop):
 
 
 class Tally:
-    """The steps' values between two lines of the log, and which steps were skipped since something was not finite.
+    """The steps' values between two lines of the log, and which steps were skipped because something was not finite.
 
     `add` leaves them on the device, `settle` reads all in one go, since reading waits for the device."""
     IN_A_ROW, OF_100 = 5, 20                        # so many steps that are not finite end a run
@@ -785,7 +806,7 @@ class Tally:
             if skip and not wrong and scale <= 1:   # above 1 a smaller loss scale will mend it
                 where = "" if self.alone else " of this process or another"
                 wrong = [(name + where, value, sum(numbers, [])) for name, value in norms.items()
-                         if not math.isfinite(value)][:1]
+                         if not math.isfinite(value)][:1] or [("a term of another process", math.nan, [])]
             self.state["skipped"] += int(skip) * self.rank0             # it is the same step on all processes
             if wrong:
                 self.not_finite(step, wrong)
@@ -802,7 +823,7 @@ class Tally:
 
     def not_finite(self, step, wrong):
         clips = dict.fromkeys(self.describe(n) for _, _, numbers in wrong for n in numbers)
-        self.last = f"{wrong[0][0]} is {wrong[0][1]} at step {step}, clips {', '.join(clips)}"
+        self.last = f"{wrong[0][0]} is {wrong[0][1]} at step {step}" + f", clips {', '.join(clips)}" * bool(clips)
         self.told += 1
         if self.told <= 10:
             print(f"passed over: {self.last}" + "; more of these are not told" * (self.told == 10), file=sys.stderr)
@@ -922,7 +943,7 @@ def plot_curves(path, log, teacher_psnr, start2):
 
 @dataclass
 class Run:
-    """What a checkpoint holds: all that is trained, and how far it has come."""
+    """All that training changes, and how far it has come; `state` is what a checkpoint holds of it."""
     args: argparse.Namespace
     device: torch.device
     compiles: bool
@@ -933,7 +954,7 @@ class Run:
     rates: list                                 # their learning rates at full height
     scaler: torch.amp.GradScaler
     tally: Tally
-    step: int = 0                               # optimiser steps taken
+    step: int = 0                               # steps so far, those passed over too
     stage2_start: int | None = None             # the step at which stage 2 began
     seconds: float = 0.0                        # of training
     log: list = field(default_factory=list)     # the lines of log.jsonl
@@ -1114,11 +1135,11 @@ def last_checkpoint(out):
 # The schedule: stages and learning rates.
 
 class Schedule:
-    """Which steps are whose. Stage 1 ends at step `stage2_at` at the latest, the run at step `last`."""
+    """Where the stages and the run end. Stage 1 ends at step `stage2_at` at the latest, the run at step `last`."""
     WARM = 3                                    # steps that --profile does not time
 
     def __init__(self, args):
-        self.stage2_at = args.steps             # never
+        self.stage2_at = args.steps             # the run's end: never
         if isinstance(args.stage2, int):
             self.stage2_at = args.stage2
         elif args.stage2 == "auto" and args.steps > args.stage2_steps:      # a shorter run: only if it converges
@@ -1194,7 +1215,7 @@ class Validation:
         """The teacher's PSNR in dB. Raises ValueError where it is not finite."""
         with autocast():
             self.teacher_videos = decode_all(teacher.decode, self.latents)
-        self.teacher_psnr = self.mean(psnr, self.teacher_videos)
+        self.teacher_psnr = self.mean(capped_psnr, self.teacher_videos)
         if not math.isfinite(self.teacher_psnr):
             raise ValueError(f"the {teacher.name} teacher's PSNR is {self.teacher_psnr} on {self.name}: "
                              f"its weights are not fit to learn from")
@@ -1209,11 +1230,11 @@ class Validation:
             videos = decode_all(run.ema, self.latents)
         if not all(video.isfinite().all() for video in videos):          # in half precision, perhaps
             videos = decode_all(run.ema, self.latents)
-        line = {"step": run.step, "psnr": round(self.mean(psnr, videos), 4)}
+        line = {"step": run.step, "psnr": round(self.mean(capped_psnr, videos), 4)}
         if not math.isfinite(line["psnr"]):
             raise RuntimeError(f"the student's PSNR is {line['psnr']} at step {run.step}: nothing was saved"
                                + last_checkpoint(out))
-        line["sharpness"] = round(self.mean(lambda a, b: (sharpness(a) / sharpness(b)).item(), videos), 4)
+        line["sharpness"] = round(self.mean(sharpness_ratio, videos), 4)
         if lpips:
             distance = lambda a, b: lpips(a.to(self.device), b.to(self.device)).item()
             line["val_lpips"] = round(self.mean(distance, videos), 4)
@@ -1236,9 +1257,11 @@ class Validation:
 # One step.
 
 def optimise(run, micro_terms, at_last_layer, processes):
-    """Clips the gradients and steps along them, or passes over the step where one is not finite. Nothing here waits for
-    the device. micro_terms: (clips' numbers, {term: value}) of each micro-batch; at_last_layer: each one's gradients
-    there, of reconstruction and of L_adv, or none. Returns the gradient's norm."""
+    """Clips the gradients and steps along them, or passes over the step where a gradient or a term is not finite; then
+    counts it, and renews the average and the adaptive weight. Nothing here waits for the device.
+
+    micro_terms: (clips' numbers, {term: value}) of each micro-batch; at_last_layer: each one's gradients there, of
+    reconstruction and of L_adv, or none. Returns the gradient's norm before clipping."""
     args, objective, world = run.args, run.objective, processes.world
     scale = run.scaler.scale(torch.ones((), device=run.device))
     if run.stage == 2 and world > 1:
@@ -1279,17 +1302,18 @@ def optimise(run, micro_terms, at_last_layer, processes):
     return norms["the gradient"]
 
 
-def write_means(run, norm, adversarial_weight, samples_per_s, processes):
-    """A line of the log: means of the terms since the line before. Returns the mean loss."""
+def write_means(run, norm, logged_weight, clips_per_s, processes):
+    """A line of the log: means of the terms since the line before; learning rate, norm and weight of the last step.
+    Returns the mean loss."""
     state = run.tally.gather(processes)
     steps = state["steps"]
     line = {"step": run.step} | {name: round(value / steps, 7) for name, value in state["sums"].items() if steps}
     if run.stage == 2:
-        line["weight"] = round(float(adversarial_weight), 7)
+        line["weight"] = round(float(logged_weight), 7)
     norm = norm.item()
     line |= {"lr": run.optimizers[0].param_groups[0]["lr"],
              "grad_norm": round(norm, 4) if math.isfinite(norm) else None, "clipped": state["clipped"] / max(steps, 1),
-             "samples_per_s": round(samples_per_s, 3), "minutes": round(run.seconds / 60, 3)}
+             "samples_per_s": round(clips_per_s, 3), "minutes": round(run.seconds / 60, 3)}
     if state["skipped"]:
         line["skipped"] = state["skipped"]
     run.tally.reset()
@@ -1394,7 +1418,7 @@ def open_run(setup, run):
     """Writes what a run's folder begins with, on the first process."""
     if not setup.processes.rank0 or setup.args.profile:
         return
-    # --resume would go on with an older run's files.
+    # Or a later --resume would go on with an older run's.
     for path in [] if setup.saved else [setup.out / name for name in RUN_FILES]:
         path.unlink(missing_ok=True)
     for path in (*setup.out.glob("*.partial"), *setup.out.glob(".*.safetensors")):
@@ -1404,8 +1428,8 @@ def open_run(setup, run):
 
 
 def save(setup, run, validates=False):
-    """Writes the checkpoint, and validates before. All processes take part, since the tally is theirs. Returns the time
-    when it is done."""
+    """Writes the checkpoint, and before it validates if asked to; --profile writes nothing. All processes take part,
+    since the tally is theirs. Returns the time when it is done."""
     def write():
         if validates:
             setup.validation(run, setup.autocast)
@@ -1425,7 +1449,7 @@ def gradients_of_a_step(setup, run, model, loader, timer, stage_start):
         L = L_1                                     mean absolute error
             + α1 L_lpips                            --lpips-weight
             + α2 L_distill                          --distill-weight, Equation 4
-            + α3 L_kl                               --kl-weight; constant, since the encoder is frozen: logged only
+            + α3 L_kl                               --kl-weight; no gradient, since the encoder is frozen
             + α4 L_adv                              --adversarial-weight x adaptive weight x damping x warm-up; stage 2
 
     Returns what `optimise` wants: (clips' numbers, {term: value}) of each micro-batch, and the gradients at the last
@@ -1478,6 +1502,8 @@ def loop(setup, run, schedule, signals):
         if shared.begins_stage2:
             if not processes.from_rank0(run.validated):       # stage 2 is measured by what stage 1 ended with
                 started_at = saved_at = save(setup, run, validates=True)
+            run.tally.settle(args.clip)
+            run.tally.reset()                                 # its terms are others
             run.stage2_start = run.step
             run.begin_stage2()
             setup.say(f"step {run.step}: stage 2 begins")
@@ -1488,7 +1514,7 @@ def loop(setup, run, schedule, signals):
         for optimizer, rate in zip(run.optimizers, run.rates):
             optimizer.param_groups[0]["lr"] = rate * decay * warmup
         run.objective.adversarial_weight = args.adversarial_weight * shared.damping * warmup
-        adversarial_weight = run.objective.adversarial_weight * run.objective.adaptive_weight       # α4 of Equation 5
+        logged_weight = run.objective.adversarial_weight * run.objective.adaptive_weight    # all that multiplies L_adv
         timed = args.profile and run.step - stage_start >= schedule.WARM
         timer = timers.setdefault(run.stage, Timer(setup.device)) if timed else untimed
         with timer.step():
@@ -1496,12 +1522,12 @@ def loop(setup, run, schedule, signals):
             with timer("optimiser"):
                 norm = optimise(run, micro_terms, at_last_layer, processes)
             log_now = run.step % args.log_every == 0 or run.step % args.eval_every == 0 or run.step == stage_end
-            if log_now or run.step % 10 == 0:
+            if log_now or run.step % 10 == 0:                 # what is not finite is told soon
                 run.tally.settle(args.clip)
         started_at = progress.step(started_at, stage_end)
         if log_now:                                           # before it is saved, too
-            rate = progress.rate()
-            progress.note(write_means(run, norm, adversarial_weight, rate, processes), rate)
+            clips_per_s = progress.clips_per_s()
+            progress.note(write_means(run, norm, logged_weight, clips_per_s, processes), clips_per_s)
         if run.step % args.eval_every == 0 or run.step == stage_end:
             started_at = saved_at = save(setup, run, validates=True)
     progress.bar.close()
@@ -1522,15 +1548,15 @@ class Progress:
         run, now = self.run, time.time()
         self.bar.total, self.bar.desc = stage_end, f"stage {run.stage}"
         self.bar.update()
-        compiled = self.setup.compiles and run.step - 1 in (self.first_step, run.stage2_start)
-        if not compiled:                                      # which is no training
+        compiling = self.setup.compiles and run.step - 1 in (self.first_step, run.stage2_start)
+        if not compiling:                                     # which is no training
             run.seconds, self.timed_steps = run.seconds + now - started_at, self.timed_steps + 1
         if self.bar.disable and now - self.told_at > 20:
             self.told_at = now
             self.setup.say(f"step {run.step} of {stage_end}: {self.noted}{run.seconds / 60:.1f} minutes")
         return now
 
-    def rate(self):
+    def clips_per_s(self):
         """Clips a second since the last call."""
         rate = self.setup.args.batch * self.timed_steps / max(self.run.seconds - self.logged_seconds, 1e-9)
         self.timed_steps, self.logged_seconds = 0, self.run.seconds

@@ -608,6 +608,18 @@ def test_presets_change_what_their_rows_say_and_flags_win():
     assert train.student_config(ltx).separable == train.BLOCKS and ltx.lr == 2e-4
 
 
+def test_black_frames_that_come_out_exactly_and_infinities_are_told_apart():
+    black = -torch.ones(1, 3, 2, 16, 16)
+    assert train.capped_psnr(black, black).item() == 100 and train.sharpness_ratio(black, black) == 1
+    assert train.decode_all(lambda z: z.where(z > -1, math.inf), [black])[0].isnan().all()
+
+
+def test_so_many_videos_are_trained_on_whatever_validates(videos):
+    flags = ["--data", str(videos), "--size", "16", "--frames", "8", "--samples", "1"]
+    assert len(train.datasets(parse_args(flags))[0]) == 1
+    assert len(train.datasets(parse_args([*flags, "--val-data", "synthetic"]))[0]) == 1
+
+
 def test_presets_are_listed_and_wrong_ones_named(capsys):
     with pytest.raises(SystemExit) as end:
         parse_args(["--preset", "list"])
