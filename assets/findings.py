@@ -1,13 +1,14 @@
 """The paper's ablations on the embedded teacher: results/findings/. Figures 2 and 5, Tables 1, 2, 5, 6 and 7.
 
-    python assets/findings.py                        # make findings: all rows, three seeds; resumes where it stopped
+    python assets/findings.py                        # make findings: all rows, three seeds; goes on where it stopped
     python assets/findings.py --quick                # QUICK=1 make findings: one seed and few steps, to see it work
     python assets/findings.py --tables table5 --seeds 0 --out /tmp/findings
 
-Each row is a run of `train.py --preset NAME`: same recipe, same clips and, for a seed, the same teacher's cache. Rows
-that come to the same run share it. Runs are compared in pairs of one seed, since seeds differ by more than rows do.
-Rows of ours change one more thing at a time, to find out what these gains depend on: the distillation term's strength
-and the start, and the rate at which AdamW, which has the depthwise kernels, learns.
+What findings.json has of this teacher is not run again: after a change of the recipe, remove it. Each row is a run of
+`train.py --preset NAME`: same recipe, same clips and, for a seed, the same teacher's cache. Rows that come to the same
+run share it. Runs are compared in pairs of one seed, since seeds differ by more than rows do. Rows of ours change one
+more thing at a time, to find out what these gains depend on: the distillation term's strength and the start, and the
+rate at which AdamW, which has the depthwise kernels, learns.
 """
 import argparse
 import json
@@ -167,10 +168,17 @@ def sooner(rows, a, b):
     return f"; there {written(found, 2)} times sooner" + f" in {len(found)} of {several}" * (len(found) < several)
 
 
+def recorded(path, found):
+    """{row: {seed: what was measured}} of a findings.json of the same runs; nothing where they were others."""
+    held = json.loads(path.read_text()) if path.exists() else {}
+    same = all(held.get(key) == found[key] for key in ("teacher_weights", "steps", "runs"))
+    return {name: row["seeds"] for name, row in held["rows"].items()} if same else {}
+
+
 def report(found):
     """RESULTS.md: each table in the paper's form, and how each two rows with neighbouring numbers compare."""
     lines = ["# The paper's ablations on the embedded teacher", "",
-             f"`{found['command']}`: {found['about']}", "",
+             f"`{found['command']}`: {found['runs']}", "",
              "PSNR and SSIM are of held-out made-up clips: mean over seeds ± standard deviation. The paper's are of",
              "Turbo-VAED-LTX on real video. Comparisons are of runs with the same seed and clips.", ""]
     everything = {name: row for name, row in found["rows"].items() if row["seeds"]}
@@ -226,6 +234,12 @@ def picture(found, path):
     plt.close(figure)
 
 
+def write(found, out):
+    (out / "findings.json").write_text(json.dumps(found, indent=1) + "\n")
+    (out / "RESULTS.md").write_text(report(found))
+    picture(found, out / "findings.png")
+
+
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--tables", nargs="+", choices=TITLES, default=list(TITLES), help="default: all")
@@ -249,33 +263,37 @@ def main():
     rows = [name for name in ROWS if name.split("-")[0] in args.tables]
     left_out = {name: why for name in rows if (why := what_hinders(name, teacher))}
     rows = [name for name in rows if name not in left_out]
-    named = {}
+    alike = {}                                                  # rows that are the same run
     for name in rows:
-        named.setdefault(same_run(name), name)
+        alike.setdefault(same_run(name), []).append(name)
     blocks = {block for name in rows for block in parse_args(flags_of(name)).align}
     held_out = SyntheticClips(FRAMES, SIZE, HELD_OUT_SEED)
     clips = [held_out[CLIPS_PER_SCENE * i] for i in range(32)]
     latents = [teacher.encode(clip[None]) for clip in clips]
-    found = {"command": " ".join(["python", *sys.argv]), "steps": args.steps, "seeds": args.seeds,
-             "teacher_weights": teacher.weights_hash(), "torch": torch.__version__,
-             "about": f"{args.steps} steps of 4 clips of {FRAMES}x{SIZE}x{SIZE}, {len(clips)} held-out clips, "
-                      f"seeds {args.seeds}",
-             "left_out": left_out, "rows": {name: {"paper": ROWS[name], "seeds": {}} for name in rows}}
-    results, total = {}, len(named) * len(args.seeds)
+    found = {"command": " ".join(["python", *sys.argv]), "steps": args.steps, "torch": torch.__version__,
+             "teacher_weights": teacher.weights_hash(), "left_out": left_out,
+             "runs": f"{args.steps} steps of 4 clips of {FRAMES}x{SIZE}x{SIZE}, {len(clips)} held-out clips"}
+    held = recorded(out / "findings.json", found)
+    found["rows"] = {name: {"paper": ROWS[name], "seeds": held.get(name, {})}
+                     for name in ROWS if name in rows or name in held}
+    for names in alike.values():
+        seeds = {seed: run for name in names for seed, run in found["rows"][name]["seeds"].items()}
+        found["rows"] |= {name: {"paper": ROWS[name], "seeds": dict(seeds)} for name in names}
     for seed in args.seeds:
-        # A cache holds the features of the run that makes it: all that are asked for.
-        run_train(args.work / f"cache{seed}-run", seed, args, "--align", *sorted(blocks), "--steps", "1",
-                  "--overwrite")
+        missing = [names for names in alike.values() if str(seed) not in found["rows"][names[0]]["seeds"]]
+        if missing:
+            # A cache holds the features of the run that makes it: all that are asked for.
+            run_train(args.work / f"cache{seed}-run", seed, args, "--align", *sorted(blocks), "--steps", "1",
+                      "--overwrite")
         with ThreadPoolExecutor(args.jobs) as pool:
-            for name, run in zip(named.values(), pool.map(lambda name: train(name, seed, args), named.values())):
-                results[name, seed] = measured(run, clips, latents)
-                print(f"{len(results)}/{total} {name}, seed {seed}: {results[name, seed]['psnr']:.2f} dB", flush=True)
-                for row in rows:
-                    if named[same_run(row)] == name:
-                        found["rows"][row]["seeds"][str(seed)] = results[name, seed]
-                (out / "findings.json").write_text(json.dumps(found, indent=1) + "\n")
-                (out / "RESULTS.md").write_text(report(found))
-                picture(found, out / "findings.png")
+            runs = pool.map(lambda names: train(names[0], seed, args), missing)
+            for i, (names, run) in enumerate(zip(missing, runs), 1):
+                result = measured(run, clips, latents)
+                print(f"seed {seed}, {i}/{len(missing)}: {names[0]}, {result['psnr']:.2f} dB", flush=True)
+                for name in names:
+                    found["rows"][name]["seeds"][str(seed)] = result
+                write(found, out)
+    write(found, out)
     print(f"{out}/RESULTS.md")
 
 

@@ -47,10 +47,20 @@ def test_how_much_sooner_a_row_is_where_another_ends():
 
 def test_the_report_has_all_tables_and_the_paper_beside(tmp_path):
     rows = {name: row((24.0 + i / 10, 24.1 + i / 10), paper) for i, (name, paper) in enumerate(findings.ROWS.items())}
-    found = {"command": "findings.py", "about": "test", "rows": rows, "left_out": {"table6-up9": "no such"}}
+    found = {"command": "findings.py", "runs": "test", "rows": rows, "left_out": {"table6-up9": "no such"}}
     text = findings.report(found)
     assert all(name in text for name in findings.ROWS) and all(title in text for title in findings.TITLES.values())
     assert "| table1-interpolate | 0.490 | 24.75 ± 0.07 | 0.2475 ± 0.0007 | 27.4 | 0.8272 |" in text
     assert "Left out: table6-up9: no such." in text
     findings.picture(found, tmp_path / "findings.png")
     assert (tmp_path / "findings.png").stat().st_size > 10_000
+
+
+def test_what_is_recorded_of_the_same_runs_is_kept(tmp_path):
+    found = {"command": "findings.py", "runs": "test", "steps": 400, "teacher_weights": "abc", "left_out": {},
+             "rows": {name: row((24.0, 24.1), paper) for name, paper in findings.ROWS.items()}}
+    assert findings.recorded(tmp_path / "findings.json", found) == {}
+    findings.write(found, tmp_path)
+    assert findings.recorded(tmp_path / "findings.json", found)["table5-k5"] == found["rows"]["table5-k5"]["seeds"]
+    for changed in ({"teacher_weights": "others"}, {"steps": 30}, {"runs": "longer clips"}):
+        assert findings.recorded(tmp_path / "findings.json", found | changed) == {}
