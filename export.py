@@ -1070,6 +1070,12 @@ def report(program):
             "kinds": dict(kinds.most_common()), "off_engine_kinds": off_engine, "parts": parts}
 
 
+def package_report(path):
+    """The `report` of a package; a stream's has that of its other function as "edge"."""
+    program = Program(path)
+    return report(program) | ({"edge": report(Program(path, "edge"))} if "stream" in program.metadata else {})
+
+
 def table(r):
     """The report as lines of text."""
     columns = (("operations", "operations", 1, 0), ("views", "views", 1, 0), ("off engine", "off_engine", 1, 0),
@@ -1138,6 +1144,9 @@ def parse():
                         "a fraction of the height")
     parser.add_argument("--verify", metavar="PACKAGE", help="export nothing: compare this package with the student")
     args = parser.parse_args()
+    if args.verify and (args.size or args.bits or args.stream or args.latent_frames or args.out
+                        or args.graph != ["engine"]):
+        parser.error("--verify PACKAGE takes the package as it is: beside it go --student, --config, --random, --whole")
     sizes = []
     for size in args.size or ("512x512", "720x1280"):
         height, _, width = size.partition("x")
@@ -1194,7 +1203,7 @@ def main():
     name, model, folder = find_student(args)
     if args.verify:
         path = Path(args.verify)
-        return write_report(path, prove(path, model, report(Program(path)), args.whole))
+        return write_report(path, prove(path, model, package_report(path), args.whole))
     bits, paths = f"_{args.bits}bit" * bool(args.bits), {}
     for size, graph in itertools.product(args.size, args.graph):
         shape = latent_shape(model.config, size, args.latent_frames)
@@ -1209,10 +1218,9 @@ def main():
         try:        # what is there stays until the new package is proven
             note = "Random weights: for speed only." if args.random else ""
             export(model, size, args.latent_frames, made, args.bits, graph, args.stream, note)
-            r = report(Program(made))
+            r = package_report(made)
             print(f"{path}: exported in {time.perf_counter() - started:.0f} s\n{table(r)}", flush=True)
             if args.stream:
-                r["edge"] = report(Program(made, "edge"))
                 print(f"the same where layers begin and end:\n{table(r['edge'])}", flush=True)
             r = prove(made, model, r, args.whole)
             install(made, path)

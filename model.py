@@ -917,8 +917,8 @@ def use_student(pipe_or_vae, student):
     Only `vae.decode` changes: it hands the latents that it is given to the `decode` of a copy of the student, in the
     latents' own precision and on their device. Large clips are decoded in chunks of time, and all are, one latent frame
     at a time, after `vae.enable_tiling()`; both are exact. Where accelerate offloads the pipeline's models, it takes
-    part: the model before it leaves the GPU, and so does the copy afterwards. student None puts the VAE's own decoder
-    back. Returns pipe_or_vae.
+    part: the model before it leaves the GPU, and so does the copy afterwards. student None puts back what decoded
+    before. Returns pipe_or_vae.
 
     Raises ValueError if the student decodes other latents than this VAE's, TypeError if there is no VAE. Warns where
     the student's file does not say whose latents it decodes, and where the pipeline will mix noise into them.
@@ -926,8 +926,12 @@ def use_student(pipe_or_vae, student):
     vae = getattr(pipe_or_vae, "vae", pipe_or_vae)
     if not hasattr(vae, "decode"):
         raise TypeError(f"a {type(pipe_or_vae).__name__} has no VAE whose decoder could be replaced")
+    ours = vars(vae).get("decode")
+    before = getattr(ours, "before", ours)          # another tool's decode, if there was one
     if student is None:
-        vars(vae).pop("decode", None)
+        if ours is not before:
+            vars(vae).pop("decode")
+            vars(vae).update({"decode": before} if before else {})
         return pipe_or_vae
     if not isinstance(student, TurboVAED):
         raise TypeError(f"a TurboVAED can take the decoder's place, or None its own; not a {type(student).__name__}")
@@ -967,7 +971,7 @@ def use_student(pipe_or_vae, student):
         from diffusers.models.autoencoders.vae import DecoderOutput
         return DecoderOutput(sample=video)
 
-    vae.decode = decode
+    vae.decode, decode.before = decode, before
     return pipe_or_vae
 
 

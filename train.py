@@ -175,7 +175,8 @@ def parse_args(argv=None):
     add("--stage2-gain", type=number(float, 0), default=0.05, help="of PSNR in dB, see --stage2 (default: 0.05)")
     add("--stage2-evaluations", type=number(int, 1), default=5, help="see --stage2 (default: 5)")
     add("--minutes", type=number(float, above=0),
-        help="end after so many minutes of training, if --steps take longer; a cosine reaches 0 by then")
+        help="end after so many minutes of training, if --steps take longer; a cosine then follows the clock, through "
+             "both stages, and reaches 0")
     add("--batch", type=number(int, 1), help="effective batch: clips a step over all processes and accumulation *")
     add("--micro-batch", type=number(int, 1), help="clips a process takes at once *")
     add("--lr", type=number(float, above=0), help="AdamW's learning rate *")
@@ -219,8 +220,9 @@ def parse_args(argv=None):
     add("--checkpointing", action="store_true",
         help="recompute the student's blocks in the backward pass: less memory, more time")
     add("--profile", type=number(int, 1), metavar="N",
-        help="time N steps of each stage, say what takes how long and what the recipe would cost, draw it in "
-             "profile.png, and stop")
+        help="time N steps of each stage, say what takes how long and what the recipe would cost without its "
+             "validations, draw it in profile.png, and stop; one step in ten of stage 2 is longer: a multiple of ten "
+             "is fair")
     add("--price", type=number(float, 0), default=2.0, help="dollars per GPU and hour, for --profile (default: 2)")
     add("--seed", type=number(int, 0, 2 ** 32 - 2), default=0, help="of weights, clips and samples (default: 0)")
     add("--workers", type=number(int, 0), help="loader processes for each training process *")

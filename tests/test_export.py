@@ -525,6 +525,7 @@ def test_random_weights_say_so_and_both_graphs_are_written(tmp_path, command, ca
     (["--latent-frames", "0"], "at least 1"), (["--graph", "3d"], "invalid choice: '3d'"),
     (["--student", "nowhere"], "no such file or folder"),
     (["--verify", "nowhere.mlpackage"], "no such Core ML package"),
+    (["--verify", "nowhere.mlpackage", "--bits", "4"], "takes the package as it is"),
 ])
 def test_wrong_input_says_what_is_wrong(command, capsys, flags, message):
     with pytest.raises((ValueError, OSError, SystemExit)) as error:

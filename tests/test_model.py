@@ -1277,6 +1277,16 @@ def test_a_refusal_leaves_the_student_that_was_there():
     assert "decode" not in vars(vae)
 
 
+def test_none_puts_back_what_another_tool_had_put_there():
+    vae, student = small_vae()
+    vae.decode = theirs = lambda z: z
+    use_student(vae, None)
+    assert vars(vae)["decode"] is theirs
+    use_student(use_student(vae, student), student)
+    use_student(vae, None)
+    assert vars(vae)["decode"] is theirs
+
+
 def small_vae(**options):
     """(an LTX VAE of random weights with 8 latent channels, a student of its latents)."""
     pytest.importorskip("diffusers")
