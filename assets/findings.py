@@ -270,8 +270,8 @@ def main():
     held_out = SyntheticClips(FRAMES, SIZE, HELD_OUT_SEED)
     clips = [held_out[CLIPS_PER_SCENE * i] for i in range(32)]
     latents = [teacher.encode(clip[None]) for clip in clips]
-    found = {"command": " ".join(["python", *sys.argv]), "steps": args.steps, "torch": torch.__version__,
-             "teacher_weights": teacher.weights_hash(), "left_out": left_out,
+    found = {"command": f"python assets/findings.py --steps {args.steps}", "steps": args.steps,
+             "torch": torch.__version__, "teacher_weights": teacher.weights_hash(), "left_out": left_out,
              "runs": f"{args.steps} steps of 4 clips of {FRAMES}x{SIZE}x{SIZE}, {len(clips)} held-out clips"}
     held = recorded(out / "findings.json", found)
     found["rows"] = {name: {"paper": ROWS[name], "seeds": held.get(name, {})}

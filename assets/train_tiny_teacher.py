@@ -2,6 +2,7 @@
 
     python assets/train_tiny_teacher.py                    # what made assets/tiny_teacher/
     python assets/train_tiny_teacher.py --minutes 1 --out /tmp/teacher --work /tmp/teacher      # try it
+    python assets/train_tiny_teacher.py --blocks-anew --minutes 32 --out out/blocks_anew    # a better decoder for it
 
 It goes on from the checkpoint in --work, if there is one.
 
@@ -11,9 +12,13 @@ Muon and AdamW: with AdamW alone an earlier version was 3 dB behind after the fi
 is the mean over clips of log(MSE) + log(MAE). The first is what PSNR averages: dull clips count as much as busy ones.
 The second gives small errors weight, such as a grid over flat areas. There is no KL term and no sampling, since Video
 DC-AE's encoder is deterministic.
+
+What comes out is a decoder that is all but linear. Muon lets the convolutions between blocks grow until the stream of
+features stands at hundreds, and the norm that ends each block's branch grows by AdamW's small steps only: a branch is
+0.1 % of its stream or less. --blocks-anew takes the shipped teacher, begins the decoder's blocks anew, in units of
+their stream, and trains the decoder alone: the latents stay as they are.
 """
 import argparse
-import copy
 import json
 import math
 import os
@@ -24,12 +29,13 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn as nn
-from safetensors.torch import save_file
+from torch.nn.utils.parametrize import register_parametrization
+from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader, IterableDataset
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from data import CLIPS_PER_SCENE, HELD_OUT_SEED, SyntheticClips, psnr    # noqa: E402
-from teachers import TINY, Downsample, RMSNorm, ResBlock, Upsample, VideoDCAE       # noqa: E402
+from teachers import TINY, TINY_WEIGHTS, Downsample, RMSNorm, ResBlock, Upsample, VideoDCAE       # noqa: E402
 from train import make_optimizers        # noqa: E402
 
 FRAMES, SIZES = (4, 8, 12, 16, 20, 24), (64, 96)       # of the clips
@@ -44,9 +50,12 @@ p.add_argument("--seed", type=int, default=0)
 p.add_argument("--bf16", action=argparse.BooleanOptionalAction,
                default=torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported(),
                help="autocast to bfloat16 (default: where the CPU has instructions for it)")
-p.add_argument("--work", default="out/tiny_teacher", help="for the checkpoint (default: out/tiny_teacher)")
+p.add_argument("--blocks-anew", action="store_true",
+               help="take the shipped teacher, begin its decoder's blocks anew, and train the decoder alone")
+p.add_argument("--work", help="for the checkpoint (default: out/tiny_teacher, or --out with --blocks-anew)")
 p.add_argument("--out", default=str(Path(__file__).resolve().parent / "tiny_teacher"))
 args = p.parse_args()
+args.work = args.work or (args.out if args.blocks_anew else "out/tiny_teacher")
 
 
 class Batches(IterableDataset):
@@ -91,19 +100,54 @@ def unit_latents(model, clips):
         conv.conv.bias.div_(scale)
 
 
+class Times(nn.Module):
+    """A parametrisation: the weight that is used is the trained one times a factor."""
+
+    def __init__(self, factor):
+        super().__init__()
+        self.register_buffer("factor", factor)
+
+    def forward(self, weight):
+        return weight * self.factor
+
+
+@torch.no_grad()
+def begin_blocks_anew(decoder, latents):
+    """Gives each block new weights, in units of its stream: it reads the stream over its root mean square, and what it
+    adds, nothing at first, is in that unit."""
+    units = {}
+    measure = lambda block, inputs: units.update({block: inputs[0].square().mean().sqrt()})
+    hooks = [block.register_forward_pre_hook(measure) for block in decoder.modules() if isinstance(block, ResBlock)]
+    decoder(latents)
+    for hook in hooks:
+        hook.remove()
+    for block, unit in units.items():
+        reads, adds = block.main["conv1"].conv, block.main["conv2"]
+        reads.reset_parameters(), adds.conv.reset_parameters()
+        nn.init.zeros_(adds.norm.weight), nn.init.zeros_(adds.norm.bias)
+        register_parametrization(reads, "weight", Times(1 / unit))
+        for name in ("weight", "bias"):
+            register_parametrization(adds.norm, name, Times(unit))
+
+
 torch.manual_seed(args.seed)
+held_out = {frames: SyntheticClips(frames, 128, seed=HELD_OUT_SEED) for frames in (8, 32)}
+held_out = {frames: [clips[CLIPS_PER_SCENE * i] for i in range(8)] for frames, clips in held_out.items()}
 model = VideoDCAE(TINY)
+trained = model.decoder if args.blocks_anew else model
 for name, module in model.named_modules():      # residual branches start small: the shortcuts carry the first steps
     if name.endswith("norm"):
         nn.init.constant_(module.weight, 0.1)
+if args.blocks_anew:
+    model.load_state_dict(load_file(TINY_WEIGHTS))
+    model.encoder.requires_grad_(False)
+    begin_blocks_anew(model.decoder, model.encoder(torch.stack(held_out[8])))
 ema = torch.optim.swa_utils.AveragedModel(model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.998))
 for conv in (model.encoder.project_out["main"].op_list[0], model.decoder.project_in["main"]):
     # PyTorch 2.15's bfloat16 gradient of these two weights is wrong (by 60 %, at times infinite) on CPUs with AVX512.
     conv.register_forward_pre_hook(lambda module, inputs: inputs[0].float())
     conv.forward = torch.autocast("cpu", enabled=False)(conv.forward)
-optimizers = make_optimizers(model, args.lr, args.muon_lr, weight_decay=1e-2)
-held_out = {frames: SyntheticClips(frames, 128, seed=HELD_OUT_SEED) for frames in (8, 32)}
-held_out = {frames: [clips[CLIPS_PER_SCENE * i] for i in range(8)] for frames, clips in held_out.items()}
+optimizers = make_optimizers(trained, args.lr, args.muon_lr, weight_decay=1e-2)
 step, start, norms = 0, time.time(), []      # the latest gradients' norms
 checkpoint = Path(args.work) / "checkpoint.pt"
 parts = {"model": model, "ema": ema, **{f"optimizer{i}": optimizer for i, optimizer in enumerate(optimizers)}}
@@ -118,8 +162,13 @@ if checkpoint.exists():
 def save():
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
-    final = copy.deepcopy(ema.module)
-    unit_latents(final, held_out[8])
+    final = VideoDCAE(TINY)
+    with torch.no_grad():
+        for name, weight in final.named_parameters():           # with their factors, where they have them
+            module, _, leaf = name.rpartition(".")
+            weight.copy_(getattr(ema.module.get_submodule(module), leaf))
+    if not args.blocks_anew:
+        unit_latents(final, held_out[8])
     weights = {k: v.half().contiguous() for k, v in final.state_dict().items()}
     minutes = round((time.time() - start) / 60, 1)
     made = vars(args) | {"out": "", "step": step, "minutes": minutes, "torch": torch.__version__}
@@ -141,9 +190,9 @@ for step, video in enumerate(DataLoader(Batches(), None, num_workers=1, prefetch
         reconstruction = model(video)
     error = (reconstruction.float() - video).flatten(1)
     loss = (error.square().mean(1).add(1e-5).log() + error.abs().mean(1).add(1e-3).log()).mean()
-    model.zero_grad()
+    trained.zero_grad()
     loss.backward()
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0).item()
+    norm = torch.nn.utils.clip_grad_norm_(trained.parameters(), 1.0).item()
     norms = (norms + [norm] if math.isfinite(norm) else norms)[-50:]
     if not norm < 10 * sorted(norms)[len(norms) // 2]:
         continue
