@@ -2,7 +2,7 @@
 
     python assets/findings.py                        # make findings: all rows, three seeds; goes on where it stopped
     python assets/findings.py --quick                # QUICK=1 make findings: one seed and few steps, to see it work
-    python assets/findings.py --tables table5 --seeds 0 --out /tmp/findings
+    python assets/findings.py --rows table5 --seeds 0 --out /tmp/findings
 
 What findings.json has of this teacher is not run again: after a change of the recipe, remove it. Each row is a run of
 `train.py --preset NAME`: same recipe, same clips and, for a seed, the same teacher's cache. Rows that come to the same
@@ -242,7 +242,8 @@ def write(found, out):
 
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--tables", nargs="+", choices=TITLES, default=list(TITLES), help="default: all")
+    p.add_argument("--rows", nargs="+", choices=[*TITLES, *ROWS], metavar="TABLE|ROW", default=list(TITLES),
+                   help=f"whole tables, {', '.join(TITLES)}, or rows, such as table5-k5 (default: all tables)")
     p.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     p.add_argument("--steps", type=int, default=400, help="of each run (default: 400)")
     p.add_argument("--jobs", type=int, default=2, help="runs at once, one thread each (default: 2)")
@@ -260,7 +261,7 @@ def main():
 
     teacher = load_teacher("tiny")
     args.work = Path(args.work) / teacher.weights_hash()       # another teacher's runs are no runs of this one
-    rows = [name for name in ROWS if name.split("-")[0] in args.tables]
+    rows = [name for name in ROWS if {name, name.split("-")[0]} & set(args.rows)]
     left_out = {name: why for name in rows if (why := what_hinders(name, teacher))}
     rows = [name for name in rows if name not in left_out]
     alike = {}                                                  # rows that are the same run
