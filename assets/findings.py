@@ -267,7 +267,8 @@ def main():
     alike = {}                                                  # rows that are the same run
     for name in rows:
         alike.setdefault(same_run(name), []).append(name)
-    blocks = {block for name in rows for block in parse_args(flags_of(name)).align}
+    # A cache holds the features of the run that makes it: all that any row may ever ask for.
+    blocks = {block for name in ROWS if not what_hinders(name, teacher) for block in parse_args(flags_of(name)).align}
     held_out = SyntheticClips(FRAMES, SIZE, HELD_OUT_SEED)
     clips = [held_out[CLIPS_PER_SCENE * i] for i in range(32)]
     latents = [teacher.encode(clip[None]) for clip in clips]
@@ -283,7 +284,6 @@ def main():
     for seed in args.seeds:
         missing = [names for names in alike.values() if str(seed) not in found["rows"][names[0]]["seeds"]]
         if missing:
-            # A cache holds the features of the run that makes it: all that are asked for.
             run_train(args.work / f"cache{seed}-run", seed, args, "--align", *sorted(blocks), "--steps", "1",
                       "--overwrite")
         with ThreadPoolExecutor(args.jobs) as pool:
