@@ -454,12 +454,13 @@ class TurboVAED(nn.Module):
         """Start as a smooth upsampler of the latents: PyTorch's weights, but no biases, residual branches at a tenth,
         and the same weights for all the pixels that a shuffle makes of one, so that it begins as nearest neighbour.
 
+        The convolutions that all goes through begin nearly pointwise: what they take of the neighbours is a tenth, and
+        what they take of the place itself is scaled up to keep the variance. Outside the branches nothing carries x
+        past a convolution, and a random one blurs it: after five of them, a start that takes hundreds of steps to undo.
+
         The last norm runs over few channels (4 in ltx, 8 in tiny) and would leave directions only, of which brightness
         takes the most: a quarter of them start constant, so that amplitude, and with it colour, comes through from the
         start. (tiny in 600 steps of Muon: 30 % of the colour's variance left unexplained, against 40 % without.)
-
-        On smooth made-up clips (AdamW, 1e-3, two seeds) tiny left its first plateau, one mean colour, within 25 to 75
-        steps; with PyTorch's weights alone only after 125 or more.
         """
         for name, p in self.named_parameters():
             if name.endswith("bias"):
@@ -470,6 +471,14 @@ class TurboVAED(nn.Module):
             elif isinstance(module, (Upsampler, Upsampler2d)):
                 weight, n = list(module.conv.parameters())[-2], module.pixels
                 weight.copy_(weight[::n].repeat_interleave(n, 0))
+        upsamplers = [upsampler for block in self.up_blocks for upsampler in block.upsamplers]
+        for layer in (self.conv_in, *upsamplers, *self.upsamplers2d(), self.conv_out):
+            for weight in layer.parameters():
+                if weight.ndim > 1:
+                    place = ..., *(size // 2 for size in weight.shape[2:])
+                    centre = weight[place] * weight[0, 0].numel() ** 0.5
+                    weight.mul_(0.1)
+                    weight[place] = centre
         for last in self.upsamplers2d()[-1:]:       # where the last norm's channels come from; a quarter are its scale
             last.conv.bias[:len(last.conv.bias) // last.pixels // 4 * last.pixels] = 2
 
