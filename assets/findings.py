@@ -4,13 +4,13 @@
     python assets/findings.py --quick                # QUICK=1 make findings: one seed and few steps, to see it work
     python assets/findings.py --rows table5 --seeds 0 --out /tmp/findings
 
-What findings.json has of this teacher is not run again: after a change of the recipe, remove it. Each row is a run of
-`train.py --preset NAME`: same recipe, same clips and, for a seed, the same teacher's cache. Rows that come to the same
-run share it. Runs are compared in pairs of one seed, since seeds differ by more than rows do. Rows of ours change one
-more thing at a time, to find out what these gains depend on: the distillation term's strength and the start, and the
-rate at which AdamW, which has the depthwise kernels, learns.
+What findings.json has of this teacher is not run again, unless a row's arguments or its student's first weights have
+changed since. Each row is a run of `train.py --preset NAME`: same recipe, same clips and, for a seed, the same
+teacher's cache. Rows that come to the same run share it. Runs are compared in pairs of one seed, since seeds differ by
+more than rows do. Rows of ours change one more thing at a time, to find out what distillation's gain depends on.
 """
 import argparse
+import hashlib
 import json
 import os
 import statistics
@@ -37,7 +37,7 @@ TITLES = {"figure2": "Figure 2: depthwise separable blocks, from none to all", "
           "table1": "Table 1: upsampling", "table2": "Table 2: number of training samples",
           "table5": "Table 5: kernel of the depthwise convolutions", "table6": "Table 6: aligned blocks",
           "table7": "Table 7: projection head",
-          "ours": "Ours: what the gains of distillation and of larger kernels depend on"}
+          "ours": "Ours: what distillation's gain depends on"}
 OURS = {        # flags beside the recipe's
     "ours-weight-0.2": ["--distill-weight", "0.2"],
     "ours-weight-1": ["--distill-weight", "1"],
@@ -46,18 +46,15 @@ OURS = {        # flags beside the recipe's
     "ours-adamw-without": ["--muon-lr", "0", "--distill-weight", "0"],
     "ours-paper-rate-with": ["--muon-lr", "0", "--lr", "2e-4", "--schedule", "constant", "--equation4"],
     "ours-paper-rate-without": ["--muon-lr", "0", "--lr", "2e-4", "--schedule", "constant", "--distill-weight", "0"],
-    "ours-slow-k3": ["--preset", "table5-k3", "--lr", "5e-4"],
-    "ours-slow-k5": ["--preset", "table5-k5", "--lr", "5e-4"],
-    "ours-slow-k7": ["--preset", "table5-k7", "--lr", "5e-4"],
     "ours-init-teacher": ["--init", "teacher"],
     "ours-init-teacher-without": ["--init", "teacher", "--distill-weight", "0"],
 }
 ROWS = {name: paper for name, (_, paper) in PRESETS.items()} | dict.fromkeys(OURS)
-COMPARED = {    # what a row is compared with: to see what distillation gains there, or a larger kernel
+COMPARED = {    # what a row is compared with, to see what distillation gains there
     "figure5-with": "figure5-without", "ours-weight-0.2": "figure5-without", "ours-weight-1": "figure5-without",
     "ours-equation4": "figure5-without", "ours-adamw-with": "ours-adamw-without",
     "ours-paper-rate-with": "ours-paper-rate-without", "ours-init-teacher": "ours-init-teacher-without",
-    "ours-init-teacher-without": "figure5-without", "ours-slow-k5": "ours-slow-k3", "ours-slow-k7": "ours-slow-k3"}
+    "ours-init-teacher-without": "figure5-without"}
 FRAMES, SIZE, CROPS = 8, 64, 3          # of a clip; a seed's cache has so many crops of 512 made-up videos
 # Beside a preset's own: a tenth of the clips stands for the paper's number of samples.
 INSTEAD = {"table2-10k": ["--samples", str(512 * CROPS // 10)]}
@@ -67,10 +64,15 @@ def flags_of(row):
     return OURS[row] if row in OURS else ["--preset", row, *INSTEAD.get(row, [])]
 
 
-def same_run(row):
-    """What tells this row's run from others."""
+def identity(row):
+    """What tells this row's run from others: 12 digits of its arguments, its student and what that begins with."""
     args = parse_args(flags_of(row))
-    return json.dumps(vars(args) | {"preset": None, "student": student_config(args).__dict__})
+    config, no_matter = student_config(args), dict.fromkeys(("preset", "workers", "device"))
+    found = hashlib.sha256(json.dumps(vars(args) | no_matter | {"student": config.__dict__}).encode())
+    torch.manual_seed(0)
+    for name, tensor in TurboVAED(config).state_dict().items():
+        found.update(name.encode() + tensor.numpy().tobytes())
+    return found.hexdigest()[:12]
 
 
 def what_hinders(row, teacher):
@@ -98,7 +100,7 @@ def run_train(out, seed, args, *flags):
 
 def train(row, seed, args):
     """The run's folder; trains what of it is still to be trained."""
-    run = args.work / f"{row}-{seed}-{args.steps}"
+    run = args.work / f"{row}-{args.identities[row]}-{seed}-{args.steps}"
     log = run / "log.jsonl"
     if not log.exists() or json.loads(log.read_text().splitlines()[-1])["step"] < args.steps:
         resume = "--resume" if (run / "checkpoint.pt").exists() else "--overwrite"
@@ -168,11 +170,12 @@ def sooner(rows, a, b):
     return f"; there {written(found, 2)} times sooner" + f" in {len(found)} of {several}" * (len(found) < several)
 
 
-def recorded(path, found):
-    """{row: {seed: what was measured}} of a findings.json of the same runs; nothing where they were others."""
+def recorded(path, found, identities):
+    """{row: {seed: what was measured}} of a findings.json, of the rows whose runs would be the same today."""
     held = json.loads(path.read_text()) if path.exists() else {}
     same = all(held.get(key) == found[key] for key in ("teacher_weights", "steps", "runs"))
-    return {name: row["seeds"] for name, row in held["rows"].items()} if same else {}
+    rows = held["rows"].items() if same else ()
+    return {name: row["seeds"] for name, row in rows if row["run"] == identities.get(name)}
 
 
 def report(found):
@@ -264,9 +267,10 @@ def main():
     rows = [name for name in ROWS if {name, name.split("-")[0]} & set(args.rows)]
     left_out = {name: why for name in rows if (why := what_hinders(name, teacher))}
     rows = [name for name in rows if name not in left_out]
+    args.identities = {name: identity(name) for name in ROWS}
     alike = {}                                                  # rows that are the same run
     for name in rows:
-        alike.setdefault(same_run(name), []).append(name)
+        alike.setdefault(args.identities[name], []).append(name)
     # A cache holds the features of the run that makes it: all that any row may ever ask for.
     blocks = {block for name in ROWS if not what_hinders(name, teacher) for block in parse_args(flags_of(name)).align}
     held_out = SyntheticClips(FRAMES, SIZE, HELD_OUT_SEED)
@@ -275,12 +279,13 @@ def main():
     found = {"command": f"python assets/findings.py --steps {args.steps}", "steps": args.steps,
              "torch": torch.__version__, "teacher_weights": teacher.weights_hash(), "left_out": left_out,
              "runs": f"{args.steps} steps of 4 clips of {FRAMES}x{SIZE}x{SIZE}, {len(clips)} held-out clips"}
-    held = recorded(out / "findings.json", found)
-    found["rows"] = {name: {"paper": ROWS[name], "seeds": held.get(name, {})}
+    held = recorded(out / "findings.json", found, args.identities)
+    found["rows"] = {name: {"paper": ROWS[name], "run": args.identities[name], "seeds": held.get(name, {})}
                      for name in ROWS if name in rows or name in held}
     for names in alike.values():
         seeds = {seed: run for name in names for seed, run in found["rows"][name]["seeds"].items()}
-        found["rows"] |= {name: {"paper": ROWS[name], "seeds": dict(seeds)} for name in names}
+        for name in names:
+            found["rows"][name]["seeds"] = dict(seeds)
     for seed in args.seeds:
         missing = [names for names in alike.values() if str(seed) not in found["rows"][names[0]]["seeds"]]
         if missing:

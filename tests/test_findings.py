@@ -16,10 +16,10 @@ def row(psnrs, paper):
 
 
 def test_rows_that_come_to_one_run_share_it():
-    same = {findings.same_run(name) for name in ("table1-decoupled", "table2-full", "table7-pointwise", "figure5-with")}
-    others = {findings.same_run(name) for name in findings.ROWS}
+    same = {findings.identity(name) for name in ("table1-decoupled", "table2-full", "table7-pointwise", "figure5-with")}
+    others = {findings.identity(name) for name in findings.ROWS}
     assert len(same) == 1 and len(others) > 27
-    assert findings.same_run("table5-k3") in same                   # the embedded student's own kernel
+    assert findings.identity("table5-k3") in same                   # the embedded student's own kernel
 
 
 def test_what_cannot_be_aligned_is_said():
@@ -56,11 +56,23 @@ def test_the_report_has_all_tables_and_the_paper_beside(tmp_path):
     assert (tmp_path / "findings.png").stat().st_size > 10_000
 
 
-def test_what_is_recorded_of_the_same_runs_is_kept(tmp_path):
+def test_only_what_the_same_run_gave_is_kept(tmp_path):
+    identities = {name: f"run of {name}" for name in findings.ROWS}
     found = {"command": "findings.py", "runs": "test", "steps": 400, "teacher_weights": "abc", "left_out": {},
-             "rows": {name: row((24.0, 24.1), paper) for name, paper in findings.ROWS.items()}}
-    assert findings.recorded(tmp_path / "findings.json", found) == {}
+             "rows": {name: row((24.0, 24.1), paper) | {"run": identities[name]}
+                      for name, paper in findings.ROWS.items()}}
+    assert findings.recorded(tmp_path / "findings.json", found, identities) == {}
     findings.write(found, tmp_path)
-    assert findings.recorded(tmp_path / "findings.json", found)["table5-k5"] == found["rows"]["table5-k5"]["seeds"]
+    kept = findings.recorded(tmp_path / "findings.json", found, identities)
+    assert kept == {name: found["rows"][name]["seeds"] for name in findings.ROWS}
+    kept = findings.recorded(tmp_path / "findings.json", found, identities | {"table5-k5": "another preset"})
+    assert "table5-k5" not in kept and "table5-k3" in kept
     for changed in ({"teacher_weights": "others"}, {"steps": 30}, {"runs": "longer clips"}):
-        assert findings.recorded(tmp_path / "findings.json", found | changed) == {}
+        assert findings.recorded(tmp_path / "findings.json", found | changed, identities) == {}
+
+
+def test_a_run_is_told_by_its_arguments_and_by_what_the_student_begins_with(monkeypatch):
+    before = findings.identity("table5-k5")
+    assert before == findings.identity("table5-k5") != findings.identity("table5-k7")
+    monkeypatch.setattr(findings.TurboVAED, "init_weights", lambda self: None)
+    assert findings.identity("table5-k5") != before
