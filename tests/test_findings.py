@@ -33,9 +33,11 @@ def test_what_cannot_be_aligned_is_said():
 @pytest.mark.parametrize("first, verdict", [((24.3, 24.2, 24.3), "agrees"), ((23.9, 23.8, 23.9), "DISAGREES"),
                                             ((24.5, 23.5, 24.1), "within the spread"), ((24.3,), "one pair")])
 def test_rows_are_compared_seed_by_seed(first, verdict):
-    rows = {"a": row(first, (28.0, None, None)), "b": row((24.1, 24.0, 24.1), (27.0, None, None))}
-    line = findings.against(rows, "a", "b")
+    rows = {"x-a": row(first, (28.0, None, None)), "x-b": row((24.1, 24.0, 24.1), (27.0, None, None)),
+            "y-c": row((20.0, 20.0, 20.0), (27.0, None, None))}
+    line = findings.against(rows, "x-a", "x-b")
     assert verdict in line and "paper +1.00 dB" in line
+    assert "paper" not in findings.against(rows, "x-a", "y-c")          # tables of the paper differ in their runs
 
 
 def test_how_much_sooner_a_row_is_where_another_ends():
