@@ -457,6 +457,7 @@ class TurboVAED(nn.Module):
         The convolutions that all goes through begin nearly pointwise: what they take of the neighbours is a tenth, and
         what they take of the place itself is scaled up to keep the variance. Outside the branches nothing carries x
         past a convolution, and a random one blurs it: after five of them, a start that takes hundreds of steps to undo.
+        (tiny, 400 steps of findings.py: 25.2 dB, 22.4 without; of AdamW alone 20.6, 18.6 without.)
 
         The last norm runs over few channels (4 in ltx, 8 in tiny) and would leave directions only, of which brightness
         takes the most: a quarter of them start constant, so that amplitude, and with it colour, comes through from the
