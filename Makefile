@@ -11,8 +11,8 @@ RUN = .venv/bin/python
 .PHONY: demo test test-slow test-rest gpu findings clean
 
 demo: .venv/ready
-	$(RUN) train.py --minutes 3 --steps 100000 --cache out/demo-cache --samples 256 --cache-crops 1 --out out/demo \
-		--overwrite
+	$(RUN) train.py --minutes 2.5 --steps 100000 --frames 8 --batch 2 --micro-batch 2 --muon-lr 0.01 \
+		--cache out/demo-cache --samples 256 --cache-crops 1 --out out/demo --overwrite
 	$(RUN) evaluate.py --clips 8 --student out/demo $(wildcard assets/tiny_student.safetensors) --out out/demo
 
 test: .venv/ready

@@ -61,7 +61,8 @@ WRITTEN = ("compare.png", "compare.mp4", "results.md", "results.json")
 # What goes with the modes that evaluate nothing, beside --device, --dtype and --threads.
 TAKES = {"reconstruct": "student teacher teacher_weights frames", "decode": "student teacher fps",
          "generate": "pipeline latents size frames seed"}
-WARM_UP, ROUNDS = 2, 7          # of the speed measurement
+WARM_UP, ROUNDS = 2, 7          # of the speed measurement, which where it is slow ends after FEWEST rounds
+FEWEST, ENOUGH = 3, 20          # rounds, seconds
 # name: (heading, decimals)
 METRICS = {"psnr": ("PSNR (dB)", 2), "ssim": ("SSIM", 4), "lpips": ("LPIPS", 4), "temporal": ("temporal error", 2),
            "grid": ("grid", 2), "fvd": ("rFVD", 2)}
@@ -247,12 +248,15 @@ def load_metrics(args, frames, device, without):
 def decode_speeds(decoders, latents):
     """Frames per second of each decoder, {name: function of latents}, all on the same latents.
 
-    The decoders take turns, so that whatever else the machine does slows all of them; medians over the rounds.
+    The decoders take turns, so that whatever else the machine does slows all of them; medians over ROUNDS rounds, or
+    FEWEST, if ENOUGH seconds have gone by then.
     """
     waits = {"cuda": lambda: torch.cuda.synchronize(latents.device), "mps": lambda: torch.mps.synchronize()}
     sync = waits.get(latents.device.type, lambda: None)
-    seconds, frames = {name: [] for name in decoders}, {}
+    seconds, frames, begun = {name: [] for name in decoders}, {}, time.perf_counter()
     for i in range(WARM_UP + ROUNDS):
+        if i >= WARM_UP + FEWEST and time.perf_counter() - begun > ENOUGH:
+            break
         for name, decode in decoders.items():
             sync()
             start = time.perf_counter()
