@@ -12,15 +12,14 @@ import pytest
 import torch
 
 import bench as module
+from conftest import run_script
 from model import CONFIGS, SHIPPED, TurboVAED
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
 def bench(out, *flags):
-    return subprocess.run([sys.executable, str(ROOT / "bench.py"), "--rounds", "2", "--device", "cpu",
-                           "--out", str(out), *flags],
-                          capture_output=True, text=True, timeout=200, cwd=out)
+    return run_script("bench", "--rounds", "2", "--device", "cpu", "--out", out, *flags, cwd=out)
 
 
 def test_student_against_teacher(tmp_path):

@@ -21,6 +21,7 @@ import torch
 
 import data
 import train
+from conftest import run_script
 from losses import Objective
 from model import SeparableConv3d, TurboVAED
 from train import best_step, converged, damping, parse_args
@@ -38,9 +39,12 @@ ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}
 TWO = ("-m", "torch.distributed.run", "--nproc_per_node=2", "--master-port=0", "--standalone")
 
 
-def run(*arguments, launcher=(), check=True, **options):
-    result = subprocess.run([sys.executable, *launcher, *arguments],
-                            capture_output=True, text=True, timeout=300, env=ONE_THREAD, **options)
+def run(script, *arguments, launcher=(), check=True, **options):
+    if launcher or options:
+        result = subprocess.run([sys.executable, *launcher, script, *arguments],
+                                capture_output=True, text=True, timeout=300, env=ONE_THREAD, **options)
+    else:
+        result = run_script(Path(script).stem, *arguments)
     assert not check or result.returncode == 0, result.stderr
     return result
 
@@ -508,7 +512,7 @@ def test_the_embedded_path_imports_no_diffusers(tmp_path):
     code = (f"import sys; sys.argv = {command(tmp_path, '--steps', 1)!r}; import runpy; "
             "runpy.run_path(sys.argv[0], run_name='__main__'); "
             "assert not {'diffusers', 'lpips', 'coremltools'} & set(sys.modules)")
-    run("-c", code)
+    run(code, launcher=("-c",))
 
 
 def test_muon_steps_along_all_directions_alike():
