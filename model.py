@@ -16,15 +16,18 @@ Turbo-VAED paper.
 
 import argparse
 import copy
+import hashlib
 import json
 import math
 import os
 import pickle
 import re
+import shutil
 import signal
 import sys
 import warnings
 from collections import Counter
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import product
@@ -1007,12 +1010,6 @@ def check_writable(folder):
         raise OSError(f"nothing can be written to {folder}: {place} is {what}")
 
 
-def out_of_memory(error):
-    """Whether an exception says so; on a CPU PyTorch has no class of its own for it."""
-    words = ("can't allocate memory", "not enough memory", "out of memory", "buffer size")
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(w in str(error).lower() for w in words)
-
-
 def find_checkpoint(path, config):
     """The file that `path` means: itself, the one in that folder, or the published one of that hub repository."""
     file = Path(path).expanduser()
@@ -1141,38 +1138,112 @@ def count_flops(config, latent_shape):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Command lines.
+# What the commands share.
 
-def number(kind=int, least=-math.inf, most=math.inf, above=-math.inf, below=math.inf):
-    """An argparse type: a finite `kind` (int or float) from `least` to `most`, above `above` and below `below`."""
-    words = {"at least": least, "at most": most, "above": above, "below": below}
-    bounds = [f"{word} {bound}" for word, bound in words.items() if math.isfinite(bound)]
-
+def number(kind=int, least=1, most=math.inf, above=-math.inf, below=math.inf):
+    """An argparse type: a finite `kind` (int or float) from `least` to `most`."""
     def convert(text):
         try:
             value = kind(text)
         except ValueError:
             value = math.nan
         if not (math.isfinite(value) and least <= value <= most and above < value < below):
-            whole = "whole " * (kind is int)
-            raise argparse.ArgumentTypeError(f"takes a {whole}number {' and '.join(bounds)}, not {text!r}")
+            words = f"from {least:g} to {most:g}" if math.isfinite(most) else f"from {least:g}"
+            raise argparse.ArgumentTypeError(f"takes a {'whole ' * (kind is int)}number {words}, not {text!r}")
         return value
-
     return convert
 
 
+def parse_size(text):
+    """An argparse type: pixels, "512" or "720x1280" (height x width) -> (height, width)."""
+    sides = re.fullmatch(r"([1-9][0-9]{0,4})(?:x([1-9][0-9]{0,4}))?", text)
+    if not sides:
+        raise argparse.ArgumentTypeError(f"takes HEIGHTxWIDTH in pixels, such as 512 or 720x1280, not {text!r}")
+    return int(sides[1]), int(sides[2] or sides[1])
+
+
 def find_device(name):
-    """The torch.device of that name; "cuda" is the process's own GPU under torchrun. Raises ValueError for one that
-    PyTorch does not see."""
-    gpus = [f"cuda:{n}" for n in range(torch.cuda.device_count())]
-    there = ["cpu", *["cuda"] * bool(gpus), *gpus, *["mps"] * torch.backends.mps.is_available()]
-    own = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else name
-    if name not in there or own not in there:
-        raise ValueError(f"--device {own if name in there else name}: PyTorch sees {', '.join(there)} here")
-    device = torch.device(own)
+    """The torch.device of that name; "cuda" is a process's own GPU under torchrun. RuntimeError if it is not there."""
+    device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else name)
+    torch.empty(0, device=device)
     if device.type == "cuda":
         torch.cuda.set_device(device)           # what PyTorch or a pipeline allocates without saying where
     return device
+
+
+def choose_student(path=None, config=None, say=print):
+    """(label, student) of a file, folder or hub id. None: the student trained last under out/, else the shipped one.
+
+    The label is the path as one types it from here, a run's folder for the student in it. metadata["teacher"] says
+    whose latents the student decodes.
+    """
+    if path is None:
+        path = max(Path("out").glob(f"[!.]*/{OWN_FILE}"), key=lambda file: file.stat().st_mtime, default=SHIPPED)
+        say(f"the student {path}" if path != SHIPPED else f"no student in out/: the shipped one, {path.name}")
+    student = TurboVAED.from_pretrained(path, config)
+    if "teacher" not in student.metadata:
+        student.metadata["teacher"] = next((n for n, c in CONFIGS.items() if c == student.config), "student")
+        say(f"{path} does not say which teacher it was made for: by its size, {student.metadata['teacher']}")
+    file = Path(path).absolute()
+    file = file.parent if file.name == OWN_FILE else file
+    label = os.path.relpath(file) if file.exists() and file.is_relative_to(Path.cwd()) else path
+    return str(label), student
+
+
+def weights_hash(module):
+    """The SHA-256 of the names and float32 values of a module's state dict, whatever file they came from."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        digest.update(name.encode() + tensor.detach().float().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+@contextmanager
+def atomically(path):
+    """Yields a temporary path beside `path` that is renamed to `path` when the block ends well, else removed: a crash
+    or a full disk leaves what was there. Makes the folder. A file or a package (a folder)."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.stem[:80]}.{os.getpid()}{path.suffix}")
+    try:
+        yield temporary
+        if path.is_dir():
+            shutil.rmtree(path)
+        os.replace(temporary, path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True) if temporary.is_dir() else temporary.unlink(missing_ok=True)
+
+
+def text_table(rows, left=("model",), markdown=False):
+    """Rows of cells as text; the first row holds the headings. Columns align to the right, those of `left` to the left.
+    """
+    if markdown:
+        return "\n".join("| " + " | ".join(row) + " |" for row in (rows[0], ["---"] * len(rows[0]), *rows[1:]))
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    lines = ["  ".join(cell.ljust(w) if heading in left else cell.rjust(w)
+                       for cell, w, heading in zip(row, widths, rows[0])).rstrip() for row in rows]
+    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
+
+
+def out_of_memory(error):
+    """Whether an exception says so; on a CPU PyTorch has no class of its own for it."""
+    words = ("can't allocate memory", "not enough memory", "out of memory", "buffer size")
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(w in str(error).lower() for w in words)
+
+
+def run_command(main, less):
+    """main(), with one line for what a user can mend; less: what needs less memory, said where it runs out. SIGTERM is
+    as Ctrl-C, so that what is half written is removed."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit("error: stopped")
+    except (OSError, ValueError, RuntimeError, KeyError, MemoryError, ImportError, pickle.UnpicklingError) as error:
+        if os.environ.get("TRACEBACK"):
+            raise
+        kind = "" if isinstance(error, (OSError, ValueError)) else f"{type(error).__name__}: "
+        sys.exit(f"error: out of memory: {less}" if out_of_memory(error) else f"error: {kind}{summary(error)}")
 
 
 def default_student(quiet=False):
@@ -1185,17 +1256,6 @@ def default_student(quiet=False):
     if not quiet:
         print(f"the student {file}" if file != SHIPPED else f"no student in out/: the shipped one, {file.name}")
     return file
-
-
-def text_table(rows, left=("model",), markdown=False):
-    """Lines of text from rows of cells, the first of which are headings; columns are aligned to the right, those of the
-    headings `left` to the left."""
-    if markdown:
-        return "\n".join("| " + " | ".join(row) + " |" for row in (rows[0], ["---"] * len(rows[0]), *rows[1:]))
-    widths = [max(map(len, column)) * (-1 if column[0] in left else 1) for column in zip(*rows)]
-    lines = ["  ".join(cell.ljust(-width) if width < 0 else cell.rjust(width)
-                       for cell, width in zip(row, widths)).rstrip() for row in rows]
-    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
 
 
 def replace_files(writes, errors=OSError):
@@ -1214,22 +1274,6 @@ def replace_files(writes, errors=OSError):
     finally:
         for partial_file in partial_files.values():
             partial_file.unlink(missing_ok=True)
-
-
-def run_command(main, less):
-    """main(), with one line for what a user can mend; less: what needs less memory, said where it runs out. SIGTERM is
-    as Ctrl-C, so that what is half written is removed."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        main()
-    except KeyboardInterrupt:
-        sys.exit("error: stopped")
-    except (RuntimeError, MemoryError) as error:
-        if not out_of_memory(error):
-            raise
-        sys.exit(f"error: out of memory: {less}")
-    except (ValueError, OSError) as error:      # wrong input; anything else is a bug and shows its trace
-        sys.exit(f"error: {(str(error).strip() or type(error).__name__).splitlines()[0]}")
 
 
 def main():
