@@ -29,7 +29,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from av.stream import Disposition
-from av.video.reformatter import Interpolation
+from av.video.reformatter import Interpolation, VideoReformatter
 from PIL import Image, ImageOps
 from safetensors import SafetensorError
 from safetensors.torch import load, save
@@ -57,9 +57,12 @@ def why(error):
 
 
 def open_video(path, **options):
-    """A context manager; metadata in unknown encodings is no reason to refuse a video, and a colon in its name makes no
-    address of it."""
-    return av.open(f"file:{path}", metadata_errors="ignore", options=options)
+    """A context manager. A colon in the name makes no address of it, and a title in an unknown encoding does no harm."""
+    address = f"file:{path}"
+    try:
+        return av.open(address, options=options)
+    except UnicodeDecodeError:                                  # PyAV 18; later ones take any title, and no such word
+        return av.open(address, options=options, metadata_errors="ignore")
 
 
 MATRICES = (1, 4, 5, 6, 7, 9)       # that swscale undoes
@@ -82,8 +85,9 @@ def picture(frame, **how):
     """
     matrix = None if frame.format.is_rgb else colours(frame)[0]
     matrix = 5 if matrix == 6 else matrix                                           # swscale's number of BT.601
-    image = frame.to_ndarray(format="rgb24", interpolation=EXACT, src_colorspace=matrix, **how)
-    return np.ascontiguousarray(np.rot90(image, round(frame.rotation / 90)))       # phones store the angle
+    # A frame's own `reformat` is one for the whole process: a forked loader would wait for the threads of its parent's.
+    rgb = VideoReformatter().reformat(frame, format="rgb24", interpolation=EXACT, src_colorspace=matrix, threads=1, **how)
+    return np.ascontiguousarray(np.rot90(rgb.to_ndarray(), round(frame.rotation / 90)))    # phones store the angle
 
 
 @lru_cache(maxsize=None)
@@ -194,7 +198,7 @@ def read_frames(path, start, frames, stride):
                 if not wait:
                     check_colours(path, frame)
                     check_fields(path, frame)
-                    yield picture(frame, threads=1)
+                    yield picture(frame)
                     left -= 1
                     if not left:
                         return

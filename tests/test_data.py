@@ -219,6 +219,30 @@ def test_ten_bits_odd_sizes_and_a_long_name(tmp_path):
         clips[3]
 
 
+def test_a_title_in_an_unknown_encoding_does_no_harm(tmp_path):
+    path = tmp_path / "v.mkv"
+    with av.open(str(path), "w") as container:
+        container.metadata["title"] = "ABCDEFGH"
+        stream = container.add_stream("ffv1", rate=25)
+        stream.width, stream.height, stream.pix_fmt, stream.metadata["title"] = 48, 32, "bgr0", "ABCDEFGH"
+        for image in greys(3):
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
+        container.mux(stream.encode())
+    path.write_bytes(path.read_bytes().replace(b"ABCDEFGH", b"caf\xe9 \xff\xfe!"))
+    assert numbers(VideoClips(path, 3, 16, train=False)[0]) == [0, 1, 2]
+
+
+def test_loaders_that_are_forked_from_a_process_that_holds_a_frame_end(tmp_path):
+    """PyAV converts all frames of a thread by one converter, whose threads no forked process has."""
+    path = write(tmp_path / "v.mkv", [np.zeros((720, 1280, 3), np.uint8)] * 4)
+    with data.open_video(path) as container:
+        frame = next(container.decode(video=0))
+    frame.to_ndarray(format="rgb24")
+    batches = DataLoader(VideoClips(path, 2, 16), batch_sampler=[[0], [1]], num_workers=2, timeout=60,
+                         multiprocessing_context="fork")
+    assert torch.cat(list(batches)).shape == (2, 3, 2, 16, 16)
+
+
 # ----------------------------------------------------------------------------------------------------------
 # bad files
 
