@@ -734,7 +734,7 @@ def name_packages(label, teacher, out):
     in_run = run.absolute().parent == Path("out").absolute()
     if in_run and path.is_dir() and not out:
         return path, teacher
-    name = path.stem if path.is_file() else path.name
+    name = path.name if path.is_dir() else path.stem
     folder = Path(out or (run if in_run else "out/export"))
     return folder, name if name.startswith(teacher) else f"{teacher}_{name}"
 

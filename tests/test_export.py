@@ -15,6 +15,7 @@ import export
 from model import CONFIGS, OWN_FILE, SHIPPED, UPSAMPLING, TurboVAED, weights_hash
 
 pytest.importorskip("coremltools")
+IMAGE = ["--size", "14x16", "--latent-frames", "1"]
 ROOT = Path(__file__).resolve().parent.parent
 # one name for each structure: presets that differ in more than widths and numbers of resnets
 STRUCTURES = list({replace(c, latent_channels=8, widths=(16,) * 5, resnets=(1,) * 5): name
@@ -65,6 +66,15 @@ def converted(monkeypatch):
         monkeypatch.setattr(export, "save", shutil.copytree)
         return calls
     return give
+
+
+@pytest.fixture
+def command(monkeypatch, tmp_path):
+    def run(*flags):
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(sys, "argv", ["export.py", *flags])
+        export.main()
+    return run
 
 
 def copy_of(package, path, change=lambda operations, weights: None):
@@ -225,9 +235,11 @@ def test_the_smallest_video_of_the_shipped_student(tiny, tmp_path):
     assert tuple(export.read(path)[0].outputs[0].shape) == (4, 3, 8, 8)
 
 
-def test_palettised_weights(tiny, image, tmp_path):
+def test_palettised_weights(image, tmp_path, command):
     """Fewer bits are a smaller file and a coarser video, and the package is still proven to the last bit of fp16."""
-    fp16, path = report(image), export.export(tiny, (14, 16), 1, tmp_path / "tiny.mlpackage", bits=4)
+    command("--student", str(SHIPPED), *IMAGE, "--bits", "4", "--out", ".")
+    fp16, path = report(image), tmp_path / "tiny_student_4x14x16_engine_4bit.mlpackage"
+    assert export.read(path)[1]["bits"] == "4"
     r, proof = saved(path), saved(path)["proof"]
     assert proof["float32"]["worst_error"] < 1e-4 and proof["fp16"]["worst_error"] < 0.01
     assert 22 < proof["palettised"]["psnr"] < 40
@@ -375,18 +387,6 @@ def test_core_mls_own_prediction_is_compared_on_a_mac(tiny, image, monkeypatch):
 # ---------------------------------------------------------------------------------------------------------------------
 # the command line
 
-@pytest.fixture
-def command(monkeypatch, tmp_path):
-    def run(*flags):
-        monkeypatch.chdir(tmp_path)
-        monkeypatch.setattr(sys, "argv", ["export.py", *flags])
-        export.main()
-    return run
-
-
-IMAGE = ["--size", "14x16", "--latent-frames", "1"]
-
-
 def test_the_newest_student_is_exported_proven_and_verified(tiny, image, tmp_path, command, converted, capsys):
     tiny.save_pretrained(tmp_path / "out/run", {"teacher": "tiny"})
     calls = converted(image)
@@ -465,9 +465,8 @@ def test_a_full_disk_is_said_and_leaves_nothing(tmp_path, command):
 
 
 def test_random_weights_say_so(tmp_path, command, capsys):
-    command("--config", "tiny", "--random", *IMAGE, "--bits", "8", "--out", ".")
-    _, metadata = export.read(tmp_path / "tiny_random_4x14x16_engine_8bit.mlpackage")
-    assert "speed only" in metadata["note"] and metadata["bits"] == "8"
+    command("--config", "tiny", "--random", *IMAGE, "--out", ".")
+    assert "speed only" in export.read(tmp_path / "tiny_random_4x14x16_engine.mlpackage")[1]["note"]
     said = capsys.readouterr().out
     assert "rounded to fp16: worst error" in said and "kept off the Neural Engine: none" in said
 
