@@ -320,7 +320,7 @@ def export(model, size=(512, 512), latent_frames=None, path="student.mlpackage",
     path = Path(path)
     with atomically(path.with_suffix(".json")) as file, atomically(path) as package:
         save(convert(model, size, latent_frames, bits, note), package)
-        write_report(file, package, model, whole)
+        file.write_text(prove_and_report(package, model, whole))
         path.with_suffix(".json").unlink(missing_ok=True)       # it speaks of the old package
     return path
 
@@ -664,15 +664,15 @@ def report(function):
             "off_engine_kinds": off_engine}
 
 
-def write_report(file, path, student, whole):
-    """Write the report of the package at `path`, with its proof, to a JSON file. Raises as `prove` does."""
+def prove_and_report(path, student, whole):
+    """The report of the package at `path`, with its proof, as JSON. Raises as `prove` does."""
     proof, size = prove(path, student, whole), sum(p.stat().st_size for p in Path(path).rglob("*") if p.is_file())
-    full = {**report(read(path)[0]), "package_bytes": size, "proof": proof}
-    file.write_text(json.dumps(full, indent=1) + "\n")
+    return json.dumps({**report(read(path)[0]), "package_bytes": size, "proof": proof}, indent=1) + "\n"
 
 
-def text_of(r):
-    """The report as lines of text."""
+def text_of(text):
+    """A report, as JSON, as lines of text."""
+    r = json.loads(text)
     count = lambda kinds: ", ".join(f"{n} {kind}" for kind, n in kinds.items())
     off_engine = "; ".join(f"{count(kinds)} ({reason})" for reason, kinds in r["off_engine_kinds"].items())
     proof = r["proof"]
@@ -748,10 +748,10 @@ def main():
         label, student = choose_student(args.student, args.config)
         folder, name = name_packages(label, student.metadata["teacher"], args.out)
     if args.verify:
+        text = prove_and_report(args.verify, student, args.whole)
         with atomically(Path(args.verify).with_suffix(".json")) as file:
-            write_report(file, args.verify, student, args.whole)
-            print(text_of(json.loads(file.read_text())))
-        return
+            file.write_text(text)
+        return print(text_of(text))
     check_writable(folder)
     paths = {}
     for size in args.size or [(512, 512), (720, 1280)]:
@@ -765,7 +765,7 @@ def main():
         print(path, flush=True)
         started, note = time.perf_counter(), "Random weights: for speed only." if args.random else ""
         export(student, size, args.latent_frames, path, args.bits, args.whole, note)
-        print(text_of(json.loads(path.with_suffix(".json").read_text())))
+        print(text_of(path.with_suffix(".json").read_text()))
         print(f"exported and proven in {time.perf_counter() - started:.0f} s\n", flush=True)
 
 

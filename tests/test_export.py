@@ -181,7 +181,7 @@ def test_what_keeps_off_the_engine_is_found(image, tmp_path):
                      "factor other than 2, 3, 4, 8": {"pixel_shuffle": 1},
                      "height or width above 16384, channels or frames above 65536": {"conv": 1}}
     assert r["off_engine"] == 10
-    assert "1 pixel_shuffle (factor other than 2, 3, 4, 8)" in export.text_of({**saved(image), **r})
+    assert "1 pixel_shuffle (factor other than 2, 3, 4, 8)" in export.text_of(json.dumps({**saved(image), **r}))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -477,15 +477,16 @@ def test_random_weights_say_so(tmp_path, command, capsys):
     (["--latent-frames", "0"], "from 1"), (["--graph", "engine"], "unrecognized arguments"),
     (["--student", "nowhere"], "no such file or folder"),
     (["--config", "tiny", "--random", "--out", "/dev/null/x"], "/dev/null"),
-    (["--verify", "nowhere.mlpackage"], "no such Core ML package"),
+    (["--verify", "nowhere/x.mlpackage"], "no such Core ML package"),
     *((["--verify", "nowhere.mlpackage", *flag.split()], "takes the package as it is")
       for flag in ("--bits 4", "--size 512", "--latent-frames 1", "--out x")),
 ])
-def test_wrong_input_says_what_is_wrong_at_once(command, capsys, monkeypatch, flags, message):
+def test_wrong_input_says_what_is_wrong_at_once(command, capsys, tmp_path, monkeypatch, flags, message):
     monkeypatch.setattr(export, "export", None)
     with pytest.raises((ValueError, OSError, SystemExit)) as error:
         command(*flags)
     assert message in (capsys.readouterr().err.splitlines() or [str(error.value)])[-1]
+    assert not list(tmp_path.iterdir())
 
 
 def test_without_coremltools_one_line_says_what_to_do(tiny, tmp_path, monkeypatch):
