@@ -211,8 +211,10 @@ def rescale(twin):
 def phone_twin(student, size=None):
     """A copy of the student on the CPU, in float32, that takes latents (t, C, h, w) to the same video (T, 3, H, W).
 
-    size: the (height, width) that it crops the video to.
+    size: the (height, width) that it crops the video to. Raises ValueError for a subclass of TurboVAED.
     """
+    if type(student) is not TurboVAED:
+        raise ValueError(f"{type(student).__name__} has layers of its own, for which there is no twin")
     twin = copy.deepcopy(student).float().cpu().eval()
     for resnet in (module for module in twin.modules() if hasattr(module, "conv_shortcut")):
         conv = resnet.conv_shortcut.conv        # takes the affine part of its LayerNorm

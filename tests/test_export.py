@@ -115,6 +115,11 @@ def test_the_twin_computes_the_same_video(name, upsampling):
         assert error.abs().max() < 2e-5
 
 
+def test_a_student_with_other_layers_is_refused():
+    with pytest.raises(ValueError, match="Other has layers of its own"):
+        export.phone_twin(type("Other", (TurboVAED,), {})(CONFIGS["tiny"]))
+
+
 def test_ltx_at_full_size_keeps_within_its_operations(tmp_path):
     """A graph of 3D convolutions has 221, moves 4.56 GB and keeps 19 + 17 + 17 frames of up3 alive: hardly more, and no
     more, do here."""
@@ -136,9 +141,6 @@ def test_the_shipped_student_keeps_within_its_operations(package):
     assert r["peak_activation_bytes"] == 2 * 16 * 32 * 40 * (8 + 8 + 1)
     assert r["bytes_moved"] < 30e6
 
-
-# ---------------------------------------------------------------------------------------------------------------------
-# what keeps an operation off the Neural Engine
 
 def test_a_large_video_of_many_channels_stays_on_the_engine(tmp_path):
     """At the larger of the default sizes, by the structure with the most channels at full size. Narrow and with few
