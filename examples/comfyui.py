@@ -17,7 +17,9 @@ import comfy.utils
 import folder_paths
 import torch
 
-from .model import WORK, TurboVAED
+from .model import TurboVAED
+
+WORK = 26       # memory that decoding takes, in outputs of the largest layer for one latent frame: measured on CPUs
 
 
 class LoadTurboVAED:
@@ -51,7 +53,7 @@ class TurboVAEDDecode:
         latents = samples["samples"]
         latents = latents.unbind()[0] if getattr(latents, "is_nested", False) else latents      # LTX-2: and sound
         latents = latents if latents.ndim == 5 else latents.unsqueeze(2)
-        student.check(latents)
+        student.check(latents.to(next(student.parameters()).dtype))
         if student.config.compression == (8, 32, 32):
             if not hasattr(getattr(vae, "first_stage_model", None), "per_channel_statistics"):
                 raise ValueError("LTX latents are normalised in ComfyUI: connect the VAE, which knows by what")
@@ -61,7 +63,7 @@ class TurboVAEDDecode:
         images = torch.empty(B, student.config.frames(t), d_h * h, d_w * w, 3)
         progress = comfy.utils.ProgressBar(B * t)
         weights, device = next(student.parameters()), memory.get_torch_device()
-        work = WORK * weights.element_size() * student.largest(1, 2, h, w)
+        work = WORK * weights.element_size() * student.largest(1, h, w)
         memory.free_memory(work + sum(p.nbytes for p in student.parameters()), device)
         student.to(device)
         try:
