@@ -31,7 +31,7 @@ class LoadTurboVAED:
 
     def load(self, file):
         """The student, in the precision that ComfyUI takes for VAEs on its device, waiting beside it."""
-        device = memory.get_torch_device()
+        device = memory.vae_device()
         dtype = memory.vae_dtype(device, [torch.float16, torch.float32])
         student = TurboVAED.from_pretrained(folder_paths.get_full_path("vae", file)).to(device)
         return (student.optimize_for_inference(dtype, compile=False).to(memory.vae_offload_device()),)
@@ -62,7 +62,7 @@ class TurboVAEDDecode:
         _, d_h, d_w = student.config.compression
         images = torch.empty(B, student.config.frames(t), d_h * h, d_w * w, 3)
         progress = comfy.utils.ProgressBar(B * t)
-        weights, device = next(student.parameters()), memory.get_torch_device()
+        weights, device = next(student.parameters()), memory.vae_device()
         work = WORK * weights.element_size() * student.largest(1, h, w)
         memory.free_memory(work + sum(p.nbytes for p in student.parameters()), device)
         student.to(device)

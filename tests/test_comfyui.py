@@ -20,7 +20,7 @@ def nodes(tmp_path, monkeypatch):
     asked = []
     parts = {name: ModuleType(name) for name in ("comfy", "comfy.model_management", "comfy.utils", "folder_paths")}
     memory, utils, paths = parts["comfy.model_management"], parts["comfy.utils"], parts["folder_paths"]
-    memory.get_torch_device = memory.vae_offload_device = lambda: torch.device("cpu")
+    memory.vae_device = memory.vae_offload_device = lambda: torch.device("cpu")
     memory.vae_dtype = lambda device, allowed: torch.float32
     memory.free_memory = lambda size, device: asked.append(("free", size))
     memory.throw_exception_if_processing_interrupted = lambda: asked.append(("go on?",))
@@ -126,7 +126,7 @@ def test_a_stop_leaves_the_student_off_the_gpu(nodes, monkeypatch):
     student, moves = student_of("wan21"), []
     monkeypatch.setattr(type(student), "to", lambda self, *where: moves.append(where) or self)
     memory = sys.modules["comfy.model_management"]
-    memory.get_torch_device, memory.vae_offload_device = lambda: "cpu", lambda: "meta"
+    memory.vae_device, memory.vae_offload_device = lambda: "cpu", lambda: "meta"
     memory.throw_exception_if_processing_interrupted = lambda: (_ for _ in ()).throw(KeyboardInterrupt)
     with pytest.raises(KeyboardInterrupt):
         nodes.TurboVAEDDecode().decode({"samples": torch.randn(1, 4, 2, 1, 1)}, student)
