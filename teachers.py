@@ -8,16 +8,12 @@
     video = teacher.decode(latents)
     features = teacher.features(latents, ("mid", "up0", "up1"))
 
-Latents are exactly what the teacher's encoder gives: no scaling factor is applied, so they are what a
-diffusers pipeline hands to `vae.decode`.
+Latents are exactly what the encoder gives: what a diffusers pipeline hands to `vae.decode`, with no scaling factor.
+Clips are taken whole, without tiles, but for dc's above 32 frames, which its release takes in tiles too.
 
 `python teachers.py` prints the table: parameters, compression, clips, blocks and their shapes, licences.
-
-Training and evaluation use whole clips: tiling is off, but for dc's temporal tiles above 32 frames, which its release
-decodes that way too.
 """
 import argparse
-import hashlib
 import re
 import sys
 from dataclasses import dataclass
@@ -87,8 +83,8 @@ class ResBlock(nn.Module):
 
 
 class LinearAttention(nn.Module):
-    """ReLU linear attention over all positions, at two scales: one set of heads sees q, k, v as projected, a
-    second set sees them averaged by a depthwise 5x5x5 convolution. Runs in float32 at least."""
+    """ReLU linear attention over all positions, in float32 at least. One set of heads sees q, k, v as projected, a
+    second set sees them averaged by a depthwise 5x5x5 convolution."""
 
     def __init__(self, channels, head=32):
         super().__init__()
@@ -211,6 +207,14 @@ class Encoder(nn.Module):
         return self.project_out["main"](x) + average_channels(x, self.config.latent_channels)
 
 
+def run_blocks(x, blocks, *args, **kwargs):
+    """Yields ("mid", x), then the name and the output of each block, which is computed when it is asked for."""
+    yield "mid", x
+    for i, block in enumerate(blocks):
+        x = block(x, *args, **kwargs)
+        yield f"up{i}", x
+
+
 class Decoder(nn.Module):
     def __init__(self, config):
         super().__init__()
@@ -224,13 +228,9 @@ class Decoder(nn.Module):
         self.project_out = Stage([RMSNorm(widths[0]), nn.ReLU(), Conv(widths[0], 3 * config.patch ** 2)])
 
     def blocks(self, latents):
-        """Yields (name, features) from the latents up: "mid" is project_in, "up0" the last stage, "up1" the one
-        before it ...; computes a block only when it is asked for."""
+        """(name, features) from the latents up: "mid" is project_in, "up0" the last stage, "up1" the one before ..."""
         x = self.project_in["main"](latents) + latents.repeat_interleave(self.config.widths[-1] // latents.shape[1], 1)
-        yield "mid", x
-        for i, stage in enumerate(reversed(self.stages)):
-            x = stage(x)
-            yield f"up{i}", x
+        return run_blocks(x, reversed(self.stages))
 
     def forward(self, latents):
         for _, x in self.blocks(latents):
@@ -254,73 +254,17 @@ TINY = VideoDCAEConfig(latent_channels=32, widths=(48, 96, 128), encoder_depths=
 
 
 # ----------------------------------------------------------------------------------------------------------
-# a decoder's convolutions, rewritten for a student to begin with
-
-def read_conv(conv, causal=False, gain=None):
-    """A convolution's (weight (C_out, C_in, k_t, k_h, k_w), bias), float32, on the CPU. A causal one gets taps of zero
-    ahead, so that the middle one is the present frame. gain: what the norm before it multiplies each channel by, folded
-    in, which is exact where a ReLU stands between and near where a SiLU does."""
-    conv = getattr(conv, "conv", conv)
-    weight = conv.weight.float().cpu()
-    weight = weight if weight.ndim == 5 else weight[:, :, None]
-    if causal:
-        weight = F.pad(weight, (0, 0, 0, 0, 0, weight.shape[2] - 1))
-    if gain is not None:
-        weight = weight * gain.float().cpu().view(-1, 1, 1, 1)
-    return weight, torch.zeros(len(weight)) if conv.bias is None else conv.bias.float().cpu()
-
-
-def read_resnet(block, causal):
-    """A resnet as {name of the student's layer: (weight, bias)}."""
-    parts = {"conv1": read_conv(block.conv1, causal, gain_of(block.norm1)),
-             "conv2": read_conv(block.conv2, causal, gain_of(block.norm2))}
-    if isinstance(getattr(block, "norm3", None), nn.LayerNorm):
-        parts["norm3"] = block.norm3.weight.float().cpu(), block.norm3.bias.float().cpu()
-    shortcut = getattr(block, "conv_shortcut", None)
-    if getattr(getattr(shortcut, "conv", shortcut), "weight", None) is not None:
-        parts["conv_shortcut"] = read_conv(shortcut)
-    return parts
-
-
-def gain_of(norm):
-    """What a norm multiplies each channel by, or None. CogVideoX's depends on the latents: what it is at zero."""
-    if hasattr(norm, "norm_layer"):
-        return norm.norm_layer.weight * norm.conv_y.conv.bias
-    return norm.gamma.flatten() if hasattr(norm, "gamma") else getattr(norm, "weight", None)
-
-
-def polyphase(weight, bias, factors):
-    """Nearest-neighbour upsampling by (time, space) and then a convolution, as one convolution before a shuffle:
-    (C, C_in, k_t, k_h, k_w) -> (C, r_t, r_s, r_s, C_in, k_t, k_h, k_w). Exact but at edges that are not padded by 0."""
-    folds = []
-    for r, k in zip((factors[0], factors[1], factors[1]), weight.shape[2:]):
-        fold = torch.zeros(r, k, k)                 # (phase, tap before the upsampling, tap after it)
-        for phase in range(r):
-            for tap in range(k):
-                fold[phase, (phase + tap - k // 2) // r + k // 2, tap] = 1
-        folds.append(fold)
-    weight = torch.einsum("oithw,pat,qbh,rcw->opqriabc", weight, *folds)
-    return weight, bias.view(-1, 1, 1, 1).expand(weight.shape[:4])
-
-
-def add_shortcut(weight, source):
-    """To a convolution before a shuffle, (C, r_t, r_s, r_s, C_in, k_t, k_h, k_w), adds a shortcut that copies channels:
-    source(c, p) is the input channel that pixel p of output channel c comes from."""
-    flat = weight.flatten(1, 3).clone()
-    c, p = torch.arange(flat.shape[0])[:, None], torch.arange(flat.shape[1])
-    flat[(c, p, source(c, p), *(k // 2 for k in flat.shape[3:]))] += 1
-    return flat.view_as(weight)
-
-
-# ----------------------------------------------------------------------------------------------------------
 # the interface
 
 class Teacher(nn.Module):
     """A frozen video VAE.
 
-    `name`, `latent_channels`, `compression` = (d_t, d_h, d_w), and `images`: whether a clip has d_t k + 1
-    frames, so that a single frame is a clip (else d_t k). A kind of teacher adds `posterior`, `decode` and
-    `blocks`, which yields (name, features) of the decoder from the latents up.
+    `name`, `latent_channels`, `compression` = (d_t, d_h, d_w), and `images`: whether a clip has d_t k + 1 frames, so
+    that a single frame is a clip (else d_t k). A kind of teacher adds
+        posterior(video)    (B, 3, T, H, W) in [-1, 1] -> mean and log-variance, each (B, C, t, h, w); None for the
+                            latter if the encoder is deterministic. ValueError for a clip that does not fit.
+        decode(latents)     (B, C, t, h, w) -> video (B, 3, T, H, W), not clamped
+        blocks(latents)     yields (name, features) of the decoder from the latents up
     """
 
     def __init__(self, name, vae, latent_channels, compression, images):
@@ -329,20 +273,10 @@ class Teacher(nn.Module):
         self.latent_channels, self.compression = latent_channels, compression
         self.frame_step = compression[0]            # a clip's frames are k of these, or k and one
         self.smallest = 1                           # height and width of the latents at least
-        self.hash_before_cast = None
 
     @property
     def dtype(self):
         return next(self.parameters()).dtype
-
-    def weights_hash(self):
-        """The first 16 digits of the SHA-256 of names and values in float32, to tell whose latents a file holds."""
-        if self.hash_before_cast:
-            return self.hash_before_cast
-        digest = hashlib.sha256()
-        for name, tensor in sorted(self.vae.state_dict().items()):
-            digest.update(name.encode() + tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-        return digest.hexdigest()[:16]
 
     def check_clip(self, frames, height, width):
         """Raises ValueError, naming the nearest sizes that fit, unless the clip is one this teacher can encode."""
@@ -356,36 +290,14 @@ class Teacher(nn.Module):
                 raise ValueError(f"the {self.name} teacher cannot take {what} = {value}: it needs {step}k"
                                  f"{' + 1' if extra else ''}, for example {' or '.join(nearest)}")
 
-    def posterior(self, video):
-        """(B, 3, T, H, W) in [-1, 1] -> mean and log-variance, each (B, C, t, h, w); the log-variance is None
-        for a deterministic encoder. Raises ValueError for a clip that does not fit (see `check_clip`)."""
-        raise NotImplementedError
-
     def encode(self, video, sample=True, generator=None):
         """(B, 3, T, H, W) in [-1, 1] -> latents (B, C, t, h, w): a sample of the posterior, or its mean.
-        `generator`: a torch.Generator, or a list of one for each clip, so that a clip's sample does not depend
-        on which others share its batch."""
+        generator: a torch.Generator for the sample's noise, on its own device."""
         mean, logvar = self.posterior(video)
         if logvar is None or not sample:
             return mean
-        if isinstance(generator, (list, tuple)) and len(generator) != len(mean):
-            raise ValueError(f"{len(generator)} generators for {len(mean)} clips")
-        draw = lambda shape, g: torch.randn(shape, generator=g, device=g.device if g else mean.device,
-                                            dtype=torch.float32)
-        noise = torch.cat([draw((1, *mean.shape[1:]), g) for g in generator]) if isinstance(generator, (list, tuple)) \
-            else draw(mean.shape, generator)
+        noise = torch.randn(mean.shape, generator=generator, device=generator.device if generator else mean.device)
         return mean + (0.5 * logvar).exp() * noise.to(mean)
-
-    def decode(self, latents):
-        """(B, C, t, h, w) -> video (B, 3, T, H, W), not clamped."""
-        raise NotImplementedError
-
-    def layers(self):
-        """The decoder's convolutions as a student has them, in order, without attention and the last layers:
-        ("conv", {"conv": (weight, bias)}), (C, C_in, k_t, k_h, k_w) and (C,); ("resnet", {"conv1": ..., "conv2": ...,
-        and where it changes the width "conv_shortcut": ..., in ltx's "norm3": two of (C,)}); and ("up", {"conv": ...})
-        before a pixel shuffle, (C, r_t, r_s, r_s, C_in, k_t, k_h, k_w) and (C, r_t, r_s, r_s). Float32, on the CPU."""
-        raise NotImplementedError
 
     def features(self, latents, blocks=("mid", "up0", "up1")):
         """Outputs of the decoder's named blocks, {name: (B, C, T, H, W)}. Runs no block deeper than the last one
@@ -404,10 +316,7 @@ class Teacher(nn.Module):
 
 
 def temporal_tiles(run, x, tile, out_tile, overlap=0.25):
-    """run(x) for x (B, C, T, H, W), in tiles of `tile` frames, each of which gives `out_tile` frames.
-
-    What the tiles give is blended where they overlap.
-    """
+    """run(x) for x (B, C, T, H, W), in tiles of `tile` frames that give `out_tile` each, blended where they overlap."""
     if x.shape[2] <= tile:
         return run(x)
     keep, pieces = out_tile - int(out_tile * overlap), []
@@ -424,10 +333,9 @@ def temporal_tiles(run, x, tile, out_tile, overlap=0.25):
 class DCAETeacher(Teacher):
     """Video DC-AE, released (`dc`) or reduced (`tiny`).
 
-    mid, up0, up1, ... = project_in, the last stage, the one before it, ... Clips of more than 32 frames are encoded and
-    decoded by dc in overlapping temporal tiles, as in Open-Sora 2.0's configuration (tiles of 32, overlap 0.25), since
-    its attention is over whole clips; tiny, which has none, takes them whole. Latents are the encoder's; Open-Sora's
-    own are these divided by 0.493.
+    dc encodes and decodes clips of more than 32 frames in temporal tiles, as Open-Sora 2.0's configuration says (tiles
+    of 32, overlap 0.25): its attention is over whole clips. tiny has none and takes them whole. Latents are the
+    encoder's; Open-Sora's own are these divided by 0.493.
     """
 
     def __init__(self, name, config):
@@ -444,24 +352,9 @@ class DCAETeacher(Teacher):
     def blocks(self, latents):
         return self.vae.decoder.blocks(latents)
 
-    def layers(self):
-        """Its own blocks are none of the student's: attention, and resnets with the norm at their end."""
-        decoder = self.vae.decoder
-        weight, bias = read_conv(decoder.project_in["main"])
-        repeats = weight.shape[0] // weight.shape[1]
-        weight = add_shortcut(weight[:, None, None, None], lambda c, p: c // repeats)[:, 0, 0, 0]
-        yield "conv", {"conv": (weight, bias)}
-        for up in (stage.op_list[0] for stage in reversed(decoder.stages)):
-            if isinstance(up, Upsample):
-                weight, bias = polyphase(*read_conv(up.main["conv"]), up.stride)
-                pixels = bias[0].numel()
-                yield "up", {"conv": (add_shortcut(weight, lambda c, p: (c * pixels + p) // up.repeats), bias)}
-
 
 class DiffusersTeacher(Teacher):
-    """A video VAE of diffusers: `posterior` and `decode` are its own encode and decode, untiled; subclasses add
-    `blocks` and `upsampler`, which gives one as `layers` does."""
-    causal = True               # its convolutions see the past only
+    """A video VAE of diffusers: `posterior` and `decode` are its own, untiled; subclasses add `blocks`."""
 
     def __init__(self, name, vae):
         config = vae.config
@@ -481,31 +374,11 @@ class DiffusersTeacher(Teacher):
     def decode(self, latents):
         return self.vae.decode(latents.to(self.dtype), return_dict=False)[0]
 
-    def first(self):
-        """The convolution that the latents come to, with the 1x1x1 one before it where there is one."""
-        weight, bias = read_conv(self.vae.decoder.conv_in, self.causal)
-        if getattr(self.vae, "post_quant_conv", None) is not None:
-            before, offset = read_conv(self.vae.post_quant_conv)
-            bias = bias + weight.sum((2, 3, 4)) @ offset
-            weight = torch.einsum("oi...,ij->oj...", weight, before.flatten(1))
-        return weight, bias
-
-    def layers(self):
-        yield "conv", {"conv": self.first()}
-        for block in (self.vae.decoder.mid_block, *self.vae.decoder.up_blocks):
-            if getattr(block, "conv_in", None) is not None:                             # ltx's go on to upsample,
-                yield "resnet", read_resnet(block.conv_in, self.causal)
-            resnets = [("resnet", read_resnet(resnet, self.causal)) for resnet in block.resnets]
-            ups = getattr(block, "upsamplers", None) or [getattr(block, "upsampler", None)]
-            ups = [("up", {"conv": self.upsampler(up, block)}) for up in ups if up is not None]
-            yield from [*ups, *resnets] if hasattr(block, "conv_in") else [*resnets, *ups]    # the others end with that
-
 
 class LTXTeacher(DiffusersTeacher):
     """LTX-VAE, LTX-2's and LTX-2.3's, AutoencoderKLLTXVideo and AutoencoderKLLTX2Video. Releases 0.9.1 to 0.9.8 are
     conditioned on the timestep: they decode at 0.05, as their model cards have it, always with the same noise."""
     timestep = 0.05
-    causal = False
 
     def __init__(self, name, vae):
         super().__init__(name, vae)
@@ -534,17 +407,7 @@ class LTXTeacher(DiffusersTeacher):
             temb = self.conditioning(latents)
             temb = temb if temb is None else temb * decoder.timestep_scale_multiplier
             x = decoder.mid_block(decoder.conv_in(latents, **causal), temb, **causal)
-            yield "mid", x
-            for i, block in enumerate(decoder.up_blocks):
-                x = block(x, temb, **causal)
-                yield f"up{i}", x
-
-    def upsampler(self, up, block):
-        weight, bias = (x.unflatten(0, (-1, *up.stride)) for x in read_conv(up.conv))
-        pixels, width = bias[0].numel(), weight.shape[4]
-        if up.residual:
-            weight = add_shortcut(weight, lambda c, p: (c * pixels + p) % width)
-        return weight, bias
+            yield from run_blocks(x, decoder.up_blocks, temb, **causal)
 
 
 class HunyuanTeacher(DiffusersTeacher):
@@ -553,13 +416,7 @@ class HunyuanTeacher(DiffusersTeacher):
     def blocks(self, latents):
         decoder = self.vae.decoder
         x = decoder.mid_block(decoder.conv_in(self.vae.post_quant_conv(latents)))
-        yield "mid", x
-        for i, block in enumerate(decoder.up_blocks):
-            x = block(x)
-            yield f"up{i}", x
-
-    def upsampler(self, up, block):
-        return polyphase(*read_conv(up.conv, self.causal), up.upsample_factor[:2])
+        return run_blocks(x, decoder.up_blocks)
 
 
 class Hunyuan15Teacher(DiffusersTeacher):
@@ -574,30 +431,15 @@ class Hunyuan15Teacher(DiffusersTeacher):
         decoder = self.vae.decoder
         x = decoder.conv_in(latents) + latents.repeat_interleave(decoder.repeat, 1)
         x = torch.cat([decoder.mid_block(clip) for clip in x.split(1)])
-        yield "mid", x
-        for i, block in enumerate(decoder.up_blocks):
-            x = block(x)
-            yield f"up{i}", x
-
-    def first(self):
-        weight, bias = super().first()
-        repeat = self.vae.decoder.repeat
-        return add_shortcut(weight[:, None, None, None], lambda c, p: c // repeat)[:, 0, 0, 0], bias
-
-    def upsampler(self, up, block):
-        r_t = 2 if up.add_temporal_upsample else 1
-        weight, bias = (x.unflatten(0, (r_t, 2, 2, -1)).movedim(3, 0) for x in read_conv(up.conv, self.causal))
-        width = weight.shape[4] // (4 * r_t)
-        return add_shortcut(weight, lambda c, p: p * width + c // up.repeats), bias
+        return run_blocks(x, decoder.up_blocks)
 
 
 class CogTeacher(DiffusersTeacher):
     """CogVideoX's VAE, AutoencoderKLCogVideoX.
 
-    It decodes latents in chunks: the first of 3 or 2 frames, the others of 2. Each block has a cache of what its last
-    chunk left. Group norms see one chunk at a time, so the chunks are kept here. One block runs over all chunks before
-    the next block starts: the caches are the blocks' own, so the numbers are those of the other order. Two latent
-    frames that start a clip decode to 8 frames, not 5, so clips have 8k + 1 frames.
+    It decodes latents in chunks, the first of 3 or 2 frames, the others of 2, and group norms see one chunk at a time.
+    Here a block runs over all chunks before the next one starts. Each block has a cache of its own, so the numbers are
+    those of the other order. Two latent frames that start a clip decode to 8 frames, so clips have 8k + 1 frames.
     """
 
     def __init__(self, name, vae):
@@ -623,15 +465,12 @@ class CogTeacher(DiffusersTeacher):
             x = over_chunks(block, [(chunk, None, latent) for chunk, latent in zip(x, z)])
             yield f"up{i - 1}" if i else "mid", torch.cat(x, 2)
 
-    def upsampler(self, up, block):
-        return polyphase(*read_conv(up), (1 + up.compress_time, 2))
-
 
 class WanTeacher(DiffusersTeacher):
     """Wan 2.1's and 2.2's VAEs, AutoencoderKLWan.
 
-    It decodes one latent frame at a time, with a cache for each convolution. As for CogVideoX, one block runs over all
-    frames before the next starts. Its decode clamps to [-1, 1].
+    It decodes one latent frame at a time, with a cache for each convolution; here, too, one block runs over all frames
+    before the next starts. Its decode clamps to [-1, 1].
     """
     asks_for_first = True       # its up blocks want to be told of the first frame
 
@@ -644,26 +483,13 @@ class WanTeacher(DiffusersTeacher):
             seen = frame if seen is None else torch.cat([seen[:, :, -1:], frame], 2)
 
         def over_frames(block, up):
-            cache = [None] * self.vae._cached_conv_counts["decoder"]      # more than one block needs
+            cache = [None] * len(list(block.modules()))                  # one for each convolution, and more
             first = lambda j: {"first_chunk": j == 0} if up and self.asks_for_first else {}
             return [block(frame, feat_cache=cache, feat_idx=[0], **first(j)) for j, frame in enumerate(x)]
 
         for i, block in enumerate([decoder.mid_block, *decoder.up_blocks]):
             x = over_frames(block, up=i > 0)
             yield f"up{i - 1}" if i else "mid", torch.cat(x, 2)
-
-    def upsampler(self, up, block):
-        """Time by its own convolution, space by nearest neighbour and another; Wan 2.2's with the shortcut around its
-        block."""
-        weight, bias = polyphase(*read_conv(up.resample[1]), (1, 2))
-        if hasattr(up, "time_conv"):
-            time, offset = (x.unflatten(0, (2, -1)) for x in read_conv(up.time_conv, self.causal))
-            bias = bias + torch.einsum("ozqrmchw,pm->opqr", weight, offset)
-            weight = torch.einsum("ozqrmchw,pmitxy->opqrithw", weight, time)
-        shortcut = getattr(block, "avg_shortcut", None)
-        if shortcut is not None and shortcut.in_channels == weight.shape[4]:
-            weight = add_shortcut(weight, lambda c, p: (c * shortcut.factor + p) // shortcut.repeats)
-        return weight, bias
 
 
 class QwenTeacher(WanTeacher):
@@ -674,8 +500,7 @@ class QwenTeacher(WanTeacher):
 # ----------------------------------------------------------------------------------------------------------
 # loading
 
-# name: (class of diffusers or None, hub repository, folder or file in it,
-#        licence of the weights as the model card has it)
+# name: (class of diffusers or None, hub repository, folder or file in it, the weights' licence by its model card)
 RELEASES = {
     "ltx": ("AutoencoderKLLTXVideo", "Lightricks/LTX-Video", "vae", "LTX-Video Open Weights"),
     "hunyuan": ("AutoencoderKLHunyuanVideo", "hunyuanvideo-community/HunyuanVideo", "vae", "Tencent Hunyuan Community"),
@@ -718,38 +543,36 @@ def load_weights(module, path):
         raise FileNotFoundError(f"no teacher weights at {path}")
     try:
         state = load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path} is no whole safetensors file: {str(error).splitlines()[0]}") from None
+    except SafetensorError as error:
+        raise ValueError(f"{path} is no whole safetensors file: {error}") from None
     ours = module.state_dict()
-    for problem, keys in (("lacks", ours.keys() - state.keys()), ("has besides", state.keys() - ours.keys()),
-                          ("has with another shape",
-                           {k for k in ours.keys() & state.keys() if ours[k].shape != state[k].shape})):
+    both = ours.keys() & state.keys()
+    bad = [key for key in both if ours[key].is_floating_point()
+           and not (state[key].is_floating_point() and state[key].float().isfinite().all())]
+    for problem, keys in (
+            ("lacks", ours.keys() - state.keys()),
+            ("has besides", state.keys() - ours.keys()),
+            ("has with another shape", [key for key in both if ours[key].shape != state[key].shape]),
+            ("has values that are not finite numbers in", bad)):
         if keys:
-            raise ValueError(f"{path} does not fit this teacher: it {problem} {sorted(keys)[0]}"
-                             + (f" and {len(keys) - 1} more" if len(keys) > 1 else ""))
-    for key, tensor in state.items():
-        if ours[key].is_floating_point() and not (tensor.is_floating_point() and tensor.float().isfinite().all()):
-            raise ValueError(f"{path}: {key} holds values that are not finite numbers")
+            more = f" and {len(keys) - 1} more" if len(keys) > 1 else ""
+            raise ValueError(f"{path} does not fit this teacher: it {problem} {min(keys)}{more}")
     module.load_state_dict(state)
 
 
 def load_teacher(name, weights=None, device="cpu", dtype=torch.float32):
     """A frozen teacher in evaluation mode.
 
-    name:    one of TEACHERS.
     weights: None for the released ones (from the hub, cached; tiny's are in the repository), a .safetensors file, a
              folder (as on the hub, or the pipeline's around it), another hub id ("Lightricks/LTX-Video-0.9.5"), or
              "random" for the right shapes without a download (seeded: every process gets the same).
-    Raises ValueError, FileNotFoundError or OSError, one line each, if the name is unknown, or the weights cannot be
-    found, read or fitted.
+    Raises ValueError or OSError, one line each, if the name is unknown, or the weights cannot be found, read or fitted.
     """
     if name not in TEACHERS:
         raise ValueError(f"no teacher is called {name!r}; there are {', '.join(TEACHERS)}")
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(0)      # the CPU's only: GPUs' generators are not restored
         teacher = build(name, find_weights(name, weights))
-    if dtype != torch.float32:
-        teacher.hash_before_cast = teacher.weights_hash()
     return teacher.to(device, dtype).eval().requires_grad_(False)
 
 
@@ -757,16 +580,16 @@ def find_weights(name, weights):
     """The file or folder to read, or None for random weights."""
     if weights == "random":
         return None
-    _, repo, inside, _ = RELEASES[name]
     if weights is None and name == "tiny":
         return TINY_WEIGHTS
+    _, repo, inside, _ = RELEASES[name]
     if weights is not None:
         if Path(weights).exists():
             return Path(weights)
-        if (name == "tiny" or not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", str(weights))
-                or str(weights).endswith(".safetensors")):
-            raise FileNotFoundError(f"no teacher weights at {weights}: name a file, a folder or a hub id")
         repo = str(weights)
+        hub_id = re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", repo) and not repo.endswith(".safetensors")
+        if name == "tiny" or not hub_id:
+            raise FileNotFoundError(f"no teacher weights at {weights}: name a file, a folder or a hub id")
     if name == "dc":
         return from_hub(repo, inside)
     from_hub(repo, f"{inside}/{WEIGHTS_FILE}")
@@ -807,19 +630,16 @@ def from_hub(repo, file):
     """Path of a hub repository's file: from the cache if it is there, else downloaded, with the hub's progress bar."""
     from huggingface_hub import hf_hub_download
     from huggingface_hub.utils import logging
-    verbosity = logging.get_verbosity()
     try:
         try:
             return Path(hf_hub_download(repo, file, local_files_only=True))
         except OSError:                    # not in the cache
             print(f"getting {file} of {repo} from the hub", file=sys.stderr)
-            logging.set_verbosity_error()  # or every retry is a line
-            return Path(hf_hub_download(repo, file))
+        logging.set_verbosity_error()      # or every retry is a line
+        return Path(hf_hub_download(repo, file))
     except Exception as error:             # the hub's client raises a dozen kinds, whose messages run over pages
         raise OSError(f"could not get {file} of {repo} from the hub ({type(error).__name__}); "
                       f"download it elsewhere and pass its folder or file as the teacher's weights") from None
-    finally:
-        logging.set_verbosity(verbosity)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -828,8 +648,7 @@ def from_hub(repo, file):
 def main():
     parser = argparse.ArgumentParser(description="Print the teachers: parameters, compression, clips, blocks with the "
                                                  "shapes of their outputs, and the licence of their weights.")
-    parser.add_argument("--size", type=int, default=256,
-                        help="height and width of the clip whose shapes are shown (default 256)")
+    parser.add_argument("--size", type=int, default=256, help="height and width of the clip shown (default 256)")
     size = parser.parse_args().size
     millions = lambda module: f"{sum(p.numel() for p in module.parameters()) / 1e6:.1f}"
     for name, (_, repo, _, licence) in RELEASES.items():
@@ -844,9 +663,8 @@ def main():
             t = (frames - 1) // d_t + 1
             shapes = [(block, tuple(x.shape[1:])) for block, x in
                       teacher.blocks(torch.empty(1, teacher.latent_channels, t, size // d_h, size // d_w))]
-        print(f"{name}: encoder {millions(teacher.vae.encoder)} M, "
-              f"decoder {millions(teacher.vae.decoder)} M parameters; "
-              f"{teacher.latent_channels} latent channels at {d_t}x{d_h}x{d_w}; "
+        parts = f"encoder {millions(teacher.vae.encoder)} M, decoder {millions(teacher.vae.decoder)} M parameters"
+        print(f"{name}: {parts}; {teacher.latent_channels} latent channels at {d_t}x{d_h}x{d_w}; "
               f"{teacher.frame_step}k{' + 1' * teacher.images} frames, sizes /{d_h}")
         print(f"    weights: {repo or 'assets/tiny_teacher'}; licence: {licence}")
         print(f"    blocks for {frames}x{size}x{size}: "
