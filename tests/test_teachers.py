@@ -118,13 +118,6 @@ def test_keys_and_shapes_are_the_released_checkpoints(name, config):
     assert {key: list(v.shape) for key, v in vae.state_dict().items()} == KEYS[name]
 
 
-def test_parameters_are_as_many_as_released():
-    with torch.device("meta"):
-        vae = VideoDCAE(VideoDCAEConfig())
-    for part, millions in ((vae.encoder, 220.4), (vae.decoder, 239.0)):
-        assert round(sum(p.numel() for p in part.parameters()) / 1e6, 1) == millions
-
-
 @torch.no_grad()
 def test_same_numbers_as_the_released_code():
     golden, teacher = load_file(FIXTURES / "video_dc_ae_small.safetensors"), dc()
@@ -167,12 +160,6 @@ def test_says_what_its_latents_are(name, compression, channels, images):
     assert teacher.decode(latents).shape == video.shape
 
 
-def test_released_dc_compresses_as_documented():
-    config = VideoDCAEConfig()
-    assert (config.compression, config.latent_channels) == ((4, 32, 32), 128)
-    assert (TINY.compression, TINY.latent_channels) == ((4, 8, 8), 32)
-
-
 @pytest.mark.parametrize("name, clip, says", [
     ("dc", (17, 64, 64), ("dc", "frames = 17", "4k", "16 or 20")), ("dc", (16, 48, 64), ("height = 48", "32 or 64")),
     ("dc", (2, 64, 64), ("frames = 2", "example 4")), ("dc", (0, 64, 64), ("frames = 0", "4")),
@@ -195,10 +182,9 @@ def test_a_clip_that_does_not_fit_gets_the_nearest_that_do(name, clip, says):
     one_line(error, *says)
 
 
-@pytest.mark.parametrize("name, clip", [("dc", (4, 32, 64)), ("tiny", (20, 8, 64)), ("ltx", (1, 32, 32)),
-                                        ("ltx", (17, 64, 32))])
-def test_a_clip_that_fits_passes(name, clip):
-    KINDS[name]().check_clip(*clip)
+def test_a_clip_that_fits_passes():
+    for name, clip in (("dc", (4, 32, 64)), ("tiny", (20, 8, 64)), ("ltx", (1, 32, 32)), ("ltx", (17, 64, 32))):
+        KINDS[name]().check_clip(*clip)
 
 
 @pytest.mark.parametrize("name", SMALL_DIFFUSERS)
@@ -226,13 +212,31 @@ def test_encodes_and_decodes_as_diffusers_does(name, frames):
     torch.testing.assert_close(teacher.encode(video, generator=draw()), want.sample(draw()))
 
 
+# (parameters of the encoder, of the decoder), (latent channels, compression, whether a single frame is a clip)
+BUILT = {
+    "ltx": ((180404353, 238789296), (128, (8, 32, 32), True)),
+    "hunyuan": ((100341408, 146136067), (16, (4, 8, 8), True)),
+    "cog": ((92215456, 123368451), (16, (4, 8, 8), True)),
+    "dc": ((220439936, 239022211), (128, (4, 32, 32), False)),
+    "wan21": ((53595872, 73295331), (16, (4, 8, 8), True)),
+    "wan22": ((149627776, 555049228), (48, (4, 16, 16), True)),
+    "ltx2": ((694098881, 528380720), (128, (8, 32, 32), True)),
+    "ltx23": ((318936897, 407169072), (128, (8, 32, 32), True)),
+    "hunyuan15": ((389324544, 871309571), (32, (4, 16, 16), True)),
+    "qwen": ((53595872, 73295331), (16, (4, 8, 8), True)),
+    "tiny": ((1205152, 3597980), (32, (4, 8, 8), False)),
+}
+
+
 @pytest.mark.parametrize("name", TEACHERS)
-def test_every_teacher_has_a_student_of_its_latents(name):
+def test_every_teacher_is_as_large_as_released_and_has_a_student_of_its_latents(name):
     with torch.device("meta"):
         teacher = teachers_file.build(name, None)
-    config = CONFIGS[name]
-    assert (config.latent_channels, config.compression, config.drop_first) == \
-        (teacher.latent_channels, tuple(teacher.compression), teacher.images)
+    vae, config = teacher.vae, CONFIGS[name]
+    parameters = tuple(sum(p.numel() for p in part.parameters()) for part in (vae.encoder, vae.decoder))
+    latents = teacher.latent_channels, tuple(teacher.compression), teacher.images
+    assert (parameters, latents) == BUILT[name]
+    assert (config.latent_channels, config.compression, config.drop_first) == latents
 
 
 @pytest.mark.parametrize("frames", [32, 36, 40, 56, 100])
@@ -254,15 +258,11 @@ def test_long_dc_clips_are_tiled_in_time(frames):
 
 
 @torch.no_grad()
-def test_a_sample_is_spread_as_the_posterior_says():
+def test_a_sample_is_spread_as_the_posterior_says(monkeypatch):
     teacher, video = ltx(), noise(1, 3, 1, 32, 32).clamp(-1, 1)
     mean, logvar = teacher.posterior(video)
-    teacher.posterior, original = (lambda video: (mean, torch.full_like(logvar, 2 * np.log(0.1)))), teacher.posterior
-    try:
-        samples = torch.stack([teacher.encode(video) for _ in range(500)])
-    finally:
-        del teacher.posterior
-    assert teacher.posterior == original
+    monkeypatch.setattr(teacher, "posterior", lambda video: (mean, torch.full_like(logvar, 2 * np.log(0.1))))
+    samples = torch.stack([teacher.encode(video) for _ in range(500)])
     assert (samples - mean).std().item() == pytest.approx(0.1, rel=0.1)
 
 
@@ -274,14 +274,6 @@ def test_a_deterministic_encoder_has_no_variance(name):
     mean, logvar = teacher.posterior(video)
     assert logvar is None
     assert torch.equal(teacher.encode(video, sample=True), mean)
-
-
-@pytest.mark.parametrize("name", KINDS)
-def test_frozen_and_in_evaluation_mode(name):
-    # dc and ltx at full size are too slow to load here; load_teacher treats all alike
-    teacher = load_teacher(name, weights="random") if name == "tiny" else KINDS[name]()
-    assert not teacher.training and not any(m.training for m in teacher.modules())
-    assert not any(p.requires_grad for p in teacher.parameters())
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -381,55 +373,54 @@ def test_tiny_reconstructs_clips_it_was_not_trained_on():
 
 
 @torch.no_grad()
-def test_half_precision_stays_close():
+def test_half_precision_stays_near_single():
+    for name in KINDS:
+        teacher, latents = KINDS[name](), noise(*LATENTS[name])
+        want = teacher.decode(latents)
+        try:
+            got, features = teacher.to(torch.bfloat16).decode(latents), teacher.features(latents, ("mid",))
+        finally:
+            teacher.float()
+        assert got.dtype == features["mid"].dtype == torch.bfloat16
+        assert (got.float() - want).norm() < 0.1 * want.norm(), name
     half, video = load_teacher("tiny", dtype=torch.bfloat16), SyntheticClips(8, 64, seed=10_000)[0][None]
-    assert half.dtype == torch.bfloat16
-    latents = half.encode(video)                                   # float32 in, as the data come
-    want = tiny().encode(video)
-    assert latents.dtype == torch.bfloat16 and ((latents - want).norm() / want.norm()).item() < 0.1
-    assert psnr(half.decode(want).float(), tiny().decode(want).clamp(-1, 1)) > 30
-    assert half.features(want, ("mid",))["mid"].dtype == torch.bfloat16
+    latents, want = half.encode(video), tiny().encode(video)        # float32 in, as the data come
+    assert half.dtype == latents.dtype == torch.bfloat16 and (latents - want).norm() < 0.1 * want.norm()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Loading.
 
-def test_random_weights_are_the_same_every_time_and_disturb_nobody():
+def test_random_weights_are_the_same_every_time_and_disturb_nobody(monkeypatch):
+    seeded = []
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", seeded.append)       # accelerators' random numbers neither
     torch.manual_seed(5)
-    before = torch.get_rng_state()
+    before, seeded[:] = torch.get_rng_state(), []
     first = load_teacher("tiny", weights="random").state_dict()
-    assert torch.equal(torch.get_rng_state(), before)
+    assert torch.equal(torch.get_rng_state(), before) and not seeded
     torch.rand(3)
-    second = load_teacher("tiny", weights="random").state_dict()
+    second, released = load_teacher("tiny", weights="random").state_dict(), tiny().state_dict()
     assert all(torch.equal(first[key], second[key]) for key in first)
-    released = tiny().state_dict()
     assert first.keys() == released.keys()
     assert not all(torch.equal(first[key], released[key]) for key in first)
 
 
-def test_loading_disturbs_no_accelerators_random_numbers_either(monkeypatch):
-    seeded = []
-    monkeypatch.setattr(torch.cuda, "manual_seed_all", seeded.append)
-    load_teacher("tiny", weights="random")
-    assert not seeded
-
-
-@pytest.mark.parametrize("folder", [False, True])
-def test_weights_may_be_a_file_or_a_folder(tmp_path, folder):
+def test_weights_may_be_a_file_or_a_folder(tmp_path):
     state = load_teacher("tiny", weights="random").vae.state_dict()
     save_file(state, tmp_path / "model.safetensors")
-    loaded = load_teacher("tiny", str(tmp_path if folder else tmp_path / "model.safetensors")).vae.state_dict()
-    assert all(torch.equal(loaded[key], state[key]) for key in state)
+    for path in (tmp_path, tmp_path / "model.safetensors"):
+        loaded = load_teacher("tiny", str(path)).vae.state_dict()
+        assert all(torch.equal(loaded[key], state[key]) for key in state)
 
 
-@pytest.mark.parametrize("inside", [".", "vae"])
+@pytest.mark.parametrize("name, inside", [
+    ("ltx", "."), *((name, "vae") for name in SMALL_DIFFUSERS if name in TEACHERS)])
 @torch.no_grad()
-def test_an_ltx_folder_as_on_the_hub(tmp_path, inside):
-    vae = small_vae("ltx").eval()
-    vae.save_pretrained(tmp_path / inside)
-    teacher = load_teacher("ltx", tmp_path)
-    latents = noise(*LATENTS["ltx"])
-    assert torch.equal(teacher.decode(latents), vae.decode(latents).sample)
+def test_folders_as_on_the_hub(tmp_path, name, inside):
+    small_vae(name).save_pretrained(tmp_path / inside)
+    teacher, latents, vae = load_teacher(name, tmp_path), noise(*LATENTS[name]), small_vae(name).eval()
+    vae.use_framewise_decoding = False
+    assert teacher.name == name and torch.equal(teacher.decode(latents), vae.decode(latents).sample)
     assert not teacher.training and not any(p.requires_grad for p in teacher.parameters())
 
 
@@ -443,29 +434,17 @@ def test_an_ltx_folder_that_is_not_whole_is_one_line(tmp_path):
     one_line(error, str(tmp_path), "diffusion_pytorch_model.safetensors")
 
 
-def test_a_folder_of_another_vae_is_one_line(tmp_path):
-    small_vae("hunyuan").save_pretrained(tmp_path)
-    with pytest.raises(ValueError) as error:
-        load_teacher("ltx", tmp_path)
-    one_line(error, str(tmp_path), "AutoencoderKLHunyuanVideo", "AutoencoderKLLTXVideo")
-
-
-@pytest.mark.parametrize("name", ["hunyuan", "cog", "wan21", "wan22", "ltx2", "ltx23", "hunyuan15", "qwen"])
-@torch.no_grad()
-def test_folders_as_on_the_hub(tmp_path, name):
-    small_vae(name).save_pretrained(tmp_path / "vae")
-    teacher, latents, vae = load_teacher(name, tmp_path), noise(*LATENTS[name]), small_vae(name).eval()
-    vae.use_framewise_decoding = False
-    assert teacher.name == name and torch.equal(teacher.decode(latents), vae.decode(latents).sample)
-
-
-@pytest.mark.parametrize("name, other", [("ltx2", "ltx23"), ("ltx23", "ltx2")])
-def test_a_folder_of_another_release_of_ltx_is_one_line(tmp_path, name, other):
-    """Their latents have one shape and mean different things."""
+@pytest.mark.parametrize("name, other, says", [
+    ("ltx", "hunyuan", ("AutoencoderKLHunyuanVideo", "AutoencoderKLLTXVideo")),
+    # latents of one shape that mean different things
+    ("ltx2", "ltx23", ("not the ltx2 teacher's but the ltx23 teacher's",)),
+    ("ltx23", "ltx2", ("not the ltx23 teacher's but the ltx2 teacher's",)),
+])
+def test_a_folder_of_another_vae_is_one_line(tmp_path, name, other, says):
     small_vae(other).save_pretrained(tmp_path)
     with pytest.raises(ValueError) as error:
         load_teacher(name, tmp_path)
-    one_line(error, f"not the {name} teacher's but the {other} teacher's")
+    one_line(error, *says)
 
 
 @torch.no_grad()
@@ -479,36 +458,18 @@ def test_qwens_decoder_is_wan21s_with_other_weights():
         torch.testing.assert_close(qwen.decode(latents), wan.decode(latents).sample)
 
 
-@torch.no_grad()
-def test_half_precision_stays_near_single():
-    for name in KINDS:
-        teacher, latents = KINDS[name](), noise(*LATENTS[name])
-        want = teacher.decode(latents)
-        try:
-            got = teacher.to(torch.bfloat16).decode(latents)
-        finally:
-            teacher.float()
-        assert got.dtype == torch.bfloat16 and (got.float() - want).norm() < 0.1 * want.norm(), name
-
-
-@pytest.mark.parametrize("name", ["lxt", "Tiny", ""])
-def test_an_unknown_teacher_is_one_line(name):
-    with pytest.raises(ValueError) as error:
-        load_teacher(name)
-    one_line(error, repr(name), "ltx", "dc", "tiny")
-
-
-@pytest.mark.parametrize("name", ["ltx", "dc", "tiny"])
-def test_a_missing_file_is_one_line(tmp_path, name):
-    with pytest.raises(FileNotFoundError) as error:
-        load_teacher(name, weights=tmp_path / "none.safetensors")
-    one_line(error, str(tmp_path / "none.safetensors"))
-
-
-def test_a_folder_without_weights_is_one_line(tmp_path):
-    with pytest.raises(FileNotFoundError) as error:
-        load_teacher("tiny", weights=tmp_path)
-    one_line(error, str(tmp_path / "model.safetensors"))
+@pytest.mark.parametrize("name, weights, kind, says", [
+    ("lxt", None, ValueError, ("'lxt'", "ltx", "dc", "tiny")),
+    ("", None, ValueError, ("''", "ltx")),
+    ("ltx", "none.safetensors", FileNotFoundError, ("none.safetensors",)),
+    ("dc", "none.safetensors", FileNotFoundError, ("none.safetensors",)),
+    ("tiny", "none.safetensors", FileNotFoundError, ("none.safetensors",)),
+    ("tiny", ".", FileNotFoundError, ("model.safetensors",)),                   # a folder without weights
+])
+def test_a_teacher_that_is_not_there_is_one_line(tmp_path, name, weights, kind, says):
+    with pytest.raises(kind) as error:
+        load_teacher(name, weights and tmp_path / weights)
+    one_line(error, *says)
 
 
 @pytest.mark.parametrize("kept", [0, 5, 0.5, 0.999])
@@ -545,22 +506,14 @@ def offline(*args, **kwargs):
     raise ConnectionError("cannot reach the hub\nretried 5 times")
 
 
-def test_dc_without_the_hub_is_one_line(monkeypatch):
-    hub = pytest.importorskip("huggingface_hub")
-    monkeypatch.setattr(hub, "hf_hub_download", offline)
-    monkeypatch.setattr(teachers_file, "VideoDCAEConfig", lambda: SMALL)       # the full one takes seconds to make
+@pytest.mark.parametrize("name, weights, repo", [("dc", None, "hpcai-tech/Open-Sora-v2-Video-DC-AE"),
+                                                 ("ltx", None, "Lightricks/LTX-Video"),
+                                                 ("ltx", "someone/else", "someone/else")])
+def test_without_the_hub_it_is_one_line(monkeypatch, name, weights, repo):
+    monkeypatch.setattr(pytest.importorskip("huggingface_hub"), "hf_hub_download", offline)
     with pytest.raises(OSError) as error:
-        load_teacher("dc")
-    one_line(error, "hpcai-tech/Open-Sora-v2-Video-DC-AE", "ConnectionError", "weights")
-
-
-def test_a_vae_without_the_hub_is_one_line(monkeypatch):
-    hub = pytest.importorskip("huggingface_hub")
-    monkeypatch.setattr(hub, "hf_hub_download", offline)
-    for weights, repo in ((None, "Lightricks/LTX-Video"), ("someone/else", "someone/else")):
-        with pytest.raises(OSError) as error:
-            load_teacher("ltx", weights)
-        one_line(error, f"of {repo} from", "ConnectionError", "weights")
+        load_teacher(name, weights)
+    one_line(error, f"of {repo} from", "ConnectionError", "weights")
 
 
 @pytest.mark.parametrize("cached", [True, False])
