@@ -123,16 +123,8 @@ def video_stream(container):
 def frame_files(folder):
     """The names of a folder's images in the order of the numbers in them, 2 before 10."""
     names = [name for name in os.listdir(folder) if name.lower().endswith(IMAGES) and not name.startswith(".")]
-    return sorted(names, key=lambda name: [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)])
-
-
-def header_frames(container, stream):
-    """How many frames that are shown the file's header promises, 0 if it does not say: without those that an edit list
-    hides, and without AVI's empty packets, as far as its index goes or it has been read."""
-    index = stream.index_entries
-    if container.format.name == "avi" and len(index):
-        return sum(entry.size > 0 for entry in index) + max(0, stream.frames - 1 - index[len(index) - 1].timestamp)
-    return max(0, stream.frames - sum(entry.is_discard for entry in index))
+    return sorted(names, key=lambda name: [(int(part), "") if k % 2 else (0, part)
+                                           for k, part in enumerate(re.split("([0-9]+)", name))])
 
 
 def count_frames(path):
@@ -141,69 +133,107 @@ def count_frames(path):
         return len(frame_files(path))
     if not os.path.getsize(path):
         raise BadVideo("empty file")
+    if path.lower().endswith(IMAGES):
+        return 1
     # Without a decoder FFmpeg cannot decode a first frame to learn more than we ask: 0.3 ms a file, not 10.
     with open_video(path, codec_whitelist="none") as container:
         stream, rate = video_stream(container)
-        promised = header_frames(container, stream)
-        if promised:
-            return promised
-        if stream.duration or container.duration:
-            seconds = stream.duration * stream.time_base if stream.duration else container.duration / av.time_base
-            return round(seconds * rate)
-        return sum(packet.size > 0 for packet in container.demux(stream))   # webm from a browser tells no length
+        if stream.frames:       # An edit list hides some; AVI has empty packets, which show the frame before again.
+            return stream.frames - sum(entry.is_discard or not entry.size for entry in stream.index_entries)
+        seconds = stream.duration * stream.time_base if stream.duration else (container.duration or 0) / av.time_base
+    return round(seconds * rate) or len(find_frames(path)[0])           # webm from a browser tells no length
+
+
+@lru_cache(maxsize=10_000)
+def find_frames(path):
+    """(time stamps of a file's frames in the order in which they are shown, time stamps of its key frames).
+
+    The packets are read but not decoded, so the stamps are exact in every container and at variable rates. Where stamps
+    do not tell frames apart there are no key frames: such a file is counted from its beginning. AVI stamps packets
+    in the order of decoding; the stamps of joined files jump back.
+    """
+    with open_video(path) as container:
+        stream, _ = video_stream(container)
+        packets = [(packet.dts if packet.pts is None else packet.pts, packet.dts, packet.is_keyframe, packet.is_discard)
+                   for packet in container.demux(stream) if packet.size]
+        by_packet = container.format.name == "avi" and stream.codec_context.has_b_frames
+    shown = [stamp for stamp, _, _, hidden in packets if not hidden]
+    order = [dts for _, dts, _, _ in packets if dts is not None]
+    if by_packet or None in shown or len(set(shown)) < len(shown) or order != sorted(order):
+        return range(len(shown)), []
+    return np.array(sorted(shown)), np.array(sorted(stamp for stamp, _, is_key, _ in packets if is_key))
+
+
+def decode_from(path, start):
+    """Yields a file's decoded frames from number `start` on; raises one of BROKEN where it is damaged."""
+    begin = key = None                                          # time stamps: of frame `start`, of the key frame before
+    if start:
+        stamps, keys = find_frames(path)
+        if start < len(stamps) and len(keys):
+            begin, before = stamps[start], keys[keys <= stamps[start]]
+            key = before[-1] if len(before) > 1 else None       # from the file's beginning without a seek
+    for seek in (key is not None, False):
+        with open_video(path) as container:
+            stream, _ = video_stream(container)
+            codec = stream.codec_context
+            codec.thread_count = 1                              # the loader's workers are the parallelism
+            if seek:
+                container.seek(int(key), stream=stream)
+            reached, seen, damaged = key is None, 0, False
+            for packet in container.demux(stream):
+                stamp = packet.dts if packet.pts is None else packet.pts
+                if not reached:
+                    if seek and packet.is_keyframe and stamp > key:
+                        break                                   # the seek came out behind it: again, from the beginning
+                    reached = packet.is_keyframe and stamp == key
+                    if not reached:
+                        continue
+                early = begin is not None and stamp is not None and stamp < begin
+                codec.skip_frame = "NONREF" if early else "DEFAULT"     # on the way, what no other frame needs
+                for frame in packet.decode():
+                    seen += 1
+                    damaged = frame.is_corrupt or damaged and not frame.key_frame   # until the next key frame
+                    if seen <= start if begin is None else frame.pts is not None and frame.pts < begin:
+                        continue
+                    if damaged:
+                        raise BadVideo("damaged")
+                    yield frame
+            if reached:
+                return
+
+
+def read_image(path):
+    """(H, W, 3) uint8 RGB, upright."""
+    try:
+        with Image.open(path) as image:
+            if image.mode.startswith(("I", "F")):               # Pillow would clip more than 8 bits to white
+                raise BadVideo(f"images of 8 bits are needed, not mode {image.mode}")
+            return np.array(ImageOps.exif_transpose(image).convert("RGB"))
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:       # all that Pillow raises
+        raise BadVideo(f"{os.path.basename(path)}: {why(error)}") from None
 
 
 def read_frames(path, start, frames, stride):
-    """Yields `frames` frames, (H, W, 3) uint8 RGB, every `stride`-th of the file from about number `start` on,
-    holding one at a time. Raises one of BROKEN if the file ends early or is damaged there."""
-    if os.path.isdir(path):
-        for name in frame_files(path)[start:start + (frames - 1) * stride + 1:stride]:
-            try:
-                with Image.open(os.path.join(path, name)) as image:
-                    if image.mode.startswith(("I", "F")):           # Pillow would clip more than 8 bits to white
-                        raise BadVideo(f"images of 8 bits are needed, not mode {image.mode}")
-                    yield np.array(ImageOps.exif_transpose(image).convert("RGB"))
-            except (OSError, ValueError, SyntaxError,
-                    Image.DecompressionBombError) as error:     # all that Pillow raises
-                raise BadVideo(f"{name}: {why(error)}") from None
-        return
-    with open_video(path) as container:
-        stream, rate = video_stream(container)
-        codec = stream.codec_context
-        codec.thread_count = 1                                  # the loader's workers are the parallelism
-        begin, left, wait, damaged = -math.inf, frames, 0, False
-        if start:
-            step = 1 / (rate * stream.time_base)                # time stamps from a frame to the next
-            opening = stream.start_time or 0
-            begin = opening + float((start - 0.5) * step)
-            target = int(begin - 8 * step)      # containers index decoding times, some frames before those of display
-            if target > opening:
-                container.seek(target, stream=stream)
-        for packet in container.demux(stream):
-            # On the way from the keyframe to the window, frames that no other frame refers to need no decoding.
-            codec.skip_frame = "NONREF" if packet.pts is not None and packet.pts < begin else "DEFAULT"
-            try:
-                decoded = packet.decode()
-            except av.InvalidDataError:
-                if left < frames:
-                    raise
-                damaged = True
-                continue
-            for frame in decoded:
-                damaged = frame.is_corrupt or damaged and not frame.key_frame   # until the next keyframe
-                if frame.pts is not None and frame.pts < begin:
-                    continue
-                if damaged:
-                    raise BadVideo("damaged")
-                if not wait:
-                    check_colours(path, frame)
-                    check_fields(path, frame)
-                    yield picture(frame)
-                    left -= 1
-                    if not left:
-                        return
-                wait = (wait or stride) - 1
-    raise BadVideo(f"only {frames - left} of {frames} frames could be read")
+    """Yields `frames` frames, (H, W, 3) uint8 RGB, every `stride`-th of the file from number `start` on, holding one at
+    a time. Raises one of BROKEN if the file ends early or is damaged there."""
+    if not path.lower().endswith(IMAGES) and not os.path.isdir(path):
+        taken = 0
+        for number, frame in enumerate(decode_from(path, start)):
+            if number % stride == 0:
+                check_colours(path, frame)
+                check_fields(path, frame)
+                yield picture(frame)
+                taken += 1
+                if taken == frames:
+                    return
+        raise BadVideo(f"only {taken} of {frames} frames could be read")
+    names, shape = frame_files(path) if os.path.isdir(path) else [""], None
+    for name in names[start:start + (frames - 1) * stride + 1:stride]:
+        image = read_image(os.path.join(path, name) if name else path)
+        if shape not in (None, image.shape):
+            raise BadVideo(f"{name} is of another size than the image before it")
+        shape = image.shape
+        yield image
 
 
 @lru_cache(maxsize=4)
@@ -212,50 +242,43 @@ def shuffled(n, *key):
     return np.random.default_rng(key).permutation(n)
 
 
-def find_videos(root):
-    """Yields all video files at any depth, and all folders that hold images but no video and no folder to look into.
-
-    The paths are relative to root. A file or folder that links show in several places is found in the first of them
-    only.
-    """
+def find_videos(root, images=False):
+    """Yields all video files at any depth, as paths relative to root, and all folders that hold images but no video; or,
+    for `images`, every image instead of its folder."""
     seen = set()
-    new = lambda path: not (path in seen or seen.add(path))
-    for folder, below, found in os.walk(root, followlinks=True):
-        real = os.path.realpath(folder)
-        if not new(real):
+    for folder, below, names in os.walk(root, followlinks=True):
+        if os.path.realpath(folder) in seen:                    # a link that leads back
             below.clear()
             continue
-        relative = lambda name: os.path.relpath(os.path.join(folder, name), root).replace(os.sep, "/")
+        seen.add(os.path.realpath(folder))
         # Folders whose names begin with . or @ are what systems and editors keep beside the files.
         below[:] = sorted(name for name in below if name[0] not in ".@")
-        videos = sorted(name for name in found if name.lower().endswith(SUFFIXES) and not name.startswith("."))
-        yield from (relative(name) for name in videos if new(os.path.realpath(os.path.join(real, name))))
-        if not videos and not below and frame_files(folder):
-            yield relative("")
+        suffixes = SUFFIXES + IMAGES * images
+        found = [name for name in names if name.lower().endswith(suffixes) and not name.startswith(".")]
+        if not images and not found and frame_files(folder):
+            found = [""]
+        for name in sorted(found):
+            yield os.path.relpath(os.path.join(folder, name), root).replace(os.sep, "/")
 
 
+@lru_cache(maxsize=None)
 def part_of(path):
-    """A hash of what tells a video from another of the same name: its size and three pieces of it; of a folder, its
-    images' names and sizes, and pieces of the first."""
-    digest = hashlib.sha256()
+    """A hash that tells a video from another of the same name: its size and a piece from its middle; of a folder, the
+    names and sizes of its images, and a piece of the first."""
     if os.path.isdir(path):
         images = [os.path.join(path, name) for name in frame_files(path)]
-        sizes = [[os.path.basename(image), os.path.getsize(image)] for image in images]
-        digest.update(json.dumps([sizes, part_of(images[0])]).encode())
-        return digest.hexdigest()[:32]
+        held = [[os.path.basename(image), os.path.getsize(image)] for image in images] + [part_of(images[0])]
+        return hashlib.sha256(json.dumps(held).encode()).hexdigest()
     with open(path, "rb") as file:
         size = file.seek(0, os.SEEK_END)
-        for place in (0, size // 2, max(size - 4096, 0)):
-            file.seek(place)
-            digest.update(file.read(4096))
-    digest.update(str(size).encode())
-    return digest.hexdigest()[:32]
+        file.seek(size // 2)
+        return hashlib.sha256(b"%d %b" % (size, file.read(4096))).hexdigest()
 
 
 class VideoClips(Dataset):
     """Clips from a video or from all videos in a folder, at any depth: (3, frames, height, width).
 
-    A video is a file, or a folder of its frames as images.
+    A video is a file, or a folder of its frames as images; with one frame a clip, every image is one.
 
     names    the videos of `root` to take, as relative paths, instead of all that are there
     size     an int or (height, width): the largest crop of that shape, resized (bicubic, antialiased), so the
@@ -265,7 +288,7 @@ class VideoClips(Dataset):
              in a new order, with a random window of time, a random place of the crop along the long side and a
              random flip, all drawn from (seed, n). A clip that cannot be decoded falls to the file's first
              window and then to the next files of that order, so that it still depends on (seed, n) and the
-             files alone, whoever asks for it and whatever was read before; files that gave way are in `broken`.
+             files alone, whoever asks for it and whatever was read before.
              False: `clips[i]`, i < N, is the first window of `files[i]`, centre crop, no flip, or BadVideo.
 
     len() is N, the files that can be used, by sorted relative path in `files`; `skipped` says of every other file why
@@ -281,13 +304,13 @@ class VideoClips(Dataset):
         self.root = os.path.abspath(root)
         if not os.path.exists(root):
             raise FileNotFoundError(f"no video file or folder {root}")
-        names = sorted(find_videos(root)) if names is None else list(names)
+        names = sorted(find_videos(root, images=frames == 1)) if names is None else list(names)
         if os.path.isfile(root) or names == ["."]:
             self.root, name = os.path.split(self.root)
             names = [name]
 
         self.span = (frames - 1) * stride + 1
-        self.files, self.counts, self.skipped, self.known = [], [], {}, {}
+        self.files, self.counts, self.skipped = [], [], {}
         with ThreadPoolExecutor(8) as pool:                     # opening waits for the disk, mostly
             for name, (count, reason) in zip(names, pool.map(self.probe, names)):
                 if reason:
@@ -305,7 +328,6 @@ class VideoClips(Dataset):
             raise ValueError(f"no usable video in {root}: looked for files of {self.span} frames or more that end in "
                              f"{' '.join(SUFFIXES)}, and for folders of images; "
                              f"found {len(names)} and skipped them all")
-        self.gave_way = torch.zeros(len(self.files), dtype=torch.bool).share_memory_()    # one table for all workers
 
     def probe(self, name):
         """(number of frames, None) or (None, why the file cannot be used)."""
@@ -318,15 +340,12 @@ class VideoClips(Dataset):
     def subset(self, indices):
         """Keeps these of `files` only, and returns itself: to hold some out."""
         self.files, self.counts = [self.files[i] for i in indices], [self.counts[i] for i in indices]
-        self.gave_way = self.gave_way[list(indices)].share_memory_()
         return self
 
     def parts(self):
-        """What each file holds, in short (see `part_of`); looked at once, by all copies of this set."""
-        new = [name for name in self.files if name not in self.known]
+        """What each file holds, in short (see `part_of`)."""
         with ThreadPoolExecutor(8) as pool:
-            self.known.update(zip(new, pool.map(part_of, (os.path.join(self.root, name) for name in new))))
-        return [self.known[name] for name in self.files]
+            return list(pool.map(part_of, (os.path.join(self.root, name) for name in self.files)))
 
     def without(self, others):
         """Drops the files that the VideoClips `others` has too, links and copies, and returns itself."""
@@ -334,23 +353,26 @@ class VideoClips(Dataset):
         return self.subset([i for i, part in enumerate(self.parts()) if part not in taken])
 
     def fingerprint(self):
-        """A SHA-256 of `files`: their names, frames and sizes, and pieces of what they hold."""
+        """A SHA-256 of the files' names and numbers of frames, and of a piece of each."""
         return hashlib.sha256(json.dumps([self.files, self.counts, self.parts()]).encode()).hexdigest()
 
     def __len__(self):
         return len(self.files)
 
-    @property
-    def broken(self):
-        """Names of the files that looked fine but of which some clip could not be decoded, by any worker so far."""
-        return [self.files[i] for i in self.gave_way.nonzero().flatten().tolist()]
-
     def __getitem__(self, n):
+        return self.find(n)[1]
+
+    def describe(self, n):
+        """The file that clip n is from."""
+        return self.find(n)[0]
+
+    def find(self, n):
+        """(name of the file, clip n)."""
         if n < 0 or not self.train and n >= len(self):
             raise IndexError(f"clip {n} of {len(self)}")
         if not self.train:
             try:
-                return self.clip(n, 0, 0.5, 0.5)
+                return self.files[n], self.clip(n, 0, 0.5, 0.5)
             except BROKEN as error:
                 raise BadVideo(f"{self.files[n]}: {why(error)}") from None
         epoch, place = divmod(n, len(self))
@@ -362,28 +384,25 @@ class VideoClips(Dataset):
                 video = self.clip(i, window, y, x)
             except BROKEN as error:
                 # Tried again in the next epoch, as a run that starts there would: what was read before decides nothing.
-                if not self.gave_way[i]:
-                    self.gave_way[i] = True
-                    print(f"cannot decode {self.files[i]}: {why(error)}", file=sys.stderr)
+                warn_once(f"cannot decode {self.files[i]}: {why(error)}")
             else:
-                return video.flip(-1) if flip < 0.5 else video
+                return self.files[i], video.flip(-1) if flip < 0.5 else video
         raise RuntimeError(f"none of the {len(self)} videos in {self.root} can be decoded")
-
-    def describe(self, n):
-        """The file that clip n of the stream is from, if that one can be decoded."""
-        epoch, place = divmod(n, len(self))
-        return self.files[shuffled(len(self), self.seed, 1, epoch)[place]]
 
     def clip(self, i, window, y, x):
         """File i's clip at `window`, `y`, `x`, each in [0, 1): how far along the room there is."""
-        path, start = os.path.join(self.root, self.files[i]), int(window * (self.counts[i] - self.span + 1))
+        path, count = os.path.join(self.root, self.files[i]), self.counts[i]
+        read = lambda start: [self.crop(image, y, x) for image in read_frames(path, start, self.frames, self.stride)]
         try:
-            images = [self.crop(image, y, x) for image in read_frames(path, start, self.frames, self.stride)]
-        except BROKEN:
-            if not start:
+            if window * (count - self.span + 1) >= 1 and path.lower().endswith(SUFFIXES) and os.path.isfile(path):
+                count = min(count, len(find_frames(path)[0]))   # headers may promise too much
+            start = int(window * max(count - self.span + 1, 1))
+            images = read(start)
+        except BROKEN as error:
+            if window * (count - self.span + 1) < 1:
                 raise
-            # Headers promise too much, indices are missing: the first window needs neither.
-            images = [self.crop(image, y, x) for image in read_frames(path, 0, self.frames, self.stride)]
+            images = read(0)
+            warn_once(f"{self.files[i]}: where a window cannot be decoded ({why(error)}) the first one stands in")
         return torch.cat(images).movedim(1, 0).float().div(127.5).sub(1).contiguous()
 
     def crop(self, image, y, x):
