@@ -9,6 +9,7 @@ processes with any number of workers, sees the same clips in the same order with
 
 Clips are (3, T, H, W), float32, RGB in [-1, 1].
 """
+import glob
 import hashlib
 import json
 import math
@@ -19,7 +20,6 @@ import signal
 import sys
 import tempfile
 import time
-import zipfile
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
@@ -57,7 +57,7 @@ def why(error):
 
 
 def open_video(path, **options):
-    """A context manager. A colon in the name makes no address of it, and a title in an unknown encoding does no harm."""
+    """A context manager. A colon in the name makes no address of it; a title in an unknown encoding does no harm."""
     address = f"file:{path}"
     try:
         return av.open(address, options=options)
@@ -85,8 +85,9 @@ def picture(frame, **how):
     """
     matrix = None if frame.format.is_rgb else colours(frame)[0]
     matrix = 5 if matrix == 6 else matrix                                           # swscale's number of BT.601
-    # A frame's own `reformat` is one for the whole process: a forked loader would wait for the threads of its parent's.
-    rgb = VideoReformatter().reformat(frame, format="rgb24", interpolation=EXACT, src_colorspace=matrix, threads=1, **how)
+    # All frames share one `reformat` in a process: a forked loader would wait for the threads of its parent's.
+    rgb = VideoReformatter().reformat(frame, format="rgb24", interpolation=EXACT, src_colorspace=matrix, threads=1,
+                                      **how)
     return np.ascontiguousarray(np.rot90(rgb.to_ndarray(), round(frame.rotation / 90)))    # phones store the angle
 
 
@@ -127,14 +128,20 @@ def frame_files(folder):
                                            for k, part in enumerate(re.split("([0-9]+)", name))])
 
 
+def image_files(path):
+    """The images that stand for a video, where `path` is a folder of them, or is one; else None."""
+    if os.path.isdir(path):
+        return [os.path.join(path, name) for name in frame_files(path)]
+    return [path] if str(path).lower().endswith(IMAGES) else None
+
+
 def count_frames(path):
     """How many frames the file's header promises, or the folder holds; raises one of BROKEN if it is no video."""
-    if os.path.isdir(path):
-        return len(frame_files(path))
+    images = image_files(path)
+    if images is not None:
+        return len(images)
     if not os.path.getsize(path):
         raise BadVideo("empty file")
-    if path.lower().endswith(IMAGES):
-        return 1
     # Without a decoder FFmpeg cannot decode a first frame to learn more than we ask: 0.3 ms a file, not 10.
     with open_video(path, codec_whitelist="none") as container:
         stream, rate = video_stream(container)
@@ -152,6 +159,9 @@ def find_frames(path):
     do not tell frames apart there are no key frames: such a file is counted from its beginning. AVI stamps packets
     in the order of decoding; the stamps of joined files jump back.
     """
+    images = image_files(path)
+    if images is not None:
+        return images, []
     with open_video(path) as container:
         stream, _ = video_stream(container)
         packets = [(packet.dts if packet.pts is None else packet.pts, packet.dts, packet.is_keyframe, packet.is_discard)
@@ -216,24 +226,26 @@ def read_image(path):
 def read_frames(path, start, frames, stride):
     """Yields `frames` frames, (H, W, 3) uint8 RGB, every `stride`-th of the file from number `start` on, holding one at
     a time. Raises one of BROKEN if the file ends early or is damaged there."""
-    if not path.lower().endswith(IMAGES) and not os.path.isdir(path):
-        taken = 0
-        for number, frame in enumerate(decode_from(path, start)):
-            if number % stride == 0:
-                check_colours(path, frame)
-                check_fields(path, frame)
-                yield picture(frame)
-                taken += 1
-                if taken == frames:
-                    return
-        raise BadVideo(f"only {taken} of {frames} frames could be read")
-    names, shape = frame_files(path) if os.path.isdir(path) else [""], None
-    for name in names[start:start + (frames - 1) * stride + 1:stride]:
-        image = read_image(os.path.join(path, name) if name else path)
-        if shape not in (None, image.shape):
-            raise BadVideo(f"{name} is of another size than the image before it")
-        shape = image.shape
-        yield image
+    images = image_files(path)
+    if images is not None:
+        shape = None
+        for name in images[start:start + (frames - 1) * stride + 1:stride]:
+            image = read_image(name)
+            if shape not in (None, image.shape):
+                raise BadVideo(f"{os.path.basename(name)} is of another size than the images before it")
+            shape = image.shape
+            yield image
+        return
+    taken = 0
+    for number, frame in enumerate(decode_from(path, start)):
+        if number % stride == 0:
+            check_colours(path, frame)
+            check_fields(path, frame)
+            yield picture(frame)
+            taken += 1
+            if taken == frames:
+                return
+    raise BadVideo(f"only {taken} of {frames} frames could be read")
 
 
 @lru_cache(maxsize=4)
@@ -243,8 +255,8 @@ def shuffled(n, *key):
 
 
 def find_videos(root, images=False):
-    """Yields all video files at any depth, as paths relative to root, and all folders that hold images but no video; or,
-    for `images`, every image instead of its folder."""
+    """Yields all video files at any depth, as paths relative to root, and all folders that hold images but no video;
+    or, for `images`, every image instead of its folder."""
     seen = set()
     for folder, below, names in os.walk(root, followlinks=True):
         if os.path.realpath(folder) in seen:                    # a link that leads back
@@ -261,18 +273,14 @@ def find_videos(root, images=False):
             yield os.path.relpath(os.path.join(folder, name), root).replace(os.sep, "/")
 
 
-@lru_cache(maxsize=None)
 def part_of(path):
-    """A hash that tells a video from another of the same name: its size and a piece from its middle; of a folder, the
-    names and sizes of its images, and a piece of the first."""
-    if os.path.isdir(path):
-        images = [os.path.join(path, name) for name in frame_files(path)]
-        held = [[os.path.basename(image), os.path.getsize(image)] for image in images] + [part_of(images[0])]
-        return hashlib.sha256(json.dumps(held).encode()).hexdigest()
-    with open(path, "rb") as file:
-        size = file.seek(0, os.SEEK_END)
-        file.seek(size // 2)
-        return hashlib.sha256(b"%d %b" % (size, file.read(4096))).hexdigest()
+    """A hash that tells a video from another, whatever its name: its size, or its images' sizes, and a piece from the
+    middle of the file or of the first image."""
+    files = image_files(path) or [path]
+    sizes = [os.path.getsize(file) for file in files]
+    with open(files[0], "rb") as file:
+        file.seek(sizes[0] // 2)
+        return hashlib.sha256(json.dumps(sizes).encode() + file.read(4096)).hexdigest()
 
 
 class VideoClips(Dataset):
@@ -343,7 +351,7 @@ class VideoClips(Dataset):
         return self
 
     def parts(self):
-        """What each file holds, in short (see `part_of`)."""
+        """What each file holds, in short."""
         with ThreadPoolExecutor(8) as pool:
             return list(pool.map(part_of, (os.path.join(self.root, name) for name in self.files)))
 
@@ -391,18 +399,18 @@ class VideoClips(Dataset):
 
     def clip(self, i, window, y, x):
         """File i's clip at `window`, `y`, `x`, each in [0, 1): how far along the room there is."""
-        path, count = os.path.join(self.root, self.files[i]), self.counts[i]
+        path, start = os.path.join(self.root, self.files[i]), 0
         read = lambda start: [self.crop(image, y, x) for image in read_frames(path, start, self.frames, self.stride)]
         try:
-            if window * (count - self.span + 1) >= 1 and path.lower().endswith(SUFFIXES) and os.path.isfile(path):
-                count = min(count, len(find_frames(path)[0]))   # headers may promise too much
-            start = int(window * max(count - self.span + 1, 1))
+            if window:
+                count = min(self.counts[i], len(find_frames(path)[0]))      # headers may promise too much
+                start = int(window * max(count - self.span + 1, 1))
             images = read(start)
-        except BROKEN as error:
-            if window * (count - self.span + 1) < 1:
+        except BROKEN:
+            if not window:
                 raise
             images = read(0)
-            warn_once(f"{self.files[i]}: where a window cannot be decoded ({why(error)}) the first one stands in")
+            warn_once(f"{self.files[i]}: the first window stands in for those that cannot be decoded")
         return torch.cat(images).movedim(1, 0).float().div(127.5).sub(1).contiguous()
 
     def crop(self, image, y, x):
@@ -490,8 +498,8 @@ def download(data, root=None):
     is not what it was. Raises OSError where an archive cannot be had.
     """
     if data not in ARCHIVES:
-        raise ValueError(f"--download fetches {' and '.join(ARCHIVES)}; {data} is to be had from {DATA_SETS[data][1]}"
-                         if data in DATA_SETS else f"--download fetches {' and '.join(ARCHIVES)}, not {data}")
+        there = f"; {data} is to be had from {DATA_SETS[data][1]}" if data in DATA_SETS else f", not {data}"
+        raise ValueError(f"--download fetches {' and '.join(ARCHIVES)}{there}")
     root = root or os.path.join("data", data)
     os.makedirs(root, exist_ok=True)
     for address, sha256 in ARCHIVES[data]:
@@ -504,11 +512,8 @@ def download(data, root=None):
                 raise OSError(f"{address} could not be fetched ({why(error)}); "
                               f"fetch it by hand and unpack it into {root}") from None
             except RuntimeError:
-                raise ValueError(f"{address} is not the archive whose SHA-256 is {sha256}: "
-                                 f"nothing was unpacked") from None
-            with zipfile.ZipFile(archive) as held:
-                held.extractall(os.path.join(folder, "all"))
-            shutil.copytree(os.path.join(folder, "all"), root, dirs_exist_ok=True, copy_function=os.replace)
+                raise ValueError(f"{address} is not the archive whose SHA-256 is {sha256}: nothing unpacked") from None
+            shutil.unpack_archive(archive, root)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -700,20 +705,16 @@ def psnr(a, b, most=math.inf):
 # what a teacher makes of clips, computed once
 
 def write_file(path, data):
-    """Writes bytes to a file of a temporary name, then renames it to `path`.
-
-    Where the disk cannot take them, raises OSError, and `path` holds what it held before.
-    """
+    """Writes bytes beside `path`, then renames: a crash leaves what was there before."""
     partial = f"{path}.{os.getpid()}.partial"                   # another process may write the same
     try:
         with open(partial, "wb") as file:
             file.write(data)
         os.replace(partial, path)
     except OSError as error:
-        raise OSError(f"{path} cannot be written ({error.strerror}); what was there before still is") from None
-    finally:                                                    # also when a signal ends the process
         if os.path.exists(partial):
             os.remove(partial)
+        raise OSError(f"{path} cannot be written ({error.strerror}); what was there before still is") from None
 
 
 def begin_worker(number):
@@ -722,11 +723,9 @@ def begin_worker(number):
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
-def checksum(tensors, crc):
-    """CRC-32 of the values of {name: tensor}, begun with the number `crc`."""
-    for _, tensor in sorted(tensors.items()):
-        crc = zlib.crc32(tensor.contiguous().flatten().view(torch.uint8).numpy(), crc)
-    return f"{crc:08x}"
+def checksum(tensors, m):
+    """CRC-32 of entry m's {name: tensor}, begun with m: an entry in the place of another is damaged, too."""
+    return f"{zlib.crc32(save(tensors), m):08x}"
 
 
 class CachedClips(Dataset):
@@ -735,7 +734,7 @@ class CachedClips(Dataset):
     `cache[n]`, any n >= 0, is a dict of tensors: entry m of `count`, all of which come once in every `count`
     consecutive n, in a new order each time. Entry m holds clip m of a training stream (`video`, as uint8: what files
     hold) and what else `put` was given, in `dtype`. One safetensors file an entry, all of the same size, written
-    whole or not at all; `missing` says what is still to be made, so that filling resumes, and may be shared.
+    whole or not at all, so that filling resumes.
 
     settings (str -> anything JSON holds) says whose cache it is. Raises ValueError if the folder's manifest says
     otherwise, or has fewer entries (of more, the first `count` are taken), or when an entry is damaged, which is then
@@ -745,55 +744,42 @@ class CachedClips(Dataset):
     def __init__(self, folder, count, settings, dtype=torch.float16, blocks=(), seed=0):
         self.folder, self.count, self.dtype, self.blocks, self.seed = (
             os.path.abspath(folder), count, dtype, tuple(blocks), seed)
-        manifest, settings = (os.path.join(folder, "manifest.json"),
-                              settings | {"entries": count, "dtype": str(dtype)[6:]})
-        if os.path.exists(manifest):
-            try:
-                with open(manifest) as file:
-                    made = json.load(file)
-                " ".join(made["blocks"])
-            except (ValueError, TypeError, KeyError):
-                raise ValueError(f"{manifest} is damaged: delete the cache, or name another folder") from None
-            entries = made.get("entries")
-            if isinstance(entries, int) and entries > count:        # the first `count` of them serve
-                settings["entries"] = entries
-            for key, value in settings.items():
-                if made.get(key) != value:
-                    raise ValueError(f"the cache {folder} was made with {key} {made.get(key)}, this run has {value}: "
-                                     f"delete it, or name another folder")
-            if not set(blocks) <= set(made["blocks"]):
-                raise ValueError(f"the cache {folder} holds features of {' '.join(made['blocks']) or 'no block'}, "
-                                 f"this run aligns {' '.join(blocks)}: delete it, or name another folder")
-        elif os.path.exists(folder) and not os.path.isdir(folder):
-            raise ValueError(f"{folder} is a file: name an empty or a new folder for the cache")
-        elif os.path.isdir(folder) and os.listdir(folder):
-            raise ValueError(f"{folder} holds files but no cache's manifest.json: "
-                             f"name an empty or a new folder for the cache")
-        else:
+        manifest, settings = os.path.join(folder, "manifest.json"), settings | {"dtype": str(dtype)[6:]}
+        if not os.path.exists(manifest):
+            if os.path.isfile(folder):
+                raise ValueError(f"{folder} is a file: name an empty or a new folder for the cache")
             os.makedirs(folder, exist_ok=True)
-            made = settings | {"blocks": list(blocks)}
-            write_file(manifest, json.dumps(made, indent=1).encode())
-        self.made = made
+            if os.listdir(folder):
+                raise ValueError(f"{folder} holds files but no cache's manifest.json: name an empty or a new folder")
+            write_file(manifest, json.dumps(settings | {"entries": count, "blocks": blocks}, indent=1).encode())
+        try:
+            with open(manifest) as file:
+                self.made = json.load(file)
+            entries, held = int(self.made["entries"]), " ".join(self.made["blocks"])
+        except (ValueError, TypeError, KeyError):
+            raise ValueError(f"{manifest} is damaged: delete the cache, or name another folder") from None
+        settings["entries"] = max(count, entries)               # of more, the first `count` serve
+        for key, value in settings.items():
+            if self.made.get(key) != value:
+                raise ValueError(f"the cache {folder} was made with {key} {self.made.get(key)}, this run has {value}: "
+                                 f"delete it, or name another folder")
+        if not set(blocks) <= set(self.made["blocks"]):
+            raise ValueError(f"the cache {folder} holds features of {held or 'no block'}, "
+                             f"this run aligns {' '.join(blocks)}: delete it, or name another folder")
 
     def path(self, m):
         return os.path.join(self.folder, f"{m // 1000:05d}", f"{m:08d}.safetensors")
 
     def missing(self, size):
         """Numbers of the entries that are not there, or not of `size` bytes: never written, or cut short since."""
-        sizes = {}
-        for shard in range(-(-self.count // 1000)):
-            folder = os.path.dirname(self.path(1000 * shard))
-            if os.path.isdir(folder):
-                sizes |= {int(entry.name[:8]): entry.stat().st_size for entry in os.scandir(folder)
-                          if entry.name.endswith(".safetensors")}
-        return [m for m in range(self.count) if sizes.get(m) != size]
+        paths = [self.path(m) for m in range(self.count)]
+        return [m for m, path in enumerate(paths) if not os.path.exists(path) or os.path.getsize(path) != size]
 
     def tidy(self, age=3600):
         """Removes what killed runs have left half written, `age` seconds ago or earlier: other runs may be writing."""
-        for folder, _, names in os.walk(self.folder):
-            for path in (os.path.join(folder, name) for name in names if name.endswith(".partial")):
-                if time.time() - os.path.getmtime(path) > age:
-                    os.remove(path)
+        for path in glob.glob(f"{glob.escape(self.folder)}/*/*.partial"):
+            if time.time() - os.path.getmtime(path) > age:
+                os.remove(path)
 
     def check_room(self, entries, size):
         """Raises OSError unless the disk has room for so many more entries of `size` bytes."""
@@ -818,29 +804,28 @@ class CachedClips(Dataset):
         make([m, ...], clips (B, 3, T, H, W)) returns a dict of tensors for each clip. Always the same `batch` clips go
         together, whichever of them are missing: which clips share a batch shows in the last bit of what is made.
         """
-        groups = [list(range(m, min(m + batch, self.count))) for m in range(0, self.count, batch)]
+        def make_batches(numbers, missing):
+            groups = [list(range(g * batch, min((g + 1) * batch, self.count))) for g in numbers]
+            loader = DataLoader(clips, batch_sampler=groups, num_workers=workers, worker_init_fn=begin_worker)
+            hidden = rank > 0 or not sys.stderr.isatty()
+            for group, video in zip(groups, tqdm(loader, desc="cache", unit="batch", disable=hidden)):
+                for m, v, tensors in zip(group, video, make(group, video)):
+                    if m in missing:
+                        self.put(m, v, tensors)
 
-        def put(group, video):
-            for m, v, tensors in zip(group, video, make(group, video)):
-                self.put(m, v, tensors)
-
-        if rank == 0:
-            self.tidy()
-            put(groups[0], torch.stack([clips[m] for m in groups[0]]))
+        if rank == 0 and not os.path.exists(self.path(0)):
+            make_batches([0], [0])
         barrier()
         # All entries have the size of this one. It tells which are whole, and the room that they need.
         size = os.path.getsize(self.path(0))
-        missing = self.missing(size)
+        missing = set(self.missing(size))
         say(f"the cache {self.folder}: {self.count} entries of {size / 1e6:.2f} MB, {len(missing)} to make, "
             f"{len(missing) * size / 1e9:.2f} GB")
-        self.check_room(len(missing), size)
+        if missing:
+            self.check_room(len(missing), size)
+            self.tidy()
         barrier()
-        share = sorted({m // batch for m in missing})[rank::world]
-        loader = DataLoader(clips, batch_sampler=[groups[g] for g in share], num_workers=workers,
-                            worker_init_fn=begin_worker)
-        for g, video in zip(share, tqdm(loader, desc="cache", unit="batch",
-                                        disable=rank > 0 or not sys.stderr.isatty())):
-            put(groups[g], video)
+        make_batches(sorted({m // batch for m in missing})[rank::world], missing)
         barrier()
         if self.missing(size):
             raise OSError(f"the cache {self.folder} is not complete after all processes made their share: "
@@ -856,12 +841,8 @@ class CachedClips(Dataset):
     def __getitem__(self, n):
         m = self.number(n)
         path = self.path(m)
-        try:
-            with open(path, "rb") as file:
-                held = file.read()
-        except OSError as error:
-            raise OSError(f"the cache's {path} cannot be read ({error.strerror}); "
-                          f"--resume makes it anew if it is gone") from None
+        with open(path, "rb") as file:
+            held = file.read()
         try:
             entry = load(held)
             header = json.loads(held[8:8 + int.from_bytes(held[:8], "little")])

@@ -290,10 +290,11 @@ def test_a_file_that_breaks_while_decoding_gives_way_to_the_next(tmp_path, capfd
     clips = VideoClips(tmp_path, 4, 24)
     assert "bad.mp4" in clips.files                                 # the header says nothing
     batches = np.arange(18).reshape(6, 3).tolist()
+    data.warn_once.cache_clear()
     stream = load(clips, batches, workers)
-    assert stream.isfinite().all() and clips.broken == ["bad.mp4"]  # workers' findings are known here
-    lines = capfd.readouterr().err.splitlines()
-    assert len(lines) == 1 and "bad.mp4" in lines[0]
+    lines = set(capfd.readouterr().err.splitlines())                # each process says it once
+    assert stream.isfinite().all() and len(lines) == 1 and "bad.mp4" in lines.pop()
+    assert {clips.describe(n) for n in range(18)} == {"good.mkv", "fine.mp4"}       # what stands in is named
     with pytest.raises(BadVideo, match="^bad.mp4: .+$"):
         VideoClips(tmp_path, 4, 24, train=False)[0]
 
@@ -311,7 +312,6 @@ def test_what_was_read_before_decides_nothing(folder, monkeypatch):
     monkeypatch.setattr(data, "read_frames", damaged_opening)
     clips = VideoClips(folder, 4, 24)
     stream = [clips[n] for n in range(24)]
-    assert clips.broken == ["0.mkv"]
     assert all(torch.equal(VideoClips(folder, 4, 24)[n], stream[n]) for n in range(24))
 
 
@@ -375,8 +375,61 @@ def test_one_file_is_a_folder_of_one(tmp_path):
     assert clips.files == ["v.mkv"] and numbers(clips[0]) == list(range(6)) and not clips.skipped
 
 
+RAMPS = {   # name: (codec, options, time stamps of the frames in 1/25 s or None for 0, 1, 2 ...)
+    "avi of h264.avi": ("libx264", {"x264-params": "keyint=24:bframes=3:crf=4:log-level=none"}, None),
+    "avi of mpeg4.avi": ("mpeg4", {"g": "24", "bf": "2", "global_quality": "240", "flags": "+qscale"}, None),
+    "avi that begins late.avi": ("mpeg4", {"g": "24", "global_quality": "240", "flags": "+qscale"}, range(50, 150)),
+    "one key frame.ts": ("libx264", {"x264-params": "keyint=400:min-keyint=400:scenecut=0:bframes=3:crf=4:"
+                                                    "log-level=none"}, None),
+    "hevc.ts": ("libx265", {"x265-params": "keyint=400:min-keyint=400:scenecut=0:crf=4:log-level=none"}, None),
+    "open groups.mkv": ("libx264", {"x264-params": "keyint=24:bframes=3:open-gop=1:crf=4:log-level=none"}, None),
+    "late.mpg": ("mpeg2video", {"g": "24", "bf": "2", "global_quality": "240", "flags": "+qscale"}, range(300, 400)),
+    "variable.mp4": ("libx264", {"x264-params": "keyint=24:bframes=3:crf=4:log-level=none"},
+                     [k if k < 50 else 5 * k - 200 + k % 3 for k in range(100)]),
+}
+
+
+@pytest.mark.parametrize("name", RAMPS)
+def test_windows_are_exact_in_any_container_and_at_any_rate(tmp_path, name):
+    """The numbers of frames are told by their grey levels, which rise by two."""
+    codec, options, stamps = RAMPS[name]
+    with av.open(str(tmp_path / name), "w") as container:
+        stream = container.add_stream(codec, rate=25, options=options)
+        stream.width, stream.height, stream.pix_fmt = 96, 64, "yuv420p"
+        for k, stamp in enumerate(stamps or range(100)):
+            frame = av.VideoFrame.from_ndarray(np.full((64, 96, 3), 16 + 2 * k, np.uint8), format="rgb24")
+            frame.pts = stamp
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    levels = np.array([image.mean() for image in data.read_frames(tmp_path / name, 0, 100, 1)])
+    assert np.diff(levels).min() > 0.9 and abs(levels - np.arange(16, 216, 2)).max() < 2
+    number_of = lambda image: int(abs(levels - float(image.mean())).argmin())
+    for start in range(0, 90, 3):
+        read = list(data.read_frames(tmp_path / name, start, 4, 3))
+        assert [number_of(image) for image in read] == [start, start + 3, start + 6, start + 9]
+    clips, starts = VideoClips(tmp_path, 8, 16), set()
+    for n in range(60):
+        first = number_of((clips[n][:, 0] + 1) * 127.5)
+        assert [number_of((image + 1) * 127.5) for image in clips[n].unbind(1)] == list(range(first, first + 8))
+        starts.add(first)
+    assert len(starts) > 30 and max(starts) > 70
+
+
 # ----------------------------------------------------------------------------------------------------------
 # made-up video
+
+def test_made_up_clips_are_what_the_shipped_weights_were_trained_on():
+    """Means, deviations, motion and detail of four clips, rounded: they hold on other CPUs, too."""
+    for kind, n, want in (
+            (dict(frames=8, size=64), 0, [-0.3178, 0.2897, 0.2466, 0.0889, 0.0639]),
+            (dict(frames=8, size=64), 17, [-0.2183, 0.4389, 0.3861, 0.0456, 0.0605]),
+            (dict(frames=5, size=48, seed=10_000), 3, [-0.0977, 0.4398, 0.2933, 0.0106, 0.0956]),
+            (dict(frames=3, size=24, seed=7), 100, [-0.2998, 0.5302, 0.3062, 0.1469, 0.2167])):
+        clip = SyntheticClips(**kind)[n].double()
+        got = [clip.mean(), clip.std(), clip[:, 0, 5].std(), (clip[:, 1:] - clip[:, :-1]).abs().mean(),
+               (clip[..., 1:] - clip[..., :-1]).abs().mean()]
+        assert [x.item() for x in got] == pytest.approx(want, abs=1e-4)
+
 
 def test_made_up_clips_depend_on_seed_and_number_only():
     clips, again = SyntheticClips(3, 24, seed=1), SyntheticClips(3, 24, seed=1)
@@ -438,7 +491,8 @@ def test_pictures_beside_videos_are_no_video(tmp_path):
     Image.fromarray(greys(1)[0]).save(tmp_path / "cover.png")
     write_frames(tmp_path / "more", greys(1), "poster.png")
     write(tmp_path / "more" / "below" / "clip.mkv", greys(12))
-    assert VideoClips(tmp_path, 1, 32, train=False).files == ["clip.mkv", "more/below/clip.mkv"]
+    clips = VideoClips(tmp_path, 2, 32, train=False)
+    assert clips.files == ["clip.mkv", "more/below/clip.mkv"] and clips.skipped == {"more": "1 frames, 2 needed"}
 
 
 @pytest.mark.parametrize("spoil, message", [
@@ -522,7 +576,7 @@ def test_an_archive_is_fetched_checked_and_unpacked(tmp_path, monkeypatch):
     assert [entry.name for entry in (tmp_path / "data" / "davis").iterdir()] == ["DAVIS"]
 
     monkeypatch.setattr(data, "ARCHIVES", {"davis": [(address, "0" * 64)]})
-    with pytest.raises(ValueError, match="is not the archive whose SHA-256 is 000.* nothing was unpacked"):
+    with pytest.raises(ValueError, match="is not the archive whose SHA-256 is 000.* nothing unpacked"):
         data.download("davis", "other")
     assert not list((tmp_path / "other").iterdir())
     monkeypatch.setattr(data, "ARCHIVES", {"davis": [("file:///nowhere.zip", sha256)]})
@@ -533,14 +587,13 @@ def test_an_archive_is_fetched_checked_and_unpacked(tmp_path, monkeypatch):
 # ----------------------------------------------------------------------------------------------------------
 # links, impossible images, many files
 
-def test_a_video_is_found_once_however_many_links_show_it(tmp_path):
+def test_links_to_folders_are_followed_but_not_in_circles(tmp_path):
     write(tmp_path / "a" / "clip.mkv", greys(4))
     (tmp_path / "a" / "up").symlink_to(tmp_path)
-    (tmp_path / "a" / "again.mkv").symlink_to(tmp_path / "a" / "clip.mkv")
     (tmp_path / "b").symlink_to(tmp_path / "a")
     write(tmp_path / "elsewhere" / "far.mkv", greys(4))
     (tmp_path / "a" / "far").symlink_to(tmp_path / "elsewhere")
-    assert sorted(data.find_videos(tmp_path / "a")) == ["again.mkv", "far/far.mkv"]
+    assert sorted(data.find_videos(tmp_path / "a")) == ["clip.mkv", "far/far.mkv"]
 
 
 def test_an_image_that_claims_to_be_huge_is_skipped_by_name(tmp_path, capsys):
@@ -559,7 +612,8 @@ def test_an_image_that_claims_to_be_huge_is_skipped_by_name(tmp_path, capsys):
     with pytest.raises(BadVideo, match="bomb: 0.png: Image size"):
         VideoClips(tmp_path, 3, 16, train=False)[0]
     clips = VideoClips(tmp_path, 3, 16)
-    assert all(clips[n].shape == (3, 3, 16, 16) for n in range(4)) and clips.broken == ["bomb"]
+    assert all(clips[n].shape == (3, 3, 16, 16) for n in range(4)) 
+    assert {clips.describe(n) for n in range(4)} == {"fine"}
 
 
 def test_picking_a_clip_looks_at_one_place_of_the_order(tmp_path, monkeypatch):
@@ -588,7 +642,8 @@ def test_a_fingerprint_tells_files_by_what_they_hold(tmp_path):
     print_of = lambda name: VideoClips(tmp_path / name, 4, 16).fingerprint()
     assert print_of("a") == print_of("b")
     held = (tmp_path / "b" / "x.mkv").read_bytes()
-    (tmp_path / "b" / "x.mkv").write_bytes(held[:-1] + bytes([held[-1] ^ 1]))
+    middle = len(held) // 2 + 100
+    (tmp_path / "b" / "x.mkv").write_bytes(held[:middle] + bytes([held[middle] ^ 1]) + held[middle + 1:])
     assert print_of("a") != print_of("b")
     (tmp_path / "b" / "x.mkv").write_bytes(held)
     Image.fromarray(greys(9)[8]).save(tmp_path / "b" / "frames" / "0.png")
