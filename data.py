@@ -145,8 +145,11 @@ def count_frames(path):
     # Without a decoder FFmpeg cannot decode a first frame to learn more than we ask: 0.3 ms a file, not 10.
     with open_video(path, codec_whitelist="none") as container:
         stream, rate = video_stream(container)
-        if stream.frames:       # An edit list hides some; AVI has empty packets, which show the frame before again.
-            return stream.frames - sum(entry.is_discard or not entry.size for entry in stream.index_entries)
+        index = stream.index_entries
+        if container.format.name == "avi" and len(index):       # its header counts empty packets, too
+            return sum(entry.size > 0 for entry in index) + max(0, stream.frames - 1 - index[len(index) - 1].timestamp)
+        if stream.frames:                                       # an edit list hides some
+            return stream.frames - sum(entry.is_discard for entry in index)
         seconds = stream.duration * stream.time_base if stream.duration else (container.duration or 0) / av.time_base
     return round(seconds * rate) or len(find_frames(path)[0])           # webm from a browser tells no length
 
@@ -169,7 +172,8 @@ def find_frames(path):
         by_packet = container.format.name == "avi" and stream.codec_context.has_b_frames
     shown = [stamp for stamp, _, _, hidden in packets if not hidden]
     order = [dts for _, dts, _, _ in packets if dts is not None]
-    if by_packet or None in shown or len(set(shown)) < len(shown) or order != sorted(order):
+    unknown = any(stamp is None for stamp, *_ in packets)
+    if by_packet or unknown or len(set(shown)) < len(shown) or order != sorted(order):
         return range(len(shown)), []
     return np.array(sorted(shown)), np.array(sorted(stamp for stamp, _, is_key, _ in packets if is_key))
 
@@ -193,8 +197,8 @@ def decode_from(path, start):
             for packet in container.demux(stream):
                 stamp = packet.dts if packet.pts is None else packet.pts
                 if not reached:
-                    if seek and packet.is_keyframe and stamp > key:
-                        break                                   # the seek came out behind it: again, from the beginning
+                    if seek and packet.is_keyframe and stamp is not None and stamp > key:
+                        break                                   # the seek came out behind it: again, from the start
                     reached = packet.is_keyframe and stamp == key
                     if not reached:
                         continue

@@ -648,3 +648,23 @@ def test_a_fingerprint_tells_files_by_what_they_hold(tmp_path):
     (tmp_path / "b" / "x.mkv").write_bytes(held)
     Image.fromarray(greys(9)[8]).save(tmp_path / "b" / "frames" / "0.png")
     assert print_of("a") != print_of("b")
+
+
+def test_with_one_frame_a_clip_every_image_is_one(tmp_path):
+    write_frames(tmp_path / "a", greys(3), "{}\u00b20.png")                  # a digit that int() does not take
+    Image.fromarray(greys(5)[4]).save(tmp_path / "top.webp", lossless=True)
+    clips = VideoClips(tmp_path, 1, 16, train=False)
+    assert clips.files == ["a/0\u00b20.png", "a/1\u00b20.png", "a/2\u00b20.png", "top.webp"]
+    assert [numbers(clips[i]) for i in range(4)] == [[0], [1], [2], [4]]
+    Image.fromarray(greys(3, 40, 40)[2]).save(tmp_path / "a" / "1\u00b20.png")
+    with pytest.raises(BadVideo, match="of another size than the images before"):
+        VideoClips(tmp_path, 3, 16, train=False)[0]
+
+
+def test_a_complete_cache_is_only_read(tmp_path):
+    clips = SyntheticClips(2, 16)
+    make = lambda numbers, video: [{"latents": torch.full((1, 1), float(m))} for m in numbers]
+    data.CachedClips(tmp_path, 5, {}).fill(clips, make, 2)
+    before = {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in tmp_path.rglob("*.*")}
+    data.CachedClips(tmp_path, 5, {}).fill(clips, None, 3)                  # makes nothing, so needs no teacher
+    assert {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in tmp_path.rglob("*.*")} == before
