@@ -52,16 +52,17 @@ from model import (CONFIGS, atomically, channels_last, check_fit, check_writable
                    parse_size, run_command, summary, text_table, weights_hash)
 from teachers import TEACHERS, load_teacher
 
+INPUT = "the input"
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))      # torchrun's
 WRITTEN = "compare.png", "compare.mp4", "results.md", "results.json"
 SAME = ("data root split latents dtype seed reference students chosen shape weights metrics").split()
-WARM_UP, ROUNDS = 2, 7              # of the speed measurement
-FEWEST, ENOUGH = 3, 20              # rounds, seconds: where it is slow
+WARM_UP, ROUNDS = 1, 5              # of the speed measurement
 # name: (heading, decimals)
 METRICS = {"psnr": ("PSNR (dB)", 2), "ssim": ("SSIM", 4), "lpips": ("LPIPS", 4), "temporal": ("temporal error", 2),
            "fvd": ("rFVD", 2)}
 I3D_URL = "https://huggingface.co/flateon/FVD-I3D-torchscript/resolve/main/i3d_torchscript.pt"
 I3D_SHA256 = "bec6519f66ea534e953026b4ae2c65553c17bf105611c746d904657e5860a5e2"
+CACHE = Path(torch.hub.get_dir()) / "checkpoints"
 ALEXNET = "alexnet-owt-7be5be79.pth"        # torchvision's name; its checksum begins so
 
 
@@ -112,11 +113,6 @@ def frechet_distance(features_a, features_b):
     return max(distance.item(), 0.0)
 
 
-def cached(name):
-    """Where PyTorch keeps a downloaded file of that name."""
-    return Path(torch.hub.get_dir()) / "checkpoints" / name
-
-
 def load_lpips(path, device):
     """A function of two clips (B, 3, T, H, W) in [-1, 1]: LPIPS (Zhang et al. 2018) on AlexNet, mean over frames, (B,).
 
@@ -130,7 +126,7 @@ def load_lpips(path, device):
             net.net.load_state_dict({key: state["features" + key[key.index("."):]] for key in net.net.state_dict()})
     except Exception as error:      # no network, no such file, another file: all mean "not there"
         raise OSError(f"no AlexNet weights ({summary(error)}); name torchvision's {ALEXNET} with --lpips-weights, "
-                      f"or put it into {cached(ALEXNET).parent}") from None
+                      f"or put it into {CACHE}") from None
     return lambda a, b: net(frames_of(a) * 2 - 1, frames_of(b) * 2 - 1).view(len(a), -1).mean(1)
 
 
@@ -142,17 +138,17 @@ def load_i3d(path, device):
 
     path: the file; None downloads it into PyTorch's cache. OSError without it or for another.
     """
-    file = Path(path or cached("i3d_torchscript.pt"))
+    file = Path(path or CACHE / "i3d_torchscript.pt")
     try:
         if not path and not file.is_file():
-            file.parent.mkdir(parents=True, exist_ok=True)
+            CACHE.mkdir(parents=True, exist_ok=True)
             torch.hub.download_url_to_file(I3D_URL, str(file), I3D_SHA256, progress=False)
         if hashlib.sha256(file.read_bytes()).hexdigest() != I3D_SHA256:
             raise OSError("it is another file")
         detector = torch.jit.load(str(file), map_location=device).eval()
     except (RuntimeError, OSError) as error:
         raise OSError(f"no I3D weights ({summary(error)}); name i3d_torchscript.pt with --i3d, "
-                      f"or put it into {cached(file.name).parent}") from None
+                      f"or put it into {CACHE}") from None
     return lambda video: detector(255 * frames_of(video).unflatten(0, (len(video), -1)).transpose(1, 2),
                                   rescale=True, resize=True, return_features=True)
 
@@ -166,25 +162,21 @@ def load_metrics(args, device):
                 metrics[name] = load(path, device) if name in args.metrics else None
         except OSError as error:
             without[name] = str(error)
-    for other in share(without):
-        without = other | without
     return {name: metrics[name] for name in args.metrics if name not in without}, without
 
 
 def decode_speeds(decoders, latents):
-    """Frames per second of each decoder, {name: function of latents}, all on the same latents.
+    """Frames per second of each decoder, {name: function of latents}, all on the same latents; medians over ROUNDS.
 
-    The decoders take turns, so that whatever else the machine does slows all of them; medians over the rounds.
+    The decoders take turns, so that whatever else the machine does slows all of them.
     """
-    seconds, end = {name: [] for name in decoders}, time.perf_counter() + ENOUGH
-    for i in range(WARM_UP + ROUNDS):
+    seconds = {name: [] for name in decoders}
+    for _ in range(WARM_UP + ROUNDS):
         for name, decode in decoders.items():
             start = time.perf_counter()
             video = decode(latents)
             video.flatten()[0].item()               # waits for a GPU
             seconds[name].append(time.perf_counter() - start)
-        if i + 1 >= WARM_UP + FEWEST and time.perf_counter() > end:
-            break
     frames = video.shape[0] * video.shape[2]
     return {name: frames / statistics.median(times[WARM_UP:]) for name, times in seconds.items()}
 
@@ -202,14 +194,14 @@ def share(mine):
 
 def progress(items, total, unit):
     """Passes items on, and shows how many there were: by a bar on a terminal, else by a line every 20 seconds."""
-    lines = dict(delay=20, mininterval=20, maxinterval=20, bar_format="{n_fmt}/{total_fmt} {unit}s\n")
-    return tqdm(items, total=total, unit=unit, leave=False, disable=RANK > 0, **{} if sys.stderr.isatty() else lines)
+    lines = {"delay": 20, "mininterval": 20, "bar_format": "{n_fmt} of {total_fmt}\n"}
+    return tqdm(items, unit, total, leave=False, disable=RANK > 0, **{} if sys.stderr.isatty() else lines)
 
 
 def load_students(args, device):
     """{label: student}."""
-    config = args.teacher if args.teacher in CONFIGS else None
-    students = dict(choose_student(path, config, str if RANK else print) for path in args.student or [None])
+    students = dict(choose_student(path, None if Path(path or ".").exists() else args.teacher, str if RANK else print)
+                    for path in args.student or [None])
     for student in students.values():
         student.to(device, getattr(torch, args.dtype)).eval()
         if device.type == "cuda":
@@ -221,9 +213,8 @@ def load_fitting_teacher(args, students, device):
     """The teacher, after a check that the students decode its latents."""
     name = args.teacher or next(iter(students.values())).metadata["teacher"]
     for label, student in students.items():     # before anything is fetched, where a preset has the teacher's numbers
-        preset = CONFIGS.get(name, student.config)
-        check_fit(student, f"the {name} teacher", (name,), preset.latent_channels, preset.compression,
-                  preset.drop_first, label)
+        like = CONFIGS.get(name, student.config)
+        check_fit(student, f"the {name} teacher", [name], like.latent_channels, like.compression, like.drop_first, label)
     return load_teacher(name, args.teacher_weights, device, getattr(torch, args.dtype))
 
 
@@ -305,12 +296,13 @@ def open_latents(args, channels):
         except BadVideo as error:
             skipped[file.name] = str(error)
     shapes = Counter(x.shape for x in latents.values() if len(x) == channels)
-    if not shapes:
+    shape = max(shapes, key=shapes.get, default=None)
+    if not shape:
         raise ValueError(f"no latents of {channels} channels in {args.latents}: examples/generate.py makes some")
-    shape = shapes.most_common(1)[0][0]
+    names = {n: files[n].name for n, x in latents.items() if x.shape == shape}
     skipped |= {files[n].name: f"of shape {tuple(x.shape)}, the others are {tuple(shape)}"
-                for n, x in latents.items() if x.shape != shape}
-    return Clips(latents, {n: files[n].name for n, x in latents.items() if x.shape == shape}, skipped)
+                for n, x in latents.items() if n not in names}
+    return Clips(latents, names, skipped)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -326,44 +318,39 @@ def measure(args, clips, videos_of, reference, metrics):
     loader = DataLoader(clips, args.batch, sampler=range(RANK, len(clips), WORLD), collate_fn=list,
                         num_workers=args.workers)
     known = {}
-    for batch in progress(loader, len(loader), "batch"):
+    for batch in progress(loader, len(loader), "batches"):
         known.update(batch)
         good = {n: clip for n, clip in batch if not isinstance(clip, str)}
         videos = videos_of(torch.stack([*good.values()]).to(args.device)) if good else {}
         for i, (n, clip) in enumerate(good.items()):
-            one, values, features = {model: video[i:i + 1] for model, video in videos.items()}, {}, {}
-            for model, video in one.items():
-                if not video.isfinite().all():
-                    known[n] = f"{model} gave values that are not finite"
-                    break
-                if model != reference:
-                    values[model] = {name: metric(video, one[reference]).item() for name, metric in metrics.items()
-                                     if name != "fvd"}
-                if "fvd" in metrics:
-                    features[model] = metrics["fvd"](video)[0].cpu()
-            else:
-                digest = hashlib.sha256(clip.float().numpy().tobytes()).hexdigest()
-                known[n] = {"hash": digest, "values": values, "features": features}
+            one = {model: video[i:i + 1] for model, video in videos.items()}
+            broken = next((model for model, video in one.items() if not video.isfinite().all()), None)
+            known[n] = f"{broken} gave values that are not finite" if broken else {
+                "hash": hashlib.sha256(clip.float().numpy().tobytes()).hexdigest(),
+                "features": {model: metrics["fvd"](video)[0].cpu() for model, video in one.items() if "fvd" in metrics},
+                "values": {model: {name: metric(video, one[reference]).item() for name, metric in metrics.items()
+                                   if name != "fvd"} for model, video in one.items() if model != reference}}
     known = dict(sorted(chain.from_iterable(part.items() for part in share(known))))
-    wrong = {clips.names[n]: reason for n, reason in known.items() if isinstance(reason, str)}
-    if len(wrong) == len(known):
-        raise ValueError(f"none of the clips can be evaluated: {next(iter(wrong.values()))}")
-    clips.skipped |= wrong
-    if RANK == 0:
-        print("".join(f"skipping {name}: {reason}\n" for name, reason in wrong.items()), end="", file=sys.stderr)
-    return {n: clip for n, clip in known.items() if isinstance(clip, dict)}
+    for n, reason in [*known.items()]:
+        if isinstance(reason, str):
+            clips.skipped[clips.names[n]] = known.pop(n)
+            print(f"skipping {clips.names[n]}: {reason}", file=sys.stderr)
+    if not known:
+        raise ValueError(f"none of the clips can be evaluated: {reason}")
+    return known
 
 
-def distances(clips, real, models, reference):
+def distances(known, real, models, reference):
     """({model: Fréchet distance of its clips to the real ones, else to those of `reference`}, what to know about them
     or None)."""
     stack = lambda known, model: torch.stack([clip["features"][model] for clip in known.values()])
-    truth = stack(real, "input") if real else stack(clips, reference)
-    n, d = min(len(clips), len(truth)), truth.shape[1]
+    truth = stack(real, INPUT) if real else stack(known, reference)
+    n, d = min(len(known), len(truth)), truth.shape[1]
     if n < 2:
         return {}, "needs two clips or more"
     few = f"{n} clips are too few to mean much: I3D has {d} features, and the distance falls with more clips"
-    return {model: frechet_distance(stack(clips, model), truth) for model in models}, few if n <= d else None
+    return {model: frechet_distance(stack(known, model), truth) for model in models
+            if real or model != reference}, few if n <= d else None
 
 
 def cell(value, decimals, unit=""):
@@ -390,9 +377,6 @@ def results_folder(args, label):
         out = out / Path(args.latents or args.data).resolve().name
     out = Path(args.out or out)
     check_writable(out)
-    folder = next((out / name for name in WRITTEN if (out / name).is_dir()), None)
-    if folder:
-        raise OSError(f"nothing can be written to {folder}: it is a folder")
     return out
 
 
@@ -412,13 +396,12 @@ def compare(args, device):
     students = load_students(args, device)
     out, student = results_folder(args, next(iter(students))), next(iter(students.values()))
     teacher = load_fitting_teacher(args, students, device)
-    label, real = f"{teacher.name} (teacher)", None
+    label = f"{teacher.name} (teacher)"
     decoders, networks = {label: teacher.decode} | students, {label: teacher.vae} | students
-    reference = label if args.latents or args.against == "teacher" else "the input"
+    reference = label if args.latents or args.against == "teacher" else INPUT
     if args.latents:
         clips = open_latents(args, teacher.latent_channels)
         shape = student(next(iter(clips.clips.values()))[None].to(device, teacher.dtype)).shape[2:]
-        real = open_clips(args, *shape) if "fvd" in args.metrics else None
     else:
         shape = clip_shape(args, teacher)
         clips = open_clips(args, *shape)
@@ -432,43 +415,42 @@ def compare(args, device):
     def videos_of(batch):
         latents = latents_of(batch)
         videos = {name: decode(latents) for name, decode in decoders.items()}
-        return videos if args.latents else {"the input": batch, **videos}
+        return videos if args.latents else {INPUT: batch, **videos}
 
-    known, known_real, fvd, note = measure(args, clips, videos_of, reference, metrics), {}, {}, None
-    if real and "fvd" in metrics:
-        known_real = measure(args, real, lambda batch: {"the input": batch}, "the input", metrics)
+    known, real = measure(args, clips, videos_of, reference, metrics), {}
+    if args.latents and "fvd" in metrics:
+        real_clips = open_clips(args, *shape)
+        real = measure(args, real_clips, lambda batch: {INPUT: batch}, INPUT, metrics)
+        clips.skipped |= real_clips.skipped
     if RANK:
         return
-    compared = [name for name in decoders if name != reference]
-    if "fvd" in metrics:
-        fvd, note = distances(known, known_real, decoders if real else compared, reference)
+    fvd, note = distances(known, real, decoders, reference) if "fvd" in metrics else ({}, None)
     # Small clips are timed four at a time: PyTorch's convolutions on a CPU take a slow path for one clip with few
     # channels.
     together = max(1, min(4, 2 ** 20 // math.prod(shape)))
     first = clips.clips[next(iter(known))][None].to(device)
     fps, rows = decode_speeds(decoders, latents_of(first).repeat(together, 1, 1, 1, 1)), []
     for name, network in networks.items():
-        row = {"model": name, "parameters": sum(p.numel() for p in getattr(network, "decoder", network).parameters()),
-               "fps": fps[name], "speed_up": fps[name] / fps[label], **dict.fromkeys([*METRICS, "psnr_kept"])}
-        for metric in metrics if name in compared else ():
-            row[metric] = fvd.get(name) if metric == "fvd" else statistics.fmean(
-                clip["values"][name][metric] for clip in known.values())
+        parameters = sum(p.numel() for p in getattr(network, "decoder", network).parameters())
+        row = {"model": name, "parameters": parameters, "fps": fps[name], "speed_up": fps[name] / fps[label],
+               **dict.fromkeys([*METRICS, "psnr_kept"]), "fvd": fvd.get(name)}
         rows.append(row)
-        if "psnr" in metrics and reference != label:
+        for metric in metrics.keys() - {"fvd"} if name != reference else ():
+            row[metric] = statistics.fmean(clip["values"][name][metric] for clip in known.values())
+        if row["psnr"] and reference == INPUT:
             row["psnr_kept"] = 100 * row["psnr"] / rows[0]["psnr"]
 
     hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    skipped = clips.skipped | (real.skipped if real else {})
     notes = [f"{args.latents or args.data}: {len(known)} clips of {'x'.join(map(str, shape))} (frames x height x width)"
-             f"{f', FVD to {len(known_real)} real clips of {args.data}' if known_real else ''}"
+             f"{f', FVD to {len(real)} real clips of {args.data}' if real else ''}"
              f"{', against the teacher' if reference == label else ''}; {hardware}, {torch.get_num_threads()} CPU "
-             f"threads, {args.dtype}, {together} at a time for speed; {len(skipped)} clips skipped"]
+             f"threads, {args.dtype}, {together} at a time for speed; {len(clips.skipped)} clips skipped"]
     notes += [f"{METRICS[metric][0]}: {why}" for metric, why in (without | {"fvd": note}).items() if why]
-    hashes = [clip["hash"] for clip in (*known.values(), *known_real.values())]
+    hashes = [clip["hash"] for clip in (*known.values(), *real.values())]
     results = settings | {
         "rows": rows, "clips": len(known), "device": hardware, "threads": torch.get_num_threads(), "notes": notes,
-        "skipped": skipped, "without": without, "clips_hash": hashlib.sha256("".join(hashes).encode()).hexdigest(),
-        "versions": {name: version(name) for name in ("torch", "torchvision", "torchmetrics", "lpips", "av")},
+        "skipped": clips.skipped, "without": without, "clips_hash": hashlib.sha256("".join(hashes).encode()).hexdigest(),
+        "versions": {name: version(name) for name in ("torch", "torchmetrics", "lpips", "av")},
         "per_clip": [{"clip": clips.names[n], **clip["values"]} for n, clip in known.items()]}
     film = draw_clips(clips, known, videos_of, next(iter(students)), reference, device)
     write_results(out, film, "\n\n".join([table(rows, args.metrics, markdown=True), *notes]), results)
@@ -479,31 +461,20 @@ def compare(args, device):
 # pictures
 
 def draw_clips(clips, known, videos_of, student, reference, device):
-    """A film (T, H, W, 3) uint8: the worst, the median and the best clip of `student` by the first metric, by every
-    model, and its error. Clips are decoded again: keeping all would take memory."""
-    order = sorted(known, key=lambda n: [*known[n]["values"][student].values(), 0][0])
-    rows = []
+    """A film (T, H, W, 3) uint8: rows with the worst, the median and the best clip of `student` by the first metric,
+    columns with the models' videos and the error. Clips are decoded again: keeping all would take memory."""
+    order, rows, lines = sorted(known, key=lambda n: [*known[n]["values"][student].values(), 0][0]), [], []
     for n in dict.fromkeys((order[0], order[len(order) // 2], order[-1])):
-        videos = {name: frames_of(video) for name, video in videos_of(clips.clips[n][None].to(device)).items()}
+        videos = {name: frames_of(video).cpu() for name, video in videos_of(clips.clips[n][None].to(device)).items()}
         videos["|error| x4"] = (videos[student] - videos[reference]).abs().mul(4).clamp(max=1)
-        tiles = [titled(video, f"{clips.names[n]}: {name}") for name, video in videos.items()]
-        rows.append(np.concatenate(tiles, axis=2))
-        del videos          # before the next clip's are made
+        rows.append(np.stack([to_image(frame) for frame in torch.cat([*videos.values()], dim=3)]))
+        lines.append(f"{clips.names[n]}: {', '.join(videos)}")
     film = np.concatenate(rows, axis=1)
-    by = -(-max(film.shape[1:3]) // MOST_PIXELS)
-    return film[:, ::by, ::by]
-
-
-def titled(video, title):
-    """(T, 3, H, W) in [0, 1] -> (T, H, W, 3) uint8 with a title above. Small frames are repeated by a whole number:
-    nothing is blurred."""
-    by = -(-384 // max(video.shape[-2:]))
-    frames = np.stack([to_image(frame) for frame in video]).repeat(by, axis=1).repeat(by, axis=2)
-    frames = np.pad(frames, ((0, 0), (32, 0), (0, 8), (0, 0)), constant_values=255)
-    strip = Image.fromarray(frames[0, :32].copy())
-    ImageDraw.Draw(strip).text((strip.width - 12, 8), title, "black", ImageFont.load_default(15), "ra")
-    frames[:, :32] = np.asarray(strip)          # of a path that is too long the end is seen
-    return frames
+    by, times = -(-max(film.shape) // MOST_PIXELS), -(-1000 // film.shape[2])
+    film = film[:, ::by, ::by].repeat(times, axis=1).repeat(times, axis=2)
+    title = Image.new("RGB", (film.shape[2], 20 * len(lines)), "white")
+    ImageDraw.Draw(title).text((4, 0), "\n".join(lines), "black", ImageFont.load_default(15))
+    return [np.concatenate([title, frame]) for frame in film]
 
 
 def to_image(frame):
@@ -546,8 +517,6 @@ COPIED = {".mp4": ("aac", "mp3", "mp3float", "ac3", "eac3", "alac", "opus", "fla
 def add_h264(container, rate, height, width, crf=15, look=(1, 1, 1)):
     """An H.264 stream that says which colours its numbers mean (data.py's `colours`, else BT.709); full chroma where
     the size is odd."""
-    if max(height, width) > MOST_PIXELS:
-        raise ValueError(f"H.264 takes frames of up to {MOST_PIXELS} pixels a side, not {height}x{width}")
     stream = container.add_stream("libx264", rate=rate, options={"crf": str(crf), "preset": "veryfast"})
     stream.height, stream.width, stream.pix_fmt = height, width, "yuv444p" if height % 2 or width % 2 else "yuv420p"
     codec = stream.codec_context
@@ -565,8 +534,8 @@ def to_frame(image, stream):
     if stream.pix_fmt == "yuv420p":
         # The converter's chroma is the mean of two columns, and players take it to be of the left one. Of an image
         # that is blurred to the right it is the mean of three, the left one in the middle.
-        left = np.concatenate([image[:, :1], image[:, :-1]], axis=1)
-        chroma = convert(((left.astype(np.uint16) + image + 1) // 2).astype(np.uint8))
+        left = image[:, np.r_[0, 0:image.shape[1] - 1]]
+        chroma = convert(np.uint8((np.uint16(left) + image + 1) // 2))
         for n in (1, 2):
             frame.planes[n].update(chroma.planes[n])
     return frame
@@ -637,14 +606,6 @@ def in_windows(frames, through, length, overlap):
         waiting, decoded = waiting[ready:], decoded[ready:]
 
 
-def not_kept(container, stream, sounds):
-    """What a film of that video stream and these tracks lacks of its source, in words."""
-    lost = [f"{other.type} {other.name}" for other in container.streams if other not in (stream, *sounds)]
-    parts = stream.codec_context.format.components
-    lost += ["chapters"] * bool(container.chapters()) + ["alpha"] * parts[-1].is_alpha
-    return lost + [f"{parts[0].bits} bits"] * (parts[0].bits > 8)
-
-
 @contextmanager
 def named(what):
     """An error in it becomes a ValueError that says of what."""
@@ -676,7 +637,7 @@ def reconstruct(teacher, student, source, target, frames, device, dtype):
     with (named(f"{source} to {target}"), atomically(target) as file, open_video(source) as container,
           av.open(f"file:{file}", "w") as out):
         stream, rate = video_stream(container)
-        stream.thread_type = "AUTO"
+        stream.thread_type, codec = "AUTO", stream.codec_context
         images = in_windows(upright_frames(container, stream, packets, ends), through, frames, min(4, frames // 4))
         first = next(images, None)
         if first is None:
@@ -689,40 +650,33 @@ def reconstruct(teacher, student, source, target, frames, device, dtype):
         # A track without a codec context is one that no decoder knows.
         sounds = {track: out.add_stream_from_template(track) for track in container.streams.audio
                   if track.codec_context and track.name in takes}
-        for image, original, stamp, _ in progress(chain([first], images), stream.frames or None, "frame"):
-            error = np.square(image.astype(np.float32) - original).mean() / 255 ** 2
-            errors.append(-10 * math.log10(max(error, 1e-10)))
-            frame = to_frame(image, film)
-            frame.time_base = stream.time_base
-            frame.pts = rising(latest, stream, stamp, max(1, round(1 / (rate * stream.time_base))))
+        step = max(1, round(1 / (rate * stream.time_base)))
+        for shown in chain([first], progress(images, stream.frames or None, "frame"), [None]):
+            frame = None            # after the last one, for what the encoder still holds
+            if shown:
+                image, original, stamp, _ = shown
+                error = np.square(image.astype(np.float32) - original).mean() / 255 ** 2
+                errors.append(-10 * math.log10(max(error, 1e-10)))
+                frame = to_frame(image, film)
+                frame.pts, frame.time_base = rising(latest, stream, stamp, step), stream.time_base
             out.mux(film.encode(frame))
-            copy_sound(packets, sounds, out, latest)
-        out.mux(film.encode())
-        copy_sound(packets, sounds, out, latest)
-        missing = missing_frames(container, stream, rate, len(errors), max(ends))
-        lost = not_kept(container, stream, sounds)
+            for packet in packets:
+                track = packet.stream
+                if track in sounds and packet.dts is not None:
+                    packet.dts = packet.pts = rising(latest, track, packet.dts, 1)
+                    packet.stream = sounds[track]
+                    out.mux(packet)
+            packets.clear()
+        # Not read: what the index lists, without what an edit list hides; or what should come before the file ends.
+        early = ((container.duration or 0) + (container.start_time or 0)) / av.time_base - max(ends)
+        by_time = round(early * rate) if early > (0.06 if container.format.name == "avi" else 0.25) else 0
+        missing = max(by_time, sum(not entry.is_discard for entry in stream.index_entries) - len(errors))
+        lost = [f"{other.type} {other.name}" for other in container.streams if other not in (stream, *sounds)]
+        lost += ["chapters"] * bool(container.chapters())
+        lost += [f"{codec.pix_fmt} (but {film.pix_fmt})"] * (codec.pix_fmt != film.pix_fmt)
     if lost:
         print(f"{source} to {target}: not kept: {', '.join(lost)}", file=sys.stderr)
     return len(errors), statistics.fmean(errors), missing
-
-
-def copy_sound(packets, sounds, out, latest):
-    """Writes the packets of the tracks in `sounds`, {track: its stream in `out`}, and empties the list."""
-    for packet in packets:
-        track = packet.stream
-        if track in sounds and packet.dts is not None:
-            packet.dts = packet.pts = rising(latest, track, packet.dts, packet.duration or 1)
-            packet.stream = sounds[track]
-            out.mux(packet)
-    packets.clear()
-
-
-def missing_frames(container, stream, rate, frames, end):
-    """How many frames were not read of those that the index lists, without what an edit list hides, or that must come
-    between the time of the last packet and that when the file ends."""
-    early = ((container.duration or 0) + (container.start_time or 0)) / av.time_base - end
-    by_time = round(early * rate) if early > (0.06 if container.format.name == "avi" else 0.25) else 0
-    return max(by_time, sum(not entry.is_discard for entry in stream.index_entries) - frames)
 
 
 def decode_latents(student, source, target, fps, device, dtype):
@@ -771,30 +725,27 @@ def frame_rate(text):
 
 def parse():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
+    add, count = parser.add_argument, number(int, 1)
     add("--data", default="synthetic", help="davis, ucf101, vidgen or openvid, in data/<name>; a video or a folder of "
         "videos or of folders of frames; or synthetic, made-up video that no training sees (default)")
-    add("--root", metavar="DIR", help="where the data set lies, if not in data/<name>")
+    add("--root", help="where the data set lies, if not in data/<name>")
     add("--split", help="a data set's list, such as val or testlist02, or a text file with a name a line "
         "(default: DAVIS's test-dev where it is there, else val; UCF-101's testlist01)")
     add("--download", action="store_true", help="fetch davis (trainval, 0.8 GB) or ucf101 (7 GB) where it is not there")
-    add("--student", nargs="+", metavar="PATH", help="students: a run's folder or a file, one or several "
+    add("--student", nargs="+", help="students: a run's folder or a file, one or several "
         "(default: the newest under out/, else the shipped one)")
     add("--teacher", choices=TEACHERS, help="default: the one that the first student was trained with")
-    add("--teacher-weights", metavar="W",
-        help='a folder or file, or "random" to measure speed only (default: the released weights)')
+    add("--teacher-weights", help='folder, file, or "random" to measure speed only (default: the released weights)')
     add("--against", choices=("input", "teacher"), default="input",
         help="what reconstructions are compared with (default input)")
     add("--metrics", nargs="+", choices=METRICS, help="default: psnr ssim temporal, "
         "and on real video lpips fvd, whose networks are downloaded")
-    add("--lpips-weights", metavar="FILE",
-        help=f"torchvision's {ALEXNET} (default: PyTorch's cache, or a download of 233 MB)")
-    add("--i3d", metavar="FILE", help="i3d_torchscript.pt (default: PyTorch's cache, or a download of 51 MB)")
-    add("--clips", type=number(int, 1), help="the first so many (default: all; 16 of made-up video)")
-    add("--frames", type=number(int, 1), help="frames of a clip (default: 17; 16 for dc and tiny)")
-    add("--size", type=parse_size, metavar="S|HxW",
-        help="pixels (default: 512 for davis, 360x640 for openvid, else 256; 128 for tiny)")
-    add("--batch", type=number(int, 1), default=1, help="clips at a time (default 1)")
+    add("--lpips-weights", help=f"torchvision's {ALEXNET} (default: PyTorch's cache, or a download of 233 MB)")
+    add("--i3d", help="i3d_torchscript.pt (default: PyTorch's cache, or a download of 51 MB)")
+    add("--clips", type=count, help="the first so many (default: all; 16 of made-up video)")
+    add("--frames", type=count, help="frames of a clip (default: 17; 16 for dc and tiny)")
+    add("--size", type=parse_size, help="pixels (default: 512 for davis, 360x640 for openvid, else 256; 128 for tiny)")
+    add("--batch", type=count, default=1, help="clips at a time (default 1)")
     add("--workers", type=number(int, 0), default=0, help="processes that read clips ahead (default 0)")
     add("--seed", type=number(int, 0, 2 ** 32 - 1), default=HELD_OUT_SEED,
         help=f"of made-up video (default {HELD_OUT_SEED}, which no training sees)")
@@ -802,16 +753,14 @@ def parse():
         help="cpu, cuda, cuda:1 ..., mps (default: cuda where there is one)")
     add("--dtype", choices=("float32", "bfloat16", "float16"), default="float32",
         help="of teacher and students (default float32)")
-    add("--threads", type=number(int, 1), help="CPU threads (default: PyTorch's choice)")
-    add("--out", metavar="DIR",
-        help="folder for what is written (default: that of the first student's run, else out/evaluate)")
+    add("--threads", type=count, help="CPU threads (default: PyTorch's choice)")
+    add("--out", help="folder for what is written (default: the first student's run, else out/evaluate)")
     add("--reconstruct", nargs=2, metavar=("IN", "OUT"),
         help="a video through encoder and first student, sound and time stamps kept; nothing else")
     add("--decode", nargs=2, metavar=("LATENTS", "OUT"),
         help="saved latents, a .safetensors file, through the first student; nothing else")
-    add("--fps", type=frame_rate,
-        help="frames per second of --decode's video, such as 29.97 or 30000/1001 (default 24)")
-    add("--latents", metavar="DIR", help="evaluate on saved latents, as examples/generate.py writes them: students "
+    add("--fps", type=frame_rate, help="frames per second of --decode's video: 24 (default), 29.97, 30000/1001 ...")
+    add("--latents", help="evaluate on saved latents, as examples/generate.py writes them: students "
         "against teacher, and both against real video, if --data has any")
     args = parser.parse_args()
     args.data = args.data.rstrip("/") or "/"
@@ -827,16 +776,12 @@ def check(args, given):
     before anything is fetched or computed."""
     takes = {"reconstruct": "student teacher teacher_weights frames", "decode": "student teacher fps"}
     mode = next((mode for mode in takes if mode in given), None)
-    others = [name for name in given if name not in f"{mode} device dtype threads {takes[mode]}".split()] if mode else []
-    if others:
-        raise ValueError(f"--{mode} goes without --{others[0].replace('_', '-')}")
-    if args.fps and not args.decode:
-        raise ValueError("--fps is of --decode only")
-    for name in ("root", "download", "split"):
-        if name in given and args.data not in DATA_SETS and (name != "split" or args.data == "synthetic"):
+    takes = f"{mode} device dtype threads {takes[mode]}".split() if mode else given - {"fps"}
+    for name in given.difference(takes):
+        raise ValueError(f"--{name.replace('_', '-')} does not go with --{mode or 'data'}")
+    for name in given & {"root", "download", "split"}:
+        if args.data not in DATA_SETS and (name != "split" or args.data == "synthetic"):
             raise ValueError(f"--{name} goes with a data set's name: --data {', '.join(DATA_SETS)}")
-    if args.latents and args.data == "synthetic" and "fvd" in args.metrics:
-        raise ValueError("the FVD of --latents needs real video: --data openvid, for example")
     if mode:
         source, target = map(Path, getattr(args, mode))
         with named(f"{source} to {target}"):
@@ -848,8 +793,6 @@ def check(args, given):
                 return read_latents(source)
             with open_video(source) as container:
                 return video_stream(container)
-    if args.out:
-        check_writable(args.out)
     if args.data != "synthetic" and not args.download:
         find_clips(args.data, args.root, args.split)
 
