@@ -31,7 +31,6 @@ from contextlib import ExitStack, contextmanager
 from datetime import timedelta
 from fractions import Fraction
 from heapq import heappop, heappush
-from importlib.metadata import version
 from itertools import chain
 from pathlib import Path
 
@@ -42,7 +41,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from safetensors.torch import load_file
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from data import (BROKEN, CLIPS_PER_SCENE, DATA_SETS, EXACT, HELD_OUT_SEED, BadVideo, SyntheticClips, VideoClips,
@@ -55,7 +54,7 @@ from teachers import TEACHERS, load_teacher
 INPUT = "the input"
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))      # torchrun's
 WRITTEN = "compare.png", "compare.mp4", "results.md", "results.json"
-SAME = ("data root split latents dtype seed reference students chosen shape weights metrics").split()
+SAME = "data root split latents dtype seed reference students chosen shape weights metrics".split()
 WARM_UP, ROUNDS = 1, 5              # of the speed measurement
 # name: (heading, decimals)
 METRICS = {"psnr": ("PSNR (dB)", 2), "ssim": ("SSIM", 4), "lpips": ("LPIPS", 4), "temporal": ("temporal error", 2),
@@ -74,8 +73,7 @@ def ssim(a, b):
 
     The window is Gaussian, with sigma 1.5. Frames are reflected at their borders; scikit-image leaves the border out.
 
-    a, b: (B, 3, T, H, W) in [-1, 1], clamped to it. ValueError if shapes differ.
-    """
+    a, b: (B, 3, T, H, W) in [-1, 1], clamped to it. ValueError if shapes differ."""
     from torchmetrics.functional.image import structural_similarity_index_measure
     check_shapes(a, b)
     each = structural_similarity_index_measure(frames_of(a), frames_of(b), data_range=1.0, reduction="none")
@@ -86,10 +84,9 @@ def temporal_error(a, b):
     """Temporal consistency of each clip, (B,): the mean absolute error of the differences between neighbouring frames,
     in 8-bit levels (1/255 of [0, 1]). Zero where a moves and flickers as b does, whatever their colours.
 
-    a, b: (B, 3, T, H, W) in [-1, 1], clamped to it. NaN for single frames. ValueError if shapes differ.
-    """
+    a, b: (B, 3, T, H, W) in [-1, 1], clamped to it. NaN for single frames. ValueError if shapes differ."""
     check_shapes(a, b)
-    change_a, change_b = (frames_of(v).unflatten(0, v.shape[:1] + v.shape[2:3]).diff(dim=1) for v in (a, b))
+    change_a, change_b = (frames_of(v).unflatten(0, (len(v), -1)).diff(dim=1) for v in (a, b))
     return 255 * (change_a - change_b).abs().mean((1, 2, 3, 4))
 
 
@@ -97,30 +94,25 @@ def frechet_distance(features_a, features_b):
     """Fréchet distance between the Gaussians that fit two sets of features, (n, d) and (m, d): |μa - μb|² +
     tr(Σa + Σb - 2 (Σa Σb)^½), as in FVD (Unterthiner et al. 2018), covariances with n - 1. A float, in float64.
 
-    The last trace is the sum of the square roots of the eigenvalues of the symmetric Σa^½ Σb Σa^½.
-    With Σ = XᵀX, X the centred features, those roots are the singular values of Xa Xbᵀ. This is exact for any
-    rank, so also for fewer clips than dimensions. No product is squared on the way.
+    With Σ = XᵀX, X the centred features, the last trace is the sum of the singular values of Xa Xbᵀ. This is exact
+    for any rank, so also for fewer clips than dimensions.
 
-    ValueError for fewer than two rows, or for features that are not finite.
-    """
+    ValueError for fewer than two rows, or for features that are not finite."""
     a, b = features_a.double(), features_b.double()
     if min(len(a), len(b)) < 2 or not torch.cat([a, b]).isfinite().all():
         raise ValueError("a Fréchet distance needs two sets of two or more rows, all finite")
     shift = (a.mean(0) - b.mean(0)).square().sum()
     a, b = ((x - x.mean(0)) / math.sqrt(len(x) - 1) for x in (a, b))
-    a, b = (torch.linalg.qr(x, mode="r").R if len(x) > x.shape[1] else x for x in (a, b))      # the same Σ from d rows
     distance = shift + a.square().sum() + b.square().sum() - 2 * torch.linalg.svdvals(a @ b.T).sum()
     return max(distance.item(), 0.0)
 
 
 def load_lpips(path, device):
-    """A function of two clips (B, 3, T, H, W) in [-1, 1]: LPIPS (Zhang et al. 2018) on AlexNet, mean over frames, (B,).
-
-    path: torchvision's AlexNet weights; None downloads them, with a checked sum, into PyTorch's cache, or OSError.
-    """
+    """LPIPS (Zhang et al. 2018) on AlexNet, mean over frames: a function of two clips (B, 3, T, H, W) in [-1, 1].
+    path: torchvision's AlexNet weights; None downloads them, with a checked sum, into PyTorch's cache, or OSError."""
     import lpips
     try:
-        net = lpips.LPIPS(net="alex", verbose=False, pnet_rand=path is not None).to(device).eval()
+        net = lpips.LPIPS(net="alex", verbose=False, pnet_rand=path is not None).to(device)
         if path:
             state = torch.load(path, weights_only=True)
             net.net.load_state_dict({key: state["features" + key[key.index("."):]] for key in net.net.state_dict()})
@@ -131,12 +123,11 @@ def load_lpips(path, device):
 
 
 def load_i3d(path, device):
-    """A function of clips (B, 3, T, H, W) in [-1, 1] that gives I3D features, (B, d) with d = 400, for FVD.
+    """I3D features for FVD, (B, d) with d = 400: a function of clips (B, 3, T, H, W) in [-1, 1].
 
     The detector is StyleGAN-V's TorchScript, whose features are the original FVD's. It brings clips from [0, 255] to
-    [-1, 1] (rescale) and to 224x224 (resize) itself; others may not, so its checksum is checked.
-
-    path: the file; None downloads it into PyTorch's cache. OSError without it or for another.
+    [-1, 1] (rescale) and to 224x224 (resize) itself. Others may not, so its checksum is checked. path: the file; None
+    downloads it into PyTorch's cache. OSError without it or for another.
     """
     file = Path(path or CACHE / "i3d_torchscript.pt")
     try:
@@ -154,12 +145,12 @@ def load_i3d(path, device):
 
 
 def load_metrics(args, device):
-    """({name: function of two clips, fvd's of one}, {metric that some process cannot load: why})."""
+    """({name: function of two clips, fvd's of one}, {name of what cannot be loaded: why})."""
     metrics, without = {"psnr": psnr, "ssim": ssim, "temporal": temporal_error}, {}
+    warnings.simplefilter("ignore")         # both networks are made by deprecated functions
     for name, load, path in (("lpips", load_lpips, args.lpips_weights), ("fvd", load_i3d, args.i3d)):
         try:
-            with warnings.catch_warnings(action="ignore"):      # both networks are made by deprecated functions
-                metrics[name] = load(path, device) if name in args.metrics else None
+            metrics[name] = load(path, device) if name in args.metrics else None
         except OSError as error:
             without[name] = str(error)
     return {name: metrics[name] for name in args.metrics if name not in without}, without
@@ -167,9 +158,7 @@ def load_metrics(args, device):
 
 def decode_speeds(decoders, latents):
     """Frames per second of each decoder, {name: function of latents}, all on the same latents; medians over ROUNDS.
-
-    The decoders take turns, so that whatever else the machine does slows all of them.
-    """
+    The decoders take turns, so that whatever else the machine does slows all of them."""
     seconds = {name: [] for name in decoders}
     for _ in range(WARM_UP + ROUNDS):
         for name, decode in decoders.items():
@@ -214,30 +203,27 @@ def load_fitting_teacher(args, students, device):
     name = args.teacher or next(iter(students.values())).metadata["teacher"]
     for label, student in students.items():     # before anything is fetched, where a preset has the teacher's numbers
         like = CONFIGS.get(name, student.config)
-        check_fit(student, f"the {name} teacher", [name], like.latent_channels, like.compression, like.drop_first, label)
+        check_fit(student, f"the {name} teacher", (name,), like.latent_channels, like.compression, like.drop_first,
+                  label)
     return load_teacher(name, args.teacher_weights, device, getattr(torch, args.dtype))
 
 
 def clip_shape(args, teacher):
     """(frames, height, width) of a clip: what was asked for, else the paper's for that data set and teacher."""
     frames = args.frames or (17 if teacher.images else 16)
-    usual = DATA_SETS.get(args.data, [(128, 128) if teacher.name == "tiny" else (256, 256)])[0]
+    usual = DATA_SETS.get(args.data, [[128 if teacher.name == "tiny" else 256] * 2])[0]
     # The usual sides are rounded down to multiples of the teacher's compression: 360 is no multiple of 32.
     height, width = args.size or (side // d * d for side, d in zip(usual, teacher.compression[1:]))
     teacher.check_clip(frames, height, width)
     return frames, height, width
 
 
-class Clips(Dataset):
-    """Clips (3, T, H, W), or latents (C, t, h, w); names, {number: name}, of those to evaluate; skipped, {name: why}, of
-    those that cannot be. An item is (number, clip), or (number, why there is none): worker processes cannot hand over
-    errors."""
+class Clips:
+    """Clips (3, T, H, W), or latents (C, t, h, w); names, {number: name}, of those to evaluate; and why not of those
+    skipped, {name: why}. An item is (number, clip), or (number, why not): worker processes cannot hand over errors."""
 
     def __init__(self, clips, names, skipped=()):
         self.clips, self.names, self.skipped = clips, names, dict(skipped)
-
-    def __len__(self):
-        return len(self.names)
 
     def __getitem__(self, i):
         n = list(self.names)[i]
@@ -276,10 +262,9 @@ def read_latents(file):
     except Exception as error:      # safetensors has a class of its own for damaged files
         raise BadVideo(f"no safetensors file ({summary(error)})") from None
     latents = tensors.get("latents", next(iter(tensors.values())) if len(tensors) == 1 else torch.empty(0))
-    if latents.shape[:-4] not in ((), (1,)) or not latents.numel() or not latents.is_floating_point():
-        content = [f"{name} {tuple(x.shape)} in {x.dtype}" for name, x in tensors.items()] or ["no tensor"]
-        raise BadVideo(f'holds {", ".join(content)}, but "latents" are needed, floating-point, '
-                       '(C, t, h, w) or (1, C, t, h, w)')
+    if latents.ndim < 4 or latents.shape[:-4] not in ((), (1,)) or not latents.numel() * latents.is_floating_point():
+        raise BadVideo(f'holds {", ".join(tensors) or "no tensor"} ({latents.dtype}, {tuple(latents.shape)}), but '
+                       '"latents" are needed, floating-point, (C, t, h, w) or (1, C, t, h, w)')
     latents = latents.flatten(0, -4)
     for t, frame in enumerate(latents.unbind(1)):
         finite(frame.float(), f"its values in latent frame {t}")
@@ -300,8 +285,7 @@ def open_latents(args, channels):
     if not shape:
         raise ValueError(f"no latents of {channels} channels in {args.latents}: examples/generate.py makes some")
     names = {n: files[n].name for n, x in latents.items() if x.shape == shape}
-    skipped |= {files[n].name: f"of shape {tuple(x.shape)}, the others are {tuple(shape)}"
-                for n, x in latents.items() if n not in names}
+    skipped |= {files[n].name: f"of shape {tuple(latents[n].shape)}" for n in latents if n not in names}
     return Clips(latents, names, skipped)
 
 
@@ -315,7 +299,7 @@ def measure(args, clips, videos_of, reference, metrics):
     is in memory at a time. Known are the clip's "hash"; "values", {model: {metric: value}}; and "features",
     {model: I3D's}. A clip of which some video is not finite is skipped for all models.
     """
-    loader = DataLoader(clips, args.batch, sampler=range(RANK, len(clips), WORLD), collate_fn=list,
+    loader = DataLoader(clips, args.batch, sampler=range(RANK, len(clips.names), WORLD), collate_fn=list,
                         num_workers=args.workers)
     known = {}
     for batch in progress(loader, len(loader), "batches"):
@@ -361,7 +345,7 @@ def table(rows, metrics, **style):
     """The rows as text."""
     cells = [["model", "decoder (M)", *(METRICS[m][0] for m in metrics), "PSNR kept", "decode FPS", "speed-up"]]
     for row in rows:
-        cells.append([" ".join(row["model"].replace("|", "/").split()), cell(row["parameters"] / 1e6, 2),
+        cells.append([row["model"].replace("|", "/").replace("\n", " "), cell(row["parameters"] / 1e6, 2),
                       *(cell(row[m], METRICS[m][1]) for m in metrics), cell(row["psnr_kept"], 1, "%"),
                       cell(row["fps"], 1), cell(row["speed_up"], 2, "x")])
     return text_table(cells, **style)
@@ -370,9 +354,9 @@ def table(rows, metrics, **style):
 def results_folder(args, label):
     """--out, else the first student's run, else out/evaluate; in these two a folder for each data set but made-up
     video. Raises OSError where it cannot be written."""
-    path = Path(label).resolve()
-    run = path if path.is_dir() else path.parent
-    out = run if run.parent == Path("out").resolve() else Path("out/evaluate")
+    run, out = Path(label).resolve(), Path("out").resolve()
+    run = run if run.is_dir() else run.parent
+    out = run if run.parent == out else out / "evaluate"
     if args.latents or args.data != "synthetic":
         out = out / Path(args.latents or args.data).resolve().name
     out = Path(args.out or out)
@@ -382,31 +366,32 @@ def results_folder(args, label):
 
 def check_same(out, settings):
     """ValueError where the results in `out` are of other settings, or of metrics that this run leaves out."""
-    if not (out / "results.json").is_file():
-        return
-    before = json.loads((out / "results.json").read_text())
+    file = out / "results.json"
+    before = json.loads(file.read_text()) if file.is_file() else settings
     other = [f"{key} {before.get(key)} (now {settings[key]})" for key in SAME if before.get(key) != settings[key]
              and not (key == "metrics" and set(before[key]) < set(settings[key]))]
     if other:
-        raise ValueError(f"{out}/results.json is of {', '.join(other)}: name another folder with --out, or delete it")
+        raise ValueError(f"{file} is of {', '.join(other)}: name another folder with --out, or delete it")
 
 
 def compare(args, device):
     """Measures teacher and students on clips, writes the results and prints the table."""
     students = load_students(args, device)
-    out, student = results_folder(args, next(iter(students))), next(iter(students.values()))
+    first, student = next(iter(students.items()))
+    out = results_folder(args, first)
     teacher = load_fitting_teacher(args, students, device)
     label = f"{teacher.name} (teacher)"
     decoders, networks = {label: teacher.decode} | students, {label: teacher.vae} | students
     reference = label if args.latents or args.against == "teacher" else INPUT
     if args.latents:
+        METRICS["fvd"] = "FVD", 2           # of generated video, not of reconstructions
         clips = open_latents(args, teacher.latent_channels)
-        shape = student(next(iter(clips.clips.values()))[None].to(device, teacher.dtype)).shape[2:]
+        shape = student(clips.clips[next(iter(clips.names))][None].to(device, teacher.dtype)).shape[2:]
     else:
         shape = clip_shape(args, teacher)
         clips = open_clips(args, *shape)
     settings = vars(args) | {
-        "reference": reference, "students": [*students], "chosen": len(clips), "shape": [*shape],
+        "reference": reference, "students": [*students], "chosen": len(clips.names), "shape": [*shape],
         "weights": {name: weights_hash(network) for name, network in networks.items()}}
     check_same(out, settings)
     metrics, without = load_metrics(args, device)
@@ -425,11 +410,10 @@ def compare(args, device):
     if RANK:
         return
     fvd, note = distances(known, real, decoders, reference) if "fvd" in metrics else ({}, None)
-    # Small clips are timed four at a time: PyTorch's convolutions on a CPU take a slow path for one clip with few
-    # channels.
+    # Small clips are timed four at a time: PyTorch's convolutions on a CPU are slow for one clip of few channels.
     together = max(1, min(4, 2 ** 20 // math.prod(shape)))
-    first = clips.clips[next(iter(known))][None].to(device)
-    fps, rows = decode_speeds(decoders, latents_of(first).repeat(together, 1, 1, 1, 1)), []
+    clip = clips.clips[next(iter(known))][None].to(device)
+    fps, rows = decode_speeds(decoders, latents_of(clip).repeat(together, 1, 1, 1, 1)), []
     for name, network in networks.items():
         parameters = sum(p.numel() for p in getattr(network, "decoder", network).parameters())
         row = {"model": name, "parameters": parameters, "fps": fps[name], "speed_up": fps[name] / fps[label],
@@ -446,13 +430,11 @@ def compare(args, device):
              f"{', against the teacher' if reference == label else ''}; {hardware}, {torch.get_num_threads()} CPU "
              f"threads, {args.dtype}, {together} at a time for speed; {len(clips.skipped)} clips skipped"]
     notes += [f"{METRICS[metric][0]}: {why}" for metric, why in (without | {"fvd": note}).items() if why]
-    hashes = [clip["hash"] for clip in (*known.values(), *real.values())]
     results = settings | {
-        "rows": rows, "clips": len(known), "device": hardware, "threads": torch.get_num_threads(), "notes": notes,
-        "skipped": clips.skipped, "without": without, "clips_hash": hashlib.sha256("".join(hashes).encode()).hexdigest(),
-        "versions": {name: version(name) for name in ("torch", "torchmetrics", "lpips", "av")},
-        "per_clip": [{"clip": clips.names[n], **clip["values"]} for n, clip in known.items()]}
-    film = draw_clips(clips, known, videos_of, next(iter(students)), reference, device)
+        "rows": rows, "clips": len(known), "device": hardware, "notes": notes, "skipped": clips.skipped,
+        "without": without, "torch": torch.__version__,
+        "per_clip": [{"clip": clips.names[n], "sha256": clip["hash"], **clip["values"]} for n, clip in known.items()]}
+    film = draw_clips(clips, known, videos_of, first, reference, device)
     write_results(out, film, "\n\n".join([table(rows, args.metrics, markdown=True), *notes]), results)
     print("\n".join([table(rows, args.metrics), *notes, *(os.path.relpath(out / name) for name in WRITTEN)]))
 
@@ -463,17 +445,17 @@ def compare(args, device):
 def draw_clips(clips, known, videos_of, student, reference, device):
     """A film (T, H, W, 3) uint8: rows with the worst, the median and the best clip of `student` by the first metric,
     columns with the models' videos and the error. Clips are decoded again: keeping all would take memory."""
-    order, rows, lines = sorted(known, key=lambda n: [*known[n]["values"][student].values(), 0][0]), [], []
+    order, rows, text = sorted(known, key=lambda n: [*known[n]["values"][student].values(), 0][0]), [], ""
     for n in dict.fromkeys((order[0], order[len(order) // 2], order[-1])):
-        videos = {name: frames_of(video).cpu() for name, video in videos_of(clips.clips[n][None].to(device)).items()}
+        videos = {name: frames_of(video) for name, video in videos_of(clips.clips[n][None].to(device)).items()}
         videos["|error| x4"] = (videos[student] - videos[reference]).abs().mul(4).clamp(max=1)
         rows.append(np.stack([to_image(frame) for frame in torch.cat([*videos.values()], dim=3)]))
-        lines.append(f"{clips.names[n]}: {', '.join(videos)}")
+        text += f"{clips.names[n]}: {', '.join(videos)}\n"
     film = np.concatenate(rows, axis=1)
-    by, times = -(-max(film.shape) // MOST_PIXELS), -(-1000 // film.shape[2])
-    film = film[:, ::by, ::by].repeat(times, axis=1).repeat(times, axis=2)
-    title = Image.new("RGB", (film.shape[2], 20 * len(lines)), "white")
-    ImageDraw.Draw(title).text((4, 0), "\n".join(lines), "black", ImageFont.load_default(15))
+    by = -(-max(film.shape) // 16000)       # H.264 takes sides of 16384 pixels
+    film = film[:, ::by, ::by]
+    title = Image.new("RGB", (film.shape[2], 64), "white")
+    ImageDraw.Draw(title).text((4, 4), text, "black", ImageFont.load_default(15))
     return [np.concatenate([title, frame]) for frame in film]
 
 
@@ -483,14 +465,13 @@ def to_image(frame):
 
 
 def write_film(path, images, rate, crf=15):
-    """An H.264 film of (H, W, 3) uint8 images; returns how many there were."""
-    count, stream = 0, None
+    """An H.264 film of (H, W, 3) uint8 images."""
+    stream = None
     with av.open(f"file:{path}", "w") as film:
-        for count, image in enumerate(images, 1):
+        for image in images:
             stream = stream or add_h264(film, rate, *image.shape[:2], crf)
             film.mux(stream.encode(to_frame(image, stream)))
         film.mux(stream.encode())
-    return count
 
 
 def write_results(out, film, text, results):
@@ -507,7 +488,6 @@ def write_results(out, film, text, results):
 # ----------------------------------------------------------------------------------------------------------
 # films
 
-MOST_PIXELS = 16384     # a side of H.264
 JOINED = 0.1            # by how many seconds stamps go back where another recording begins
 # Sound that is copied. PyAV's own list of what .mp4 and .mov take has codecs that their muxers then refuse.
 COPIED = {".mp4": ("aac", "mp3", "mp3float", "ac3", "eac3", "alac", "opus", "flac"),
@@ -528,7 +508,7 @@ def to_frame(image, stream):
     """(H, W, 3) uint8 RGB as a frame of that stream."""
     matrix = stream.codec_context.colorspace
     convert = lambda image: av.VideoFrame.from_ndarray(image, format="rgb24").reformat(
-        format=stream.pix_fmt, dst_colorspace={6: 5}.get(matrix, matrix), dst_color_range="MPEG",
+        format=stream.pix_fmt, dst_colorspace=5 if matrix == 6 else matrix, dst_color_range="MPEG",
         interpolation=EXACT, threads=1)
     frame = convert(image)
     if stream.pix_fmt == "yuv420p":
@@ -584,8 +564,9 @@ def rising(latest, stream, stamp, step):
     given = last + step if stamp is None else stamp + shift
     if given < last - JOINED / stream.time_base:
         given, shift = last + step, last + step - stamp
-    latest[stream] = max(given, last + 1), shift
-    return latest[stream][0]
+    given = max(given, last + 1)
+    latest[stream] = given, shift
+    return given
 
 
 def in_windows(frames, through, length, overlap):
@@ -622,9 +603,7 @@ def reconstruct(teacher, student, source, target, frames, device, dtype):
     and are faded into each other, so memory depends on `frames` and the size only. Edges are repeated up to what the
     teacher takes; the result is cut back.
 
-    Returns (frames, PSNR in dB, mean over frames, how many frames the source lacks of those that it promises).
-    ValueError for a source that cannot be read, or a target that cannot be written.
-    """
+    Returns (frames, PSNR in dB, mean over frames, how many the source lacks of those that it promises); ValueError."""
     (_, d_h, d_w), errors, ends, packets, latest = teacher.compression, [], [0], [], {}
 
     def through(images):
@@ -669,7 +648,7 @@ def reconstruct(teacher, student, source, target, frames, device, dtype):
             packets.clear()
         # Not read: what the index lists, without what an edit list hides; or what should come before the file ends.
         early = ((container.duration or 0) + (container.start_time or 0)) / av.time_base - max(ends)
-        by_time = round(early * rate) if early > (0.06 if container.format.name == "avi" else 0.25) else 0
+        by_time = round(early * rate) if early > 0.1 else 0
         missing = max(by_time, sum(not entry.is_discard for entry in stream.index_entries) - len(errors))
         lost = [f"{other.type} {other.name}" for other in container.streams if other not in (stream, *sounds)]
         lost += ["chapters"] * bool(container.chapters())
@@ -688,19 +667,21 @@ def decode_latents(student, source, target, fps, device, dtype):
 
     with named(f"{source} to {target}"), atomically(target) as file:
         latents = read_latents(source)
-        return write_film(file, progress(images(), student.config.frames(latents.shape[1]), "frame"), fps)
+        frames = student.config.frames(latents.shape[1])
+        write_film(file, progress(images(), frames, "frames"), fps)
+    return frames
 
 
 def one_film(args, device):
     """--reconstruct and --decode."""
-    source, target = args.reconstruct or args.decode
     students, dtype = load_students(args, device), getattr(torch, args.dtype)
     label, student = next(iter(students.items()))
     if args.decode:
         teacher = args.teacher or student.metadata["teacher"]
         check_fit(student, f"latents of {teacher}", (teacher,), None, None, student.config.drop_first, label)
-        count = decode_latents(student, source, target, args.fps or 24, device, dtype)
-        return print(f"{target}: {count} frames by {label}")
+        frames = decode_latents(student, *args.decode, args.fps or 24, device, dtype)
+        return print(f"{args.decode[1]}: {frames} frames by {label}")
+    source, target = args.reconstruct
     teacher = load_fitting_teacher(args, students, device)
     frames, _, _ = clip_shape(args, teacher)
     count, quality, missing = reconstruct(teacher, student.decode, source, target, frames, device, dtype)
@@ -779,9 +760,8 @@ def check(args, given):
     takes = f"{mode} device dtype threads {takes[mode]}".split() if mode else given - {"fps"}
     for name in given.difference(takes):
         raise ValueError(f"--{name.replace('_', '-')} does not go with --{mode or 'data'}")
-    for name in given & {"root", "download", "split"}:
-        if args.data not in DATA_SETS and (name != "split" or args.data == "synthetic"):
-            raise ValueError(f"--{name} goes with a data set's name: --data {', '.join(DATA_SETS)}")
+    if given & {"root", "download"} and args.data not in DATA_SETS or "split" in given and args.data == "synthetic":
+        raise ValueError(f"--root, --split and --download go with a data set's name: --data {', '.join(DATA_SETS)}")
     if mode:
         source, target = map(Path, getattr(args, mode))
         with named(f"{source} to {target}"):
@@ -801,8 +781,7 @@ def check(args, given):
 def main():
     args = parse()
     if WORLD > 1:
-        # Results are gathered on the CPU. The timeout is long because a download may be waited for.
-        dist.init_process_group("gloo", timeout=timedelta(days=1))
+        dist.init_process_group("gloo", timeout=timedelta(days=1))      # a download may be waited for
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False     # float32 is float32
     if args.threads:
         torch.set_num_threads(args.threads)
