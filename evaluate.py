@@ -314,7 +314,7 @@ def measure(args, clips, videos_of, reference, metrics):
                 "features": {model: metrics["fvd"](video)[0].cpu() for model, video in one.items() if "fvd" in metrics},
                 "values": {model: {name: metric(video, one[reference]).item() for name, metric in metrics.items()
                                    if name != "fvd"} for model, video in one.items() if model != reference}}
-    known = dict(sorted(chain.from_iterable(part.items() for part in share(known))))
+    known = dict(sorted(pair for part in share(known) for pair in part.items()))
     for n, reason in [*known.items()]:
         if isinstance(reason, str):
             clips.skipped[clips.names[n]] = known.pop(n)
@@ -358,7 +358,7 @@ def results_folder(args, label):
     run = run if run.is_dir() else run.parent
     out = run if run.parent == out else out / "evaluate"
     if args.latents or args.data != "synthetic":
-        out = out / Path(args.latents or args.data).resolve().name
+        out /= Path(args.latents or args.data).resolve().name
     out = Path(args.out or out)
     check_writable(out)
     return out
@@ -436,7 +436,7 @@ def compare(args, device):
         "per_clip": [{"clip": clips.names[n], "sha256": clip["hash"], **clip["values"]} for n, clip in known.items()]}
     film = draw_clips(clips, known, videos_of, first, reference, device)
     write_results(out, film, "\n\n".join([table(rows, args.metrics, markdown=True), *notes]), results)
-    print("\n".join([table(rows, args.metrics), *notes, *(os.path.relpath(out / name) for name in WRITTEN)]))
+    print(table(rows, args.metrics), *notes, *(os.path.relpath(out / name) for name in WRITTEN), sep="\n")
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -705,7 +705,8 @@ def frame_rate(text):
 
 
 def parse():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     usage="%(prog)s [--data WHAT] [--student PATH] [options]; --help explains each")
     add, count = parser.add_argument, number(int, 1)
     add("--data", default="synthetic", help="davis, ucf101, vidgen or openvid, in data/<name>; a video or a folder of "
         "videos or of folders of frames; or synthetic, made-up video that no training sees (default)")
@@ -744,7 +745,6 @@ def parse():
     add("--latents", help="evaluate on saved latents, as examples/generate.py writes them: students "
         "against teacher, and both against real video, if --data has any")
     args = parser.parse_args()
-    args.data = args.data.rstrip("/") or "/"
     given = {name for name, value in vars(args).items() if value != parser.get_default(name)}
     usual = ["psnr", "ssim", "temporal"] if args.data == "synthetic" else METRICS
     args.metrics = [metric for metric in METRICS if metric in (args.metrics or usual)]
