@@ -429,7 +429,7 @@ def compare(args, device):
              f"{f', FVD to {len(real)} real clips of {args.data}' if real else ''}"
              f"{', against the teacher' if reference == label else ''}; {hardware}, {torch.get_num_threads()} CPU "
              f"threads, {args.dtype}, {together} at a time for speed; {len(clips.skipped)} clips skipped"]
-    notes += [f"{METRICS[metric][0]}: {why}" for metric, why in (without | {"fvd": note}).items() if why]
+    notes += [f"{METRICS[metric][0]}: {why}" for metric, why in ({"fvd": note} | without).items() if why]
     results = settings | {
         "rows": rows, "clips": len(known), "device": hardware, "notes": notes, "skipped": clips.skipped,
         "without": without, "torch": torch.__version__,
@@ -642,7 +642,7 @@ def reconstruct(teacher, student, source, target, frames, device, dtype):
             for packet in packets:
                 track = packet.stream
                 if track in sounds and packet.dts is not None:
-                    packet.dts = packet.pts = rising(latest, track, packet.dts, 1)
+                    packet.dts = packet.pts = rising(latest, track, packet.dts, packet.duration or 1)
                     packet.stream = sounds[track]
                     out.mux(packet)
             packets.clear()
