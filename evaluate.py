@@ -553,7 +553,7 @@ def upright_frames(container, stream, sounds, ends):
             check_colours(name, frame, tagged=True)
             check_fields(name, frame)
             stamp = heappop(stamps) if stamps else frame.pts
-            yield picture(frame, threads=1, **size), stamp, colours(frame)
+            yield picture(frame, **size), stamp, colours(frame)
 
 
 def rising(latest, stream, stamp, step):
