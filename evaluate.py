@@ -318,7 +318,8 @@ def measure(args, clips, videos_of, reference, metrics):
     for n, reason in [*known.items()]:
         if isinstance(reason, str):
             clips.skipped[clips.names[n]] = known.pop(n)
-            print(f"skipping {clips.names[n]}: {reason}", file=sys.stderr)
+            if RANK == 0:
+                print(f"skipping {clips.names[n]}: {reason}", file=sys.stderr)
     if not known:
         raise ValueError(f"none of the clips can be evaluated: {reason}")
     return known

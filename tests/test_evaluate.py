@@ -430,6 +430,7 @@ def test_what_a_film_does_not_keep_is_said_and_channels_are(tmp_path, capfd):
         sound.layout = "5.1"
         for stream, pixels in ((video, "yuva420p"), (other, "yuv420p")):
             stream.height, stream.width, stream.pix_fmt = 48, 64, pixels
+        for stream in (video, other):
             for image in texture(9, 48, 64):
                 out.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
             out.mux(stream.encode())
