@@ -39,7 +39,7 @@ findings: $(VENV)/ready
 	$(RUN) assets/findings.py $(if $(QUICK),--quick)
 
 gpu:
-	@$(if $(wildcard $(VENV)/ready),$(RUN),$(PYTHON)) bench.py --gpu
+	PYTHON=$(if $(wildcard $(VENV)/ready),$(RUN),$(PYTHON)) bash results/gpu.sh
 
 clean:
 	rm -rf $(VENV)
