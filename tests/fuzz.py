@@ -1,9 +1,10 @@
-"""Mutated inputs: each ends in a right result or in one clear line.
+"""Mutated inputs: each ends in a right result or is refused in one clear line.
 
-    python tests/fuzz.py [N] [SEED]         # N cases (400), those that do not are printed; SEED and n make case n
+    python tests/fuzz.py [N] [SEED]         # N cases (400); SEED and n make case n
 
 Checkpoints, teachers' weights, configurations, videos, saved latents, caches, packages and command lines are damaged as
-disks, downloads, other people's scripts and typing damage them, and given to the commands, in this process.
+disks, downloads, other people's scripts and typing damage them, and given to the commands, in this process. No wrong
+result and no lost file is allowed; of 100 cases 97 must be clear, the others may end in a traceback.
 """
 import contextlib
 import io
@@ -31,7 +32,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from data import CachedClips, VideoClips
-from model import CONFIGS, TurboVAED, TurboVAEDConfig, flat
+from model import CONFIGS, TurboVAED, TurboVAEDConfig, run_command
 from teachers import TINY_WEIGHTS, load_teacher
 
 STUDENT = ROOT / "assets" / "tiny_student.safetensors"
@@ -39,7 +40,11 @@ SECONDS = 120           # after which a case counts as hanging
 
 
 class Wrong(Exception):
-    """A wrong result without a word."""
+    """A wrong result without a word, or a file that is lost."""
+
+
+class Refused(Exception):
+    """An input that was refused in one line."""
 
 
 def expect(fact, what):
@@ -47,62 +52,86 @@ def expect(fact, what):
         raise Wrong(what)
 
 
-def command(log, script, *args):
-    """Runs a script as the shell would: (whether it succeeded, stdout, stderr); Wrong where an error is no line."""
-    out, err, code, argv = io.StringIO(), io.StringIO(), 0, sys.argv
-    sys.argv = [script, *map(str, args)]
-    handler = signal.getsignal(signal.SIGTERM)
+def guarded(log, run):
+    """run(): (its result, stdout, stderr); Refused where it ends in one line, Unclear where in more."""
+    out, err, handler = io.StringIO(), io.StringIO(), signal.getsignal(signal.SIGTERM)
     try:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            runpy.run_path(str(ROOT / script), run_name="__main__")
+            result = run()
     except SystemExit as stop:
-        code = stop.code
+        if stop.code:
+            text = err.getvalue() + (stop.code if isinstance(stop.code, str) else "")
+            line = stop.code if isinstance(stop.code, str) else text.splitlines()[-1]
+            log.append(f"-> {line}")
+            clear = re.fullmatch(r"(error: |\S+\.py: error: ).+", line) and "Traceback" not in text
+            raise (Refused if clear else RuntimeError)(text) from None
+        result = None
+    finally:
+        signal.signal(signal.SIGTERM, handler)
+    log.append("-> fine")
+    return result, out.getvalue(), err.getvalue()
+
+
+def call(log, function):
+    """function()'s result under the guard of the commands."""
+    results = []
+    guarded(log, lambda: run_command(lambda: results.append(function()), "less"))
+    return results[0]
+
+
+def command(log, script, *args):
+    """(stdout, stderr) of a script, run as the shell would."""
+    argv, sys.argv = sys.argv, [script, *map(str, args)]
+    try:
+        return guarded(log, lambda: runpy.run_path(str(ROOT / script), run_name="__main__"))[1:]
     finally:
         sys.argv = argv
-        signal.signal(signal.SIGTERM, handler)
-    if isinstance(code, str):
-        clear = code.startswith("error: ") and len(code) > 12 and "\n" not in code
-        expect(clear, f"an error that is not one clear line: {code!r}")
-    elif code:
-        expect(re.match(r"\S+\.py: error: .+", err.getvalue().splitlines()[-1]), f"exit {code} and {err.getvalue()!r}")
-    expect("Traceback" not in err.getvalue(), err.getvalue())
-    log.append(f"-> {code or 'fine'}")
-    return not code, out.getvalue(), err.getvalue() + (code if isinstance(code, str) else "")
 
 
-def refused(error, log):
-    log.append(f"-> {error}")
-    expect(str(error).strip() and "\n" not in str(error), f"an error that is not one clear line: {error!r}")
+def tensors_of(made, name=""):
+    """{name: tensor} of what torch.save was given, however deep."""
+    if isinstance(made, torch.Tensor):
+        return {name: made}
+    items = made.items() if isinstance(made, dict) else enumerate(made) if isinstance(made, list) else ()
+    join = lambda key: f"{name}.{key}" if name else str(key)
+    return {key: tensor for inner, value in items for key, tensor in tensors_of(value, join(inner)).items()}
 
 
-# ----------------------------------------------------------------------------------------------------------
-# damage
+def write_tensors(made, file):
+    """save_file of what it can hold."""
+    tensors = {k: v.clone().contiguous() for k, v in tensors_of(made).items() if not v.is_meta and not v.is_sparse}
+    save_file(tensors or {"x": torch.ones(1)}, file)
+
 
 def damage_bytes(r, file):
-    content = bytearray(file.read_bytes())
-    n, kind = len(content), r.choice(("flip", "zero", "cut", "insert", "repeat", "head", "text", "empty", "append"))
-    start = r.randrange(n)
-    end = min(n, start + r.choice((1, 16, 1000, n // 3 + 1)))
-    if kind in ("flip", "head"):
-        for _ in range(r.choice((1, 3, 50))):
-            content[r.randrange(n if kind == "flip" else min(n, 400))] = r.randrange(256)
-    elif kind == "zero":
-        content[start:end] = bytes(end - start)
-    elif kind == "cut":
-        del content[start:]
-    elif kind == "insert":
-        content[start:start] = r.randbytes(end - start)
-    elif kind == "repeat":
-        content[start:start] = content[start:end]
-    elif kind == "text":
-        pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n"
-        content = bytearray(r.choice((pointer, b"<html>not found</html>", b"{}", b"[1", b"\0" * 64)))
-    elif kind == "empty":
-        content = bytearray()
-    else:
-        content += r.randbytes(r.choice((1, 1000)))
-    file.write_bytes(content)
+    data = file.read_bytes()
+    n, a = len(data), r.randrange(len(data))
+    b, flipped = min(n, a + r.choice((1, 16, 1000, n // 3 + 1))), bytearray(data)
+    for _ in range(r.choice((1, 3, 50))):
+        flipped[r.randrange(r.choice((n, min(n, 400))))] = r.randrange(256)
+    text = r.choice((b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", b"<html>not found</html>", b"{}",
+                     b"[1", b"\0" * 64, b""))
+    kinds = {"flip": flipped, "zero": data[:a] + bytes(b - a) + data[b:], "cut": data[:a], "text": text,
+             "insert": data[:a] + r.randbytes(b - a) + data[a:], "repeat": data[:b] + data[a:],
+             "append": data + r.randbytes(r.choice((1, 1000)))}
+    kind = r.choice(sorted(kinds))
+    file.write_bytes(kinds[kind])
     return kind
+
+
+def damage_file(r, file):
+    """A file of a cache or a package, as disks and people leave it; what was done."""
+    if r.random() < 0.1:
+        file.unlink()
+        return f"{file.name} gone"
+    if file.suffix != ".json" or r.random() < 0.4:
+        return f"{file.name} {damage_bytes(r, file)}"
+    content = json.loads(file.read_text())
+    key = r.choice(sorted(content))
+    changed = content | {key: r.choice((None, [], {}, -1, "x", [1], 3.5, [["mid"]]))}
+    without = {k: v for k, v in content.items() if k != key}
+    file.write_text(json.dumps(r.choice((changed, changed, [changed], key, without))))
+    return f"{file.name} {key}"
 
 
 def damage_state(r, state):
@@ -111,19 +140,15 @@ def damage_state(r, state):
     put = lambda change: state.update({key: change(state[key])})
     extra = r.choice(("heads.mid.0.weight", "x", "conv_in.y", ""))
     spoil = {
-        "nothing": lambda: None, "missing": lambda: state.pop(key),
-        "extra": lambda: state.update({extra: torch.ones(2)}),
-        "nan": lambda: put(lambda x: x * float("nan")), "inf": lambda: put(lambda x: x + float("inf")),
+        "nothing": lambda: None, "missing": lambda: state.pop(key), "nan": lambda: put(lambda x: x * float("nan")),
+        "extra": lambda: state.update({extra: torch.ones(2)}), "inf": lambda: put(lambda x: x + float("inf")),
         "large": lambda: put(lambda x: x.double() * 1e300), "double": lambda: put(lambda x: x.double()),
         "int": lambda: put(lambda x: x.int()), "bool": lambda: put(lambda x: x > 0),
-        "complex": lambda: put(lambda x: x.to(torch.complex64)),
-        "float8": lambda: put(lambda x: x.to(torch.float8_e4m3fn)),
-        "half": lambda: state.update({k: v.half() for k, v in state.items()}),
-        "flat": lambda: put(lambda x: x.flatten()),
+        "complex": lambda: put(lambda x: x.to(torch.complex64)), "none": lambda: put(lambda x: None),
+        "float8": lambda: put(lambda x: x.to(torch.float8_e4m3fn)), "meta": lambda: put(lambda x: x.to("meta")),
+        "flat": lambda: put(lambda x: x.flatten()), "half": lambda: state.update({k: v.half() for k, v in state.items()}),
         "wide": lambda: put(lambda x: torch.cat([x] * 2)), "scalar": lambda: put(lambda x: torch.tensor(1.0)),
-        "none": lambda: put(lambda x: None), "sparse": lambda: put(lambda x: x.to_sparse()),
-        "meta": lambda: put(lambda x: x.to("meta")),
-        "renamed": lambda: state.update({key + ".w": state.pop(key)})}
+        "sparse": lambda: put(lambda x: x.to_sparse()), "renamed": lambda: state.update({key + ".w": state.pop(key)})}
     what = r.choice(sorted(spoil))
     spoil[what]()
     prefix = r.choice(("", "", *"module. decoder. module.decoder. student. _orig_mod. vae.decoder. encoder.".split()))
@@ -135,33 +160,26 @@ def damage_state(r, state):
     return wrapped.get(wrap, {wrap: state, "step": 3}), f"{what}, {prefix or 'no prefix'}, {wrap or 'plain'}"
 
 
-# ----------------------------------------------------------------------------------------------------------
-# what is damaged, and how it ends. Each writes into `log` what was done, and how it ended.
+def damage_weights(r, file, state):
+    write = write_tensors if file.suffix == ".safetensors" else torch.save
+    if r.random() < 0.6:
+        state, done = damage_state(r, state)
+        write(state, file)
+        return done
+    write(state, file)
+    return damage_bytes(r, file)
+
+
+# The kinds of input. Each writes into `log` what was damaged and how it ended.
 
 def checkpoint(r, log):
-    file = Path(r.choice(("x.pth", "x.safetensors", "x.bin")))
-    state = load_file(STUDENT)
-    if r.random() < 0.6:
-        made, done = damage_state(r, state)
-        if file.suffix == ".safetensors":
-            tensors = {k: v for k, v in flat(made).items() if not v.is_meta and not v.is_sparse}
-            save_file({k: v.clone().contiguous() for k, v in tensors.items()} or {"x": torch.ones(1)}, file)
-        else:
-            torch.save(made, file)
-    else:
-        shutil.copy(STUDENT, file) if file.suffix == ".safetensors" else torch.save(state, file)
-        done = damage_bytes(r, file)
-    config = r.choice((None, None, "tiny", "ltx", "no such"))
-    log += [file, done, config]
-    with contextlib.redirect_stderr(io.StringIO()):
-        try:
-            model = TurboVAED.from_pretrained(file, config)
-        except (ValueError, OSError) as error:
-            return refused(error, log)
-    there = flat(torch.load(file, weights_only=True)) if file.suffix != ".safetensors" else load_file(file)
+    file, config = Path(r.choice(("x.pth", "x.safetensors", "x.bin"))), r.choice((None, None, "tiny", "ltx", "no such"))
+    log += [file, damage_weights(r, file, load_file(STUDENT)), config]
+    model = call(log, lambda: TurboVAED.from_pretrained(file, config))
+    in_file = load_file(file) if file.suffix == ".safetensors" else tensors_of(torch.load(file, weights_only=True))
     for key, p in model.state_dict().items():
         expect(p.isfinite().all() and p.dtype == torch.float32, f"{key} is not finite")
-        alike = [v for k, v in there.items() if k.endswith(key) and v.shape == p.shape]
+        alike = [v for k, v in in_file.items() if k.endswith(key) and v.shape == p.shape]
         expect(any(torch.equal(v.float(), p) for v in alike), f"{key} is not the file's")
     expect(model(torch.zeros(1, 32, 1, 1, 1)).shape == (1, 3, 4, 8, 8), "no video")
 
@@ -170,7 +188,6 @@ def configuration(r, log):
     fields = json.loads(json.dumps(CONFIGS["tiny"].__dict__))
     odd = (None, True, [], {}, "", "tiny", -1, 0, 3, 1.5, 10 ** 30, [None] * 5, [1] * 4, [[2, 2]] * 4, [0] * 5, [[[]]],
            "NaN", float("nan"), float("inf"))
-    text = None
     for _ in range(r.choice((1, 1, 2))):
         key = r.choice([*sorted(fields), "more"])
         if r.random() < 0.2:
@@ -179,56 +196,38 @@ def configuration(r, log):
             fields[key][r.randrange(len(fields[key]))] = r.choice(odd)
         else:
             fields[key] = r.choice(odd)
+    text = json.dumps(fields)
     if r.random() < 0.15:
-        text = r.choice(("", "[", "null", "[1]", '"x"', "[" * 5000, "{}", "9" * 5000))
-    log.append((str(fields) if text is None else text)[:1000])
-    save_file(load_file(STUDENT), "x.safetensors", metadata={"config": json.dumps(fields) if text is None else text})
-    try:
-        model = TurboVAED.from_pretrained("x.safetensors")
-    except (ValueError, OSError) as error:
-        return refused(error, log)
-    as_tuple = lambda v: tuple(map(as_tuple, v)) if isinstance(v, list) else v
-    meant = TurboVAEDConfig(**{k: as_tuple(v) for k, v in fields.items()})
-    expect(text is None and model.config == meant, "another configuration")
+        text, fields = r.choice(("", "[", "null", "[1]", '"x"', "[" * 5000, "{}", "9" * 5000)), None
+    log.append(text[:1000])
+    save_file(load_file(STUDENT), "x.safetensors", metadata={"config": text})
+    model = call(log, lambda: TurboVAED.from_pretrained("x.safetensors"))
+    same = fields and json.dumps(TurboVAEDConfig(**fields).__dict__) == json.dumps(model.config.__dict__)
+    expect(same, "another configuration")
     expect(torch.isfinite(model(torch.zeros(1, 32, 1, 1, 1))).all(), "no video")
 
 
 def teacher(r, log):
-    file, state = Path("model.safetensors"), load_file(TINY_WEIGHTS)
-    if r.random() < 0.5:
-        made, done = damage_state(r, state)
-        tensors = {k: v for k, v in flat(made).items() if not v.is_meta and not v.is_sparse}
-        save_file({k: v.clone().contiguous() for k, v in tensors.items()}, file)
-    else:
-        shutil.copy(TINY_WEIGHTS, file)
-        done = damage_bytes(r, file)
-    log.append(done)
-    try:
-        weights, dtype = r.choice((file, ".", "random", "nowhere", "a/b")), r.choice((torch.float32, torch.bfloat16))
-        loaded = load_teacher("tiny", weights, dtype=dtype)
-    except (ValueError, OSError) as error:
-        return refused(error, log)
+    log.append(damage_weights(r, Path("model.safetensors"), load_file(TINY_WEIGHTS)))
+    weights = r.choice(("model.safetensors", ".", "random", "nowhere", "a/b"))
+    loaded = call(log, lambda: load_teacher("tiny", weights, dtype=r.choice((torch.float32, torch.bfloat16))))
     expect(all(p.isfinite().all() for p in loaded.parameters()), "weights that are not finite")
 
 
 def write_film(r, file):
     with av.open(str(file), "w") as container:
-        codec = r.choice(("libx264", "mpeg4", "ffv1")) if file.suffix == ".mkv" else r.choice(("libx264", "mpeg4"))
-        stream = container.add_stream(codec, rate=25)
+        stream = container.add_stream(r.choice(("libx264", "mpeg4")), rate=25)
         stream.height, stream.width, stream.pix_fmt = 32, 48, "yuv420p"
         tone = container.add_stream("aac", rate=16000) if r.random() < 0.5 else None
         for n in range(24):
             image = np.roll(np.random.default_rng(n // 8).integers(0, 255, (32, 48, 3), np.uint8), 3 * n, 1)
-            frame = av.VideoFrame.from_ndarray(image, format="rgb24")
-            frame.pts = n
-            container.mux(stream.encode(frame))
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
         container.mux(stream.encode())
         if tone:
             wave = (8000 * np.sin(np.arange(15360) / 8)).astype(np.int16)[None]
             samples = av.AudioFrame.from_ndarray(wave, format="s16", layout="mono")
-            samples.sample_rate, samples.pts = 16000, 0
-            container.mux(tone.encode(samples))
-            container.mux(tone.encode())
+            samples.sample_rate = 16000
+            container.mux([*tone.encode(samples), *tone.encode()])
 
 
 def video(r, log):
@@ -236,24 +235,19 @@ def video(r, log):
     write_film(r, file)
     log += [file, damage_bytes(r, file)]
     if r.random() < 0.5:
-        with contextlib.redirect_stderr(io.StringIO()):
-            try:
-                clip = VideoClips(".", 8, 16, train=False)[0]
-            except (ValueError, OSError) as error:
-                return refused(error, log)
+        clip = call(log, lambda: VideoClips(".", 8, 16, train=False)[0])
         return expect(clip.shape == (3, 8, 16, 16) and clip.isfinite().all() and clip.abs().max() <= 1, "no clip")
-    flags = ["--device", "cpu", "--student", STUDENT, "--reconstruct", file, "out.mp4"]
-    fine, out, err = command(log, "evaluate.py", *flags)
+    try:
+        out, err = command(log, "evaluate.py", "--device", "cpu", "--student", STUDENT, "--reconstruct", file, "out.mp4")
+    except Refused:
+        return expect(not list(Path().glob("*out*")), "failure and a film")
     expect(not list(Path().glob(".out*")), "a half-written film")
-    expect(fine == Path("out.mp4").exists(), "success and no film, or failure and a film")
-    if fine:
-        with av.open("out.mp4") as film:
-            frames = sum(1 for _ in film.decode(video=0))
-        expect(f"out.mp4: {frames} frames" in out, f"{frames} frames, and it says {out!r}")
-        with av.open(str(file)) as source:
-            promised = source.streams.video[0].frames
-        told = f"promises {promised} frames: {promised - frames} could not be read" in err
-        expect(frames >= promised or told, f"{frames} of {promised} frames: {err!r}")
+    with av.open("out.mp4") as film:
+        frames = sum(1 for _ in film.decode(video=0))
+    expect(f"out.mp4: {frames} frames" in out, f"{frames} frames, and it says {out!r}")
+    with av.open(str(file)) as source:
+        promised = source.streams.video[0].frames
+    expect(frames >= promised or "could not be read" in err, f"{frames} of {promised} frames: {err!r}")
 
 
 def latents(r, log):
@@ -271,17 +265,17 @@ def latents(r, log):
         log.append(f"{what} {damage_bytes(r, file)}" if what == "bytes" else what)
     if r.random() < 0.2:
         shutil.rmtree("latents")
-    flags = "--device cpu --latents latents --metrics psnr --out out".split()
-    fine, out, err = command(log, "evaluate.py", "--student", STUDENT, *flags)
-    if fine:
-        results = json.loads(Path("out/results.json").read_text())
-        clips = {clip["clip"] for clip in results["per_clip"]}
-        skipped, good = results["skipped"], {f"{n}.safetensors" for n in range(4)}
-        expect(good <= clips and len(clips) + len(skipped) == 7, f"{clips} and {skipped}")
-        expect(all(f"skipping {name}: " in err for name in skipped), f"a word is missing of {skipped}: {err!r}")
-        expect(np.isfinite(results["rows"][1]["psnr"]), "no figure")
-    else:
-        expect(not Path("latents").exists(), f"good latents were refused: {err}")
+    try:
+        _, err = command(log, "evaluate.py", "--student", STUDENT, *"--device cpu --latents latents --out out".split(),
+                         "--metrics", "psnr")
+    except Refused as error:
+        return expect(not Path("latents").exists(), f"good latents were refused: {error}")
+    results = json.loads(Path("out/results.json").read_text())
+    clips = {clip["clip"] for clip in results["per_clip"]}
+    skipped, good = results["skipped"], {f"{n}.safetensors" for n in range(4)}
+    expect(good <= clips and len(clips) + len(skipped) == 7, f"{clips} and {skipped}")
+    expect(all(f"skipping {name}: " in err for name in skipped), f"a word is missing of {skipped}: {err!r}")
+    expect(np.isfinite(results["rows"][1]["psnr"]), "no figure")
 
 
 def cache(r, log):
@@ -290,70 +284,36 @@ def cache(r, log):
         made, clips = make(), torch.rand(3, 3, 4, 8, 8) * 2 - 1
         for n in range(3):
             made.put(n, clips[n], {"latents": torch.full((2, 1), float(n)), "features.mid": torch.full((2,), float(n))})
-    file = Path(r.choice(("cache/manifest.json", made.path(r.randrange(3)))))
-    done = f"{file.name} "
-    if file.suffix == ".json" and r.random() < 0.6:
-        settings = json.loads(file.read_text())
-        key = r.choice(sorted(settings))
-        settings[key] = r.choice((None, [], {}, -1, "x", [1], 3.5, [["mid"]]))
-        without = {k: v for k, v in settings.items() if k != key}
-        file.write_text(json.dumps(r.choice((settings, settings, [settings], key, without))))
-        done += f"{key} {settings[key]}"
-    elif r.random() < 0.2:
-        file.unlink()
-        done += "gone"
-    else:
-        done += damage_bytes(r, file)
+    file = r.choice([Path("cache/manifest.json"), r.choice(sorted(Path("cache").rglob("*.safetensors")))])
+    done = damage_file(r, file)
     log.append(done)
-    try:
-        again = make()
-        for n in range(3):
-            entry = again[n]
-            m = entry["latents"].flatten()[0].item()
-            expect(m in (0, 1, 2) or "flip" in done or "zero" in done, f"latents {m}")
-            expect(entry["video"].shape == (3, 4, 8, 8), "no clip")
-    except (ValueError, OSError) as error:
-        refused(error, log)
+    again = call(log, make)
+    for n in range(3):
+        entry = call(log, lambda: again[n])
+        expect(entry["latents"].flatten()[0] in (0, 1, 2) or "flip" in done or "zero" in done, "other latents")
+        expect(entry["video"].shape == (3, 4, 8, 8), "no clip")
 
 
 def package(r, log):
     source = Path(tempfile.gettempdir()) / f"fuzz_{os.getpid()}" / "tiny.mlpackage"
     if not source.exists():
         from export import export
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            export(TurboVAED.from_pretrained(STUDENT), (16, 16), 1, source)
+        export(TurboVAED.from_pretrained(STUDENT), (16, 16), 1, source)
     shutil.copytree(source, "tiny.mlpackage")
     file = r.choice(sorted(f for f in Path("tiny.mlpackage").rglob("*") if f.is_file()))
-    if file.suffix == ".json" and r.random() < 0.5:
-        manifest = json.loads(file.read_text())
-        key = r.choice(sorted(manifest))
-        manifest[key] = r.choice((None, [], {}, "x", 3))
-        file.write_text(json.dumps(manifest))
-        done = f"{file.name} {key}"
-    elif r.random() < 0.1:
-        shutil.rmtree(file.parent)
-        done = f"{file.parent.name} gone"
-    else:
-        done = f"{file.name} {damage_bytes(r, file)}"
-    log.append(done)
-    fine, out, err = command(log, "export.py", "--verify", "tiny.mlpackage", "--student", STUDENT)
+    log.append(damage_file(r, file))
     report = Path("tiny.json")
-    expect(report.exists() == fine, "a report of what failed, or none of what did not")
-    if fine:
-        proof = json.loads(report.read_text())["proof"]
-        expect(proof["fp16"]["worst_error"] <= 0.05 and proof["float32"]["worst_error"] <= 0.02, "a proof that is none")
+    try:
+        command(log, "export.py", "--verify", "tiny.mlpackage", "--student", STUDENT)
+    except Refused:
+        return expect(not report.exists(), "a report of what failed")
+    proof = json.loads(report.read_text())["proof"]
+    expect(proof["fp16"]["worst_error"] <= 0.05 and proof["float32"]["worst_error"] <= 0.02, "a proof that is none")
 
 
-FLAGS = {
-    "evaluate.py": "--data --root --split --student --teacher --teacher-weights --against --metrics --lpips-weights "
-                   "--i3d --clips --frames --size --batch --seed --device --dtype --threads --out --reconstruct "
-                   "--latents --generate --pipeline --no",
-    "export.py": "--student --config --random --size --latent-frames --bits --graph --out --whole --verify",
-    "bench.py": "--config --student --size --frames --teacher --no-teacher --blocks --mlpackage --iphone --team "
-                "--features --batch --lpips-frames --dtype --device --out",
-    "train.py": "--teacher --config --data --frames --size --batch --seed --device --out --steps --resume --align --lr "
-                "--stride --val-clips --dtype"}
+LEFT_OUT = {"--download", "--compile", "--stream"}      # these take long
+FLAGS = {script: sorted(set(re.findall(r'\("(--[a-z0-9-]+)"', (ROOT / script).read_text())) - LEFT_OUT)
+         for script in ("evaluate.py", "export.py", "bench.py", "train.py")}
 SMALL = {
     "evaluate.py": "--clips 1 --size 32 --metrics psnr --lpips-weights no.pth --i3d no.pt --device cpu",
     "export.py": "--size 16x16 --latent-frames 1", "bench.py": "--size 16x16 --rounds 1 --no-compile --device cpu",
@@ -366,10 +326,8 @@ LIKELY = {      # what somebody who means well gives these flags
     "--config": "tiny ltx cog", "--teacher-weights": "random folder file a/b",
     "--metrics": "psnr ssim temporal lpips fvd",
     "--out": "out/x file folder .", "--verify": "folder file x.mlpackage", "--bits": "8 6", "--latent-frames": "1 2 0",
-    "--graph": "conv3d",
-    "--reconstruct": "clip.mp4 out.mp4", "--latents": "folder file", "--generate": "file folder clip.mp4",
-    "--pipeline": "folder a/b",
-    "--device": "cpu cuda cuda:1 mps", "--steps": "1 2", "--lr": "0 1e-3 nan", "--align": "mid up9", "--stride": "1 9"}
+    "--reconstruct": "clip.mp4 out.mp4", "--latents": "folder file",
+    "--device": "cpu cuda cuda:1 mps", "--steps": "1 2", "--lr": "0 1e-3 nan", "--align": "mid up9"}
 
 
 def command_line(r, log):
@@ -378,14 +336,16 @@ def command_line(r, log):
     write_film(r, Path("clip.mp4"))
     script = r.choice(sorted(FLAGS))
     args = SMALL[script].split()
-    for flag in r.sample(FLAGS[script].split(), r.choice((1, 1, 2, 3))):
+    for flag in r.sample(FLAGS[script], r.choice((1, 1, 2, 3))):
         likely = flag in LIKELY and r.random() < 0.8
-        many = 2 if flag == "--reconstruct" else 1 if likely else r.choice((0, 1, 1, 2))
+        many = 2 if flag in ("--reconstruct", "--decode") else 1 if likely else r.choice((0, 1, 1, 2))
         args += [flag, *r.choices(LIKELY[flag].split() if likely else VALUES, k=many)]
     log += [script, *args]
-    before = Path("file").read_text()
-    fine, out, err = command(log, script, *args)
-    expect(Path("file").read_text() == before, "a file of the user's was overwritten")
+    film = Path("clip.mp4").read_bytes()
+    with contextlib.suppress(Refused):
+        command(log, script, *args)
+    expect(Path("file").read_text() == "text", "a file of the user's was overwritten")
+    expect(Path("clip.mp4").read_bytes() == film, "a video of the user's was overwritten")
     expect(not [f for f in Path().rglob(".*") if f.is_file()], "half-written files were left")
 
 
@@ -393,46 +353,43 @@ KINDS = (checkpoint, video, configuration, command_line, teacher, latents, packa
 
 
 def hanging(*_):
-    raise Wrong(f"not done after {SECONDS} s")
+    raise TimeoutError(f"not done after {SECONDS} s")
 
 
 def case(n, seed):
-    """(what was done and how it ended, how that is wrong or None) of case n."""
+    """(what was done and how it ended, "" or "wrong" or "unclear", how so) of case n."""
     kind, r, log = KINDS[n % len(KINDS)], random.Random(f"{seed} {n}"), []
     torch.manual_seed(n)
-    there, threads, problem = os.getcwd(), torch.get_num_threads(), None
+    threads, verdict, problem = torch.get_num_threads(), "", ""
     handler = signal.signal(signal.SIGALRM, hanging)
     signal.alarm(SECONDS)
     try:
-        with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+        with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            os.chdir(folder)
-            try:
-                kind(r, log)
-            finally:
-                os.chdir(there)
-    except Wrong as wrong:
-        problem = str(wrong)
-    except Exception:
-        problem = traceback.format_exc()
-    finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, handler)
-        torch.set_num_threads(threads)
-    return f"case {n}, {kind.__name__}: {' '.join(map(str, log))}", problem
+            kind(r, log)
+    except Refused:
+        pass
+    except Exception as error:
+        verdict, problem = "wrong" if isinstance(error, Wrong) else "unclear", traceback.format_exc()
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, handler)
+    torch.set_num_threads(threads)
+    return f"case {n}, {kind.__name__}: {' '.join(map(str, log))}", verdict, problem
 
 
-def main():
-    count, seed = (int(given) if given else usual for given, usual in zip((sys.argv[1:] + ["", ""])[:2], (400, 0)))
-    wrong = 0
-    for n in range(count):
-        done, problem = case(n, seed)
-        wrong += bool(problem)
-        if problem:
-            print(f"{done}\n{problem.strip()}\n", flush=True)
-    print(f"{count - wrong} of {count} mutated inputs ended in a right result or in one clear line")
-    sys.exit(bool(wrong))
+def run_cases(numbers, seed):
+    """{"wrong": cases, "unclear": cases}, printed as they come."""
+    found = {"wrong": 0, "unclear": 0}
+    for n in numbers:
+        done, verdict, problem = case(n, seed)
+        if verdict:
+            found[verdict] += 1
+            print(f"{verdict}: {done}\n{problem.strip()}\n", flush=True)
+    return found
 
 
 if __name__ == "__main__":
-    main()
+    count, seed = map(int, [*sys.argv[1:], *("400", "0")[len(sys.argv) - 1:]])
+    found = run_cases(range(count), seed)
+    print(f"of {count} mutated inputs {found['wrong']} ended wrong and {found['unclear']} not in one clear line")
+    sys.exit(found["wrong"] > 0 or found["unclear"] > 0.03 * count)

@@ -18,15 +18,21 @@ from model import CONFIGS, SHIPPED, TurboVAED
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def bench(out, *flags):
-    return run_script("bench", "--rounds", "2", "--device", "cpu", "--out", out, *flags, cwd=out)
+@pytest.fixture
+def bench(monkeypatch, tmp_path):
+    """bench.py's rows for these flags, in this process."""
+    def run(*flags):
+        small = ["bench.py", "--device", "cpu", "--rounds", "2", "--out", str(tmp_path)]
+        monkeypatch.setattr(sys, "argv", small + [str(flag) for flag in flags])
+        module.main()
+        return json.loads((tmp_path / "bench.json").read_text())["rows"]
+    return run
 
 
-def test_student_against_teacher(tmp_path):
-    result = bench(tmp_path, "--size", "32x40", "--no-compile")
-    assert result.returncode == 0, result.stderr
-    assert "the shipped one" in result.stdout and "TFLOP/s" in result.stdout
-    student, teacher = json.loads((tmp_path / "bench.json").read_text())["rows"]
+def test_student_against_teacher(bench, tmp_path, capsys):
+    student, teacher = bench("--size", "32x40", "--no-compile")
+    out = capsys.readouterr().out
+    assert "the shipped one" in out and "TFLOP/s" in out and "32x40" in out
     assert (student["way"], teacher["way"]) == ("eager", "teacher") and student["frames"] == 16
     assert student["parameters"] < 0.6e6 < 2e6 < teacher["parameters"]
     assert student["flops"] < teacher["flops"] and student["bytes"] < teacher["bytes"]
@@ -37,7 +43,7 @@ def test_student_against_teacher(tmp_path):
     assert (tmp_path / "bench.png").stat().st_size > 5000
 
 
-def test_eager_against_compiled_and_without_a_compiler(tmp_path, monkeypatch, capsys):
+def test_eager_against_compiled_and_without_a_compiler(bench, monkeypatch, capsys):
     compiled, real = [], torch.compile
 
     def no_compiler(latents):
@@ -48,34 +54,26 @@ def test_eager_against_compiled_and_without_a_compiler(tmp_path, monkeypatch, ca
         return real(model, backend="eager", **how) if len(compiled) == 1 else no_compiler
 
     monkeypatch.setattr(torch, "compile", compile)
-    monkeypatch.setattr(sys, "argv", ["bench.py", "--config", "tiny", "--size", "16x16", "24x24", "--rounds", "2",
-                                      "--device", "cpu", "--out", str(tmp_path)])
-    module.main()
-    rows = json.loads((tmp_path / "bench.json").read_text())["rows"]
+    rows = bench("--config", "tiny", "--size", "16x16", "24x24")
     assert [(row["way"], row["height"]) for row in rows] == [("eager", 16), ("compiled", 16), ("eager", 24)]
     assert compiled[0]["fullgraph"] and rows[0]["speed_up"] == 1 and rows[1]["compared_with"] == "eager"
     assert capsys.readouterr().err.strip() == "tiny does not compile here: RuntimeError: no C++ compiler"
 
 
-def test_streamed_against_whole(tmp_path, monkeypatch):
-    def rows(*flags):
-        monkeypatch.setattr(sys, "argv", ["bench.py", "--config", "tiny", "--stream", "--device", "cpu",
-                                          "--out", str(tmp_path), *flags])
-        module.main()
-        return json.loads((tmp_path / "bench.json").read_text())["rows"]
-    streamed, whole = rows("--size", "64x64", "--lengths", "25", "--chunk", "2", "--rounds", "1")
+def test_streamed_against_whole(bench, monkeypatch):
+    stream = ("--config", "tiny", "--stream", "--rounds", "1")
+    streamed, whole = bench(*stream, "--size", "64x64", "--lengths", "25", "--chunk", "2")
     assert [streamed["way"], whole["way"], streamed["latents"], streamed["frames"]] == ["streamed", "whole", 25, 100]
     assert streamed["delay"] == 13 and 0 < streamed["first_milliseconds"] < streamed["milliseconds"]
     assert streamed["speed_up"] > 0 and streamed["peak_gb"] < whole["peak_gb"]
+    rows = bench(*stream, "--decode", "--no-compile", "--size", "16x16", "--lengths", "3", "2")
+    assert [row["way"] for row in rows] == 2 * ["streamed", "streamed, optimized", "whole"]
     monkeypatch.setattr(module, "WORK", 10 ** 9)          # so much memory is nowhere
-    assert [row["way"] for row in rows("--size", "16x16", "--lengths", "3", "--rounds", "1")] == ["streamed"]
+    assert [row["way"] for row in bench(*stream, "--size", "16x16", "--lengths", "3")] == ["streamed"]
 
 
-def test_optimized_beside_plain_and_compiled(tmp_path, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["bench.py", "--config", "tiny", "--decode", "--no-compile", "--size", "16x16",
-                                      "--rounds", "2", "--device", "cpu", "--out", str(tmp_path)])
-    module.main()
-    eager, optimized = json.loads((tmp_path / "bench.json").read_text())["rows"]
+def test_optimized_beside_plain_and_compiled(bench):
+    eager, optimized = bench("--config", "tiny", "--decode", "--no-compile", "--size", "16x16")
     assert [eager["way"], optimized["way"]] == ["eager", "optimized"] and optimized["compared_with"] == "eager"
     assert optimized["flops"] == eager["flops"] and optimized["parameters"] == eager["parameters"]
 
@@ -124,10 +122,8 @@ def test_peak_memory_counts_what_a_run_allocates_at_once():
     assert module.peak_memory(one, cpu, 10 ** 9)["peak_gb"] == pytest.approx(1.32, abs=0.02)
 
 
-def test_latency_by_block_adds_up(tmp_path):
-    result = bench(tmp_path, "--blocks", "--config", "tiny", "--size", "32x32", "--rounds", "3")
-    assert result.returncode == 0, result.stderr
-    rows = json.loads((tmp_path / "bench.json").read_text())["rows"]
+def test_latency_by_block_adds_up(bench, tmp_path):
+    rows = bench("--blocks", "--config", "tiny", "--size", "32x32", "--rounds", "3")
     assert [row["way"] for row in rows] == ["decoupled", "pixel_shuffle_3d", "interpolate"]
     for row in rows:
         blocks = row["blocks"]
@@ -167,46 +163,32 @@ runpy.run_path({root!r} + "/bench.py", run_name="__main__")
 """
 
 
-def with_pytorch_alone(cwd, *flags):
+@pytest.mark.parametrize("flags", [["--config", "tiny", "ltx"], []])
+def test_students_need_pytorch_alone_and_what_lacks_a_package_says_so(tmp_path, flags):
     lines = (ROOT / "requirements.txt").read_text().split()
     names = {line.split(">")[0] for line in lines} - {"torch"} | {"coremltools", "safetensors", "numpy", "PIL"}
-    return subprocess.run([sys.executable, "-c", ALONE.format(names=names, root=str(ROOT), flags=list(flags))], cwd=cwd,
-                          capture_output=True, text=True, timeout=200)
-
-
-def test_students_need_pytorch_alone(tmp_path):
-    result = with_pytorch_alone(tmp_path, "--config", "tiny", "ltx")
+    result = subprocess.run([sys.executable, "-c", ALONE.format(names=names, root=str(ROOT), flags=flags)],
+                            cwd=tmp_path, capture_output=True, text=True, timeout=200)
+    if not flags:
+        assert result.returncode == 1 and re.search(r"^error: .*No module named 'safetensors'.*\n\Z", result.stderr, re.M)
+        return
     assert result.returncode == 0, result.stderr
     assert "no bench.png: matplotlib is not installed" in result.stdout
-    assert [row["model"] for row in json.loads((tmp_path / "out/bench/bench.json").read_text())["rows"]] == [
-        "tiny", "ltx"]
+    rows = json.loads((tmp_path / "out/bench/bench.json").read_text())["rows"]
+    assert [row["model"] for row in rows] == ["tiny", "ltx"]
 
 
-def test_a_missing_package_is_one_line(tmp_path):
-    result = with_pytorch_alone(tmp_path)
-    assert result.returncode == 1 and "Traceback" not in result.stderr
-    assert "No module named 'safetensors'" in (last := result.stderr.strip().splitlines()[-1]) 
-
-
-def test_the_student_asked_for_is_timed_and_labelled_by_what_is_decoded(tmp_path, monkeypatch, capsys):
-    model = TurboVAED(CONFIGS["wan21"])
-    torch.save(model.state_dict(), tmp_path / "plain.pth")
+def test_the_student_asked_for_is_timed_and_labelled_by_what_is_decoded(bench, tmp_path, monkeypatch, capsys):
+    torch.save(TurboVAED(CONFIGS["wan21"]).state_dict(), tmp_path / "plain.pth")
     loaded = []
     load = TurboVAED.from_pretrained.__func__
     monkeypatch.setattr(TurboVAED, "from_pretrained",
                         classmethod(lambda cls, *how: loaded.append(how) or load(cls, *how)))
-    monkeypatch.setattr(sys, "argv", ["bench.py", "--student", str(tmp_path / "plain.pth"), "--config", "wan21",
-                                      "--no-teacher", "--no-compile", "--size", "20x9", "--frames", "8",
-                                      "--rounds", "1", "--device", "cpu", "--out", str(tmp_path)])
-    module.main()
-    row, = json.loads((tmp_path / "bench.json").read_text())["rows"]
+    row, = bench("--student", tmp_path / "plain.pth", "--config", "wan21", "--no-teacher", "--no-compile",
+                 "--size", "20x9", "--frames", "8")
     assert loaded == [(str(tmp_path / "plain.pth"), "wan21")]
     assert (row["frames"], row["height"], row["width"]) == (5, 24, 16) and "5x24x16" in capsys.readouterr().out
-    monkeypatch.setattr(sys, "argv", ["bench.py", "--student", str(SHIPPED), "--config", "tiny", "--stream",
-                                      "--lengths", "2", "--size", "20x9", "--rounds", "1", "--device", "cpu",
-                                      "--out", str(tmp_path)])
-    module.main()
-    streamed = json.loads((tmp_path / "bench.json").read_text())["rows"][0]
+    streamed, _ = bench("--student", SHIPPED, "--config", "tiny", "--stream", "--lengths", "2", "--size", "20x9")
     assert loaded[1] == (str(SHIPPED), "tiny")
     assert (streamed["frames"], streamed["height"], streamed["width"]) == (8, 24, 16)
 
@@ -231,10 +213,9 @@ def test_a_full_disk_is_one_line_and_leaves_all_that_was_there(tmp_path, name, l
     (["--stream", "--frames", "9"], "--stream goes without"),
     (["--stream", "--config", "tiny", "--teacher"], "--stream goes without"),
     (["--stream", "--blocks"], "without each other"), (["--blocks", "--mlpackage"], "without each other")])
-def test_wrong_flags_are_one_line(monkeypatch, capsys, flags, words):
-    monkeypatch.setattr(sys, "argv", ["bench.py", *flags])
+def test_wrong_flags_are_one_line(bench, capsys, flags, words):
     with pytest.raises(SystemExit) as error:
-        module.main()
+        bench(*flags)
     assert error.value.code == 2 and words in capsys.readouterr().err.splitlines()[-1]
 
 
@@ -260,8 +241,7 @@ class Apple:
         import coremltools
         from coremltools.models import compute_device, compute_plan
         from coremltools.models.ml_program.experimental import async_wrapper, remote_device
-        self.coremltools, self.plan, self.remote, self.monkeypatch = (
-            coremltools, compute_plan, remote_device, monkeypatch)
+        self.coremltools, self.remote, self.monkeypatch = coremltools, remote_device, monkeypatch
         self.loaded, self.prepared, self.phones, self.crash_on, apple = [], [], [], None, self
         made = lambda kind: object.__new__(kind)            # outside macOS their constructors refuse
         self.units = {"tile": made(compute_device.MLNeuralEngineComputeDevice),
@@ -269,16 +249,15 @@ class Apple:
 
         class Plan:
             def __init__(self, spec):
-                operations = [compute_plan.MLModelStructureProgramOperation(
+                plan, program = compute_plan, spec.mlProgram.functions["main"].block_specializations["CoreML7"]
+                operations = [plan.MLModelStructureProgramOperation(
                     inputs={}, operator_name=op.type, blocks=[], __proxy__=None,
-                    outputs=[compute_plan.MLModelStructureProgramNamedValueType(name=o.name, type=None)
-                             for o in op.outputs])
-                    for op in spec.mlProgram.functions["main"].block_specializations["CoreML7"].operations]
-                block = compute_plan.MLModelStructureProgramBlock(
-                    inputs=[], operations=operations, output_names=["video"])
-                function = compute_plan.MLModelStructureProgramFunction(inputs=[], block=block)
-                program = compute_plan.MLModelStructureProgram(functions={"main": function})
-                self.model_structure = compute_plan.MLModelStructure(neuralnetwork=None, program=program, pipeline=None)
+                    outputs=[plan.MLModelStructureProgramNamedValueType(name=o.name, type=None) for o in op.outputs])
+                    for op in program.operations]
+                block = plan.MLModelStructureProgramBlock(inputs=[], operations=operations, output_names=["video"])
+                function = plan.MLModelStructureProgramFunction(inputs=[], block=block)
+                program = plan.MLModelStructureProgram(functions={"main": function})
+                self.model_structure = plan.MLModelStructure(neuralnetwork=None, program=program, pipeline=None)
 
             def get_compute_device_usage_for_mlprogram_operation(self, operation):
                 unit = apple.units.get(operation.operator_name)
@@ -286,8 +265,7 @@ class Apple:
                     preferred_compute_device=unit, supported_compute_devices=[unit])
 
             def get_estimated_cost_for_mlprogram_operation(self, operation):
-                # two casts; a constant has no cost
-                weight = {"tile": 0.6, "cast": 0.2}.get(operation.operator_name)
+                weight = {"tile": 0.6, "cast": 0.2}.get(operation.operator_name)    # two casts; a constant costs nothing
                 return weight and compute_plan.MLComputePlanCost(weight=weight)
 
         class Wrapper(async_wrapper.MLModelAsyncWrapper):
@@ -354,16 +332,11 @@ class Apple:
         self.same_signature(function, getattr(owner, name))
         self.monkeypatch.setattr(owner, name, wrap(function))
 
-    def connect(self, name="Phone"):
+    def connect(self):
         remote = self.remote
         self.phones.append(remote.Device(
-            name=name, type=remote.DeviceType.IPHONE, identifier="i", udid="u", os_version="18.1", os_build_number="b",
+            name="Phone", type=remote.DeviceType.IPHONE, identifier="i", udid="u", os_version="18.1", os_build_number="b",
             developer_mode_state="enabled", state=remote.DeviceState.CONNECTED, session=None))
-
-    def bench(self, out, *flags):
-        self.monkeypatch.setattr(sys, "argv", ["bench.py", "--out", str(out), *flags])
-        module.main()
-        return json.loads((Path(out) / "bench.json").read_text())["rows"]
 
 
 @pytest.fixture
@@ -393,28 +366,27 @@ def package(tmp_path_factory):
     return make_package(tmp_path_factory.mktemp("packages") / "tiny.mlpackage")
 
 
-def test_a_package_on_every_compute_unit_of_a_mac(apple, package, tmp_path, capsys):
-    rows = apple.bench(tmp_path, "--mlpackage", str(package), "--rounds", "3")
+def test_a_package_on_every_compute_unit_of_a_mac(bench, apple, package, tmp_path, capsys):
+    rows = bench("--mlpackage", str(package), "--rounds", "3")
     assert [row["way"] for row in rows] == ["ALL", "CPU_AND_NE", "CPU_AND_GPU", "CPU_ONLY"]
     assert {unit for unit, device in apple.loaded} == {unit.name for unit in apple.coremltools.ComputeUnit}
     assert all(device is None for _, device in apple.loaded) and not apple.prepared
     for row in rows:
         assert (row["frames"], row["height"], row["width"], row["rounds"]) == (8, 32, 40, 3)
-        assert (row["milliseconds"] == pytest.approx(20) and row["fps"] == pytest.approx(400)
-                and row["load_milliseconds"] == 5)
-        assert (row["units"] == {"NeuralEngine": pytest.approx(0.6), "CPU": pytest.approx(0.4)}
-                and row["operations"] == 3)
+        assert row["milliseconds"] == pytest.approx(20) and row["fps"] == pytest.approx(400)
+        assert row["load_milliseconds"] == 5 and row["operations"] == 3
+        assert row["units"] == {"NeuralEngine": pytest.approx(0.6), "CPU": pytest.approx(0.4)}
         assert [(op["operation"], op["unit"]) for op in row["slowest"]] == [
             ("tile", "NeuralEngine"), ("cast", "CPU"), ("cast", "CPU")]
     out = capsys.readouterr().out
     assert "NeuralEngine 60%, CPU 40%" in out and "tile video" in out and (tmp_path / "bench.png").exists()
 
 
-def test_packages_stand_beside_the_papers_figures(apple, tmp_path, monkeypatch, capsys):
+def test_packages_stand_beside_the_papers_figures(bench, apple, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(module.PAPER["paper_iphone"], "ltx 32x40", 161.8)
     said = dict(config=json.dumps(asdict(CONFIGS["ltx"])))
     paths = [make_package(tmp_path / "a.mlpackage", **said), make_package(tmp_path / "b.mlpackage")]
-    rows = apple.bench(tmp_path, "--mlpackage", *map(str, paths))
+    rows = bench("--mlpackage", *map(str, paths))
     assert [row.get("paper_iphone") for row in rows] == [161.8] * 4 + [None] * 4 and "paper_a100" not in rows[0]
     out = capsys.readouterr().out
     assert out.count("161.8") == 4 and "SnapGen-V 31.5, H3AE 38.1" in out and "195.4" not in out
@@ -429,12 +401,12 @@ def test_the_papers_figures_are_those_of_its_tables():
         assert module.paper_speed(where, name, *size) == ({where: speed} if speed else {})
 
 
-def test_a_package_on_a_phone(apple, package, tmp_path, monkeypatch):
+def test_a_package_on_a_phone(bench, apple, package, tmp_path, monkeypatch):
     apple.connect()
     (tmp_path / "out/tiny").mkdir(parents=True)
     (tmp_path / "out/tiny/tiny.mlpackage").symlink_to(package)
     monkeypatch.chdir(tmp_path)
-    rows = apple.bench("bench", "--iphone", "--team", "TEAM123")
+    rows = bench("--iphone", "--team", "TEAM123")
     assert (len(rows) == 4
             and all(row["fps"] == pytest.approx(400) and row["device"] == "Phone, iOS 18.1" for row in rows))
     assert all(device.name == "Phone" and device.session for _, device in apple.loaded)
@@ -443,25 +415,25 @@ def test_a_package_on_a_phone(apple, package, tmp_path, monkeypatch):
     assert inspect.signature(apple.remote._DeviceCtlRemoteService).parameters["max_attempts"].default == 200
 
 
-def test_a_unit_that_fails_is_one_row_and_the_phone_is_prepared_again(apple, package, tmp_path, capsys):
+def test_a_unit_that_fails_is_one_row_and_the_phone_is_prepared_again(bench, apple, package, tmp_path, capsys):
     apple.connect()
     apple.crash_on = "CPU_AND_NE"
-    rows = apple.bench(tmp_path, "--iphone", "--team", "TEAM123", "--mlpackage", str(package))
+    rows = bench("--iphone", "--team", "TEAM123", "--mlpackage", str(package))
     assert ["error" in row for row in rows] == [False, True, False, False] and len(apple.prepared) == 2
     assert (rows[1]["error"] == "RuntimeError: out of memory" and "fps" not in rows[1]
             and rows[2]["fps"] == pytest.approx(400))
     assert "tiny.mlpackage on CPU_AND_NE" in capsys.readouterr().out
 
 
-def test_what_keeps_a_package_from_being_timed_is_one_line(apple, package, tmp_path, monkeypatch):
+def test_what_keeps_a_package_from_being_timed_is_one_line(bench, apple, package, tmp_path, monkeypatch):
     for flags, words in ((["--mlpackage", "nowhere.mlpackage"], "nowhere.mlpackage: no such package"),
                          (["--iphone", "--team", "T", "--mlpackage", str(package)], "none is connected.*team T")):
         with pytest.raises((ValueError, OSError), match=words):
-            apple.bench(tmp_path, *flags)
+            bench(*flags)
     monkeypatch.chdir(tmp_path)
     with pytest.raises(OSError, match="python export.py"):
-        apple.bench(tmp_path, "--mlpackage")
+        bench("--mlpackage")
     apple.crash_on = "ALL"
     monkeypatch.setattr(module, "UNITS", ("ALL",))
     with pytest.raises(ValueError, match="nothing could be measured; ALL: RuntimeError: out of memory"):
-        apple.bench(tmp_path, "--mlpackage", str(package))
+        bench("--mlpackage", str(package))
