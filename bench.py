@@ -69,10 +69,8 @@ def now(device):
 
 
 def take_turns(runs, device, rounds=None, least=5, budget=45, warm_up=WARM_UP):
-    """Seconds of each of {name: function}, {name: [seconds]}; the functions take turns.
-
-    rounds None: as many as fit into `budget` seconds, at least `least` and at most 200.
-    """
+    """{name: [seconds]} of {name: function}, which take turns: `rounds` of them, or as many as fit into `budget`
+    seconds, from `least` to 200."""
     seconds = {name: [] for name in runs}
     for i in itertools.count(-warm_up):
         if i == 0:
@@ -427,18 +425,14 @@ def bench_packages(args, device, dtype):
                          "iPhone, and both need a package that `python export.py` made")
     packages = sorted(path for path in Path("out").rglob("*.mlpackage") if not path.name.startswith("."))
     paths = [Path(path) for path in args.mlpackage or packages]
-    missing = [str(path) for path in paths if not path.is_dir()]
-    if missing or not paths:
-        raise FileNotFoundError(f"{', '.join(missing) or 'out/'}: no such package, or none in it; "
-                                "`python export.py` makes one")
+    missing = ", ".join(str(path) for path in paths if not path.is_dir()) or ("" if paths else "out/")
+    if missing:
+        raise FileNotFoundError(f"{missing}: no such package, or none in it; `python export.py` makes one")
     rows = asyncio.run(time_packages(paths, args.rounds or 10, args.team))
     if not any("fps" in row for row in rows):
         raise ValueError(f"nothing could be measured; {rows[0]['way']}: {rows[0]['error']}")
     return rows
 
-
-# ---------------------------------------------------------------------------------------------------------------------
-# What is shown.
 
 def table(rows):
     def cell(text, row):
@@ -447,9 +441,9 @@ def table(rows):
         except KeyError:        # this row has no such figure
             return ""
 
-    left_out = ("parameters", "FPS") if "blocks" in rows[0] else ()
-    cells = [[heading, *(cell(text, row) for row in rows)] for heading, text in COLUMNS.items()]
-    cells = [column for column in cells if any(column[1:]) and column[0] not in left_out]
+    without = ("parameters", "FPS") if "blocks" in rows[0] else ()
+    cells = [[name, *(cell(text, row) for row in rows)] for name, text in COLUMNS.items() if name not in without]
+    cells = [column for column in cells if any(column[1:])]
     return text_table(list(zip(*cells)), ("model", "way"))
 
 
@@ -458,8 +452,8 @@ def report(rows):
     if "blocks" in rows[0]:
         print("milliseconds of each part and its share; upsamplers: with their convolutions, part of up0 ... up3")
     if "matrix_tflops" in rows[0]:
-        print("measured here, in turns with the rest: {matrix_tflops:.2f} TFLOP/s of a matrix product, "
-              "{copy_gb_per_s:.0f} GB/s of a copy".format(**rows[0]))
+        print("measured here, in turns: {matrix_tflops:.2f} TFLOP/s of a matrix product, {copy_gb_per_s:.0f} GB/s of a "
+              "copy".format(**rows[0]))
     for where, rivals in RIVALS.items():
         if any(where in row for row in rows):
             print(f"the paper's frames per second are of {rivals}")
@@ -564,8 +558,7 @@ def main():
     report(rows)
     results = {"command": ["python", *sys.argv], "torch": torch.__version__, "python": platform.python_version()}
     if not args.packages:
-        name = torch.cuda.get_device_name(device) if device.type == "cuda" else (
-            f"CPU, {torch.get_num_threads()} threads")
+        name = f"CPU, {torch.get_num_threads()} threads" if args.device == "cpu" else torch.cuda.get_device_name(device)
         results |= {"device": name, "dtype": args.dtype}
         print(f"{name}, {args.dtype}, torch {torch.__version__}")
     file, image = Path(args.out, "bench.json"), Path(args.out, "bench.png")
