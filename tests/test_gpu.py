@@ -34,8 +34,8 @@ def student(config, dtype=torch.float32):
 
 def latents(name, t, side=8, dtype=torch.float32):
     torch.manual_seed(1)
-    x = torch.randn(1, CONFIGS[name].latent_channels, t, side, side, device="cuda", dtype=dtype)
-    return x.contiguous(memory_format=torch.channels_last_3d)
+    shape = 1, CONFIGS[name].latent_channels, t, side, side
+    return torch.randn(shape, device="cuda", dtype=dtype).contiguous(memory_format=torch.channels_last_3d)
 
 
 def psnr(a, b):
@@ -77,8 +77,7 @@ def test_a_stream_is_the_whole_clip(config, dtype, mode, least):
     model = student(config, dtype)
     x = latents(config if isinstance(config, str) else "ltx", model.streamer().delay + 13, 2, dtype)
     want = model(x)
-    if mode:
-        model.optimize_for_inference(compile=mode)
+    model = model.optimize_for_inference(compile=mode) if mode else model
     assert psnr(torch.cat(list(model.stream(x.split(3, dim=2))), dim=2), want) > least
 
 
@@ -89,9 +88,8 @@ def test_the_layout_is_channels_last_from_end_to_end(name):
     def check(module, inputs):
         layout = torch.channels_last_3d if inputs[0].ndim == 5 else torch.channels_last
         assert inputs[0].is_contiguous(memory_format=layout), (module, inputs[0].shape)
-    for module in model.modules():
-        if isinstance(module, (torch.nn.Conv2d, torch.nn.Conv3d)):
-            module.register_forward_pre_hook(check)
+    for module in (m for m in model.modules() if isinstance(m, (torch.nn.Conv2d, torch.nn.Conv3d))):
+        module.register_forward_pre_hook(check)
     model(x)
     list(model.stream(x.split(1, dim=2)))
 
@@ -107,8 +105,7 @@ def test_121_frames_of_720p_fit_in_8_gb(name):
 
 
 def test_memory_does_not_grow_with_the_clip():
-    model, peaks = student("ltx", torch.float16), []
-    piece = latents("ltx", 4, 16, torch.float16)
+    model, piece, peaks = student("ltx", torch.float16), latents("ltx", 4, 16, torch.float16), []
     for pieces in (15, 60):
         torch.cuda.reset_peak_memory_stats()
         sum(frames.shape[2] for frames in model.stream([piece] * pieces))
