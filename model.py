@@ -1008,7 +1008,7 @@ def atomically(path):
     temporary = path.with_name(f".{path.stem[:80]}.{os.getpid()}{path.suffix}")
     try:
         yield temporary
-        if path.is_dir():
+        if path.is_dir() and temporary.is_dir():
             shutil.rmtree(path)
         os.replace(temporary, path)
     finally:
