@@ -202,7 +202,6 @@ def run(tmp_path, monkeypatch):
     """Runs main() in an empty folder; returns results.json."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(evaluate, "ROUNDS", 1)          # the machine's speed is not what is tested
-
     def run(*args):
         short = ["--frames", "8"] * (not {"--frames", "--latents", "--decode", "--reconstruct"} & set(args))
         monkeypatch.setattr(sys, "argv", ["evaluate.py", "--device", "cpu", *short, *map(str, args)])
