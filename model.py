@@ -25,6 +25,7 @@ import re
 import shutil
 import signal
 import sys
+import tempfile
 import warnings
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -1017,9 +1018,11 @@ def atomically(path):
 
 def check_writable(folder):
     """Make `folder`, or raise OSError where nothing can be written: to be asked before anything is computed for it."""
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    if not os.access(folder, os.W_OK | os.X_OK):
-        raise OSError(f"nothing can be written to {folder}")
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise OSError(f"nothing can be written to {folder}: {error.strerror}") from None
 
 
 def text_table(rows, left=("model",), markdown=False):

@@ -767,7 +767,7 @@ def test_a_stop_leaves_no_half_film(student, tmp_path):
     (["--data", "synthetic", "--size", "64x32"], "made-up video is square"),
     (["--latents", "nowhere"], "no latents of 32 channels in nowhere"),
     (["--out", "file"], "nothing can be written to file"),
-    (["--student", "hustvl/Turbo-VAED"], "if it is a hub id, say which student"),
+    (["--student", "hustvl/Turbo-VAED"], "a hub id of published students needs config="),
     (["--reconstruct", "a.mp4", "b.webm"], "films are .mp4, .mkv or .mov"),
     (["--reconstruct", "a.mp4", "a.mp4"], "would be written over"),
     (["--decode", "a.safetensors", "b.gif"], "films are .mp4, .mkv or .mov"),
