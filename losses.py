@@ -2,7 +2,7 @@
 
     L = L_1 + α1 L_lpips + α2 L_distill + α3 L_kl + α4 L_adv        (L_adv in stage 2 only)
 
-Videos are (B, 3, T, H, W) in [-1, 1]; every term is a scalar.
+α3 is KL_WEIGHT. Videos are (B, 3, T, H, W) in [-1, 1]; every term is a scalar.
 """
 from contextlib import nullcontext
 
@@ -10,8 +10,10 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+KL_WEIGHT = 1e-7    # the encoder is frozen, so the term has no gradient: it only shows in the loss
 NOISE = 0.05        # standard deviation of the noise that the discriminator must not mind, in units of video
-HEADS = ("pointwise", "linear", "mlp1", "mlp2")
+SMOOTHNESS = 10.0   # weight of the discriminator's approximate R1 penalty
+HEADS = {"pointwise": 1, "linear": 0, "mlp1": 1, "mlp2": 2}     # Table 7's projection heads: their hidden layers
 
 
 def l1_loss(video, target):
@@ -20,12 +22,12 @@ def l1_loss(video, target):
 
 
 def kl_loss(mean, logvar):
-    """KL divergence of the posterior N(mean, exp(logvar)) from N(0, 1), summed over a clip's latents and averaged
-    over clips: Equation 5's L_kl. Constant while the encoder is frozen; zero for a deterministic one (logvar None)."""
+    """KL divergence of each clip's posterior N(mean, exp(logvar)) from N(0, 1), summed over its latents: (B,). The mean
+    over clips is Equation 5's L_kl. Zero for a deterministic encoder (logvar None)."""
     if logvar is None:
-        return mean.new_zeros(())
+        return mean.new_zeros(len(mean))
     mean, logvar = mean.float(), logvar.float()
-    return 0.5 * (mean.square() + logvar.exp() - 1 - logvar).flatten(1).sum(1).mean()
+    return 0.5 * (mean.square() + logvar.exp() - 1 - logvar).flatten(1).sum(1)
 
 
 class LPIPS(nn.Module):
@@ -65,29 +67,25 @@ class ProjectionHead(nn.Module):
 
     1x1x1 convolutions to C_t times the upsampling still missing, then a pixel shuffle. The kinds of Table 7:
     "pointwise" two convolutions with nothing between, "linear" one, "mlp1" and "mlp2" one and two hidden layers with
-    SiLU. Raises ValueError where no whole factors of time and space lead from one shape to the other.
+    SiLU. ValueError where no whole factors of time and space lead from one shape to the other.
     """
 
     def __init__(self, student_shape, teacher_shape, kind="pointwise"):
         super().__init__()
+        if kind not in HEADS:
+            raise ValueError(f"a projection head is one of {', '.join(HEADS)}, not {kind!r}")
         (_, c_in, t, h, w), (_, c_out, t_out, h_out, w_out) = student_shape, teacher_shape
         fits = [(r, drop) for r in (1, 2, 4, 8) for drop in (0, r - 1) if r * t - drop == t_out]
         if not fits or h_out % h or h_out // h * w != w_out:
             raise ValueError(f"no projection head from {tuple(student_shape)} to {tuple(teacher_shape)}")
         (self.time, self.drop), self.space = fits[0], h_out // h
-        n = self.time * self.space ** 2
-        if kind == "linear":
-            layers = [(c_in, c_out * n)]
-        elif kind in ("pointwise", "mlp1"):
-            layers = [(c_in, c_out), (c_out, c_out * n)]
-        elif kind == "mlp2":
-            layers = [(c_in, c_out), (c_out, c_out), (c_out, c_out * n)]
-        else:
-            raise ValueError(f"a projection head is one of {', '.join(HEADS)}, not {kind!r}")
-        layers = [nn.Conv3d(*channels, 1) for channels in layers]
-        for i in range(len(layers) - 1 if kind.startswith("mlp") else 0, 0, -1):
-            layers.insert(i, nn.SiLU())
-        self.layers = nn.Sequential(*layers)
+        self.layers = nn.Sequential()
+        for _ in range(HEADS[kind]):
+            self.layers.append(nn.Conv3d(c_in, c_out, 1))
+            if kind.startswith("mlp"):
+                self.layers.append(nn.SiLU())
+            c_in = c_out
+        self.layers.append(nn.Conv3d(c_in, c_out * self.time * self.space ** 2, 1))
 
     def forward(self, x):
         x = self.layers(x)
@@ -99,9 +97,7 @@ class ProjectionHead(nn.Module):
 
 def make_heads(student_shapes, teacher_shapes, kind="pointwise"):
     """One head for each block of {name: shape}; none (the identity) where channels and grid agree already, as in the
-    published code. Raises ValueError for an unknown kind."""
-    if kind not in HEADS:
-        raise ValueError(f"a projection head is one of {', '.join(HEADS)}, not {kind!r}")
+    published code."""
     return nn.ModuleDict({name: nn.Identity() if tuple(student_shapes[name][1:]) == tuple(shape[1:])
                           else ProjectionHead(student_shapes[name], shape, kind)
                           for name, shape in teacher_shapes.items()})
@@ -120,10 +116,7 @@ def distillation_loss(student_features, teacher_features, heads, normalize=False
 
 
 class StudentWithHeads(nn.Module):
-    """Student, projection heads and Equation 4 as one module.
-
-    So one DDP wrapper sees every parameter that is trained.
-    """
+    """Student, projection heads and Equation 4 as one module, so that one DDP wrapper sees all trained parameters."""
 
     def __init__(self, student, heads, normalize=False):
         super().__init__()
@@ -144,9 +137,8 @@ class PatchDiscriminator(nn.Module):
     """3D PatchGAN (Isola et al. 2017): (B, 3, T, H, W) -> a logit for each patch, (B, 1, t, h, w); positive means real.
     `width` is a multiple of 4.
 
-    Strided 3x3x3 convolutions of width, 2, 4 and 8 times it, halving space four times and time twice. Normalised over
-    groups of channels within a clip, not over the batch: a clip's logits must not depend on which others share its
-    micro-batch or process, and statistics that tell real batches from fake ones are what a discriminator wins by.
+    Strided 3x3x3 convolutions of width, 2, 4 and 8 times it, halving space four times and time twice. Normalised within
+    a clip, not over the batch: a clip's logits must not depend on which others share its micro-batch or process.
     """
 
     def __init__(self, width=64):
@@ -174,19 +166,16 @@ def generator_loss(discriminator, video):
     return -discriminator(video).float().mean()
 
 
-def discriminator_loss(discriminator, real, fake, noise, smoothness):
-    """Hinge loss plus smoothness times the approximate R1 penalty (Lin et al. 2025). Returns (hinge, loss).
+def discriminator_loss(discriminator, real, fake, noise):
+    """Hinge loss plus SMOOTHNESS times the approximate R1 penalty (Lin et al. 2025). Returns (hinge, loss).
 
-    The penalty is the mean squared change of the logits when noise is added to real video. `noise` has unit variance;
-    it is made NOISE times as large here. Without the penalty the discriminator separates real and fake perfectly, its
-    loss is zero, and what it tells the student is arbitrary.
+    The penalty is the mean squared change of the logits when NOISE times `noise`, of unit variance, is added to real
+    video. Without it the discriminator separates real and fake perfectly, and what it tells the student is arbitrary.
     """
     a, b = discriminator(real).float(), discriminator(fake).float()
     hinge = F.relu(1 - a).mean() + F.relu(1 + b).mean()
-    if not smoothness:
-        return hinge, hinge
     change = discriminator(real + NOISE * noise).float() - a
-    return hinge, hinge + smoothness * change.square().mean()
+    return hinge, hinge + SMOOTHNESS * change.square().mean()
 
 
 class Objective:
@@ -197,15 +186,12 @@ class Objective:
     the gradients of reconstruction and discriminator apart, as the adaptive weight needs them.
     """
 
-    def __init__(self, lpips=None, lpips_weight=1.0, distill_weight=1.0, kl_weight=1e-7, adversarial_weight=0.05,
-                 smoothness=1.0):
-        self.lpips, self.discriminator = lpips, None
-        self.lpips_weight, self.distill_weight, self.kl_weight = lpips_weight, distill_weight, kl_weight
-        self.adversarial_weight, self.smoothness = adversarial_weight, smoothness
-        self.adaptive_weight = 0.0                  # of L_adv besides α4; train.py measures it as stage 2 goes on
+    def __init__(self, lpips=None, lpips_weight=1.0, distill_weight=1.0):
+        self.lpips, self.lpips_weight, self.distill_weight = lpips, lpips_weight, distill_weight
+        self.discriminator, self.adversarial_weight = None, 0.0     # stage 2's: α4 times VQGAN's adaptive weight
 
     def backward(self, model, latents, features, target, kl, frames=None, noise=None, scale=lambda loss: loss,
-                 autocast=nullcontext, timer=lambda name: nullcontext()):
+                 autocast=nullcontext):
         """Adds the gradients of the loss to those of `model` (a StudentWithHeads, under DDP or not).
 
         In stage 2, also adds those of the discriminator's loss to the discriminator's. kl: a scalar; frames: for LPIPS;
@@ -214,42 +200,38 @@ class Objective:
         Returns ({term: value}, gradients on the video). The terms are unweighted; "loss" is their weighted sum without
         L_adv. The gradients are a pair: reconstruction's, and L_adv's, which is None in stage 1.
         """
-        with timer("student"), autocast():
-            video, distill = model(latents, features)
-        pixels = video.detach().float().requires_grad_()
-        with timer("L1 and LPIPS"):
-            with autocast():
-                terms = {"l1": l1_loss(pixels, target), "kl": kl}
-                loss = terms["l1"]
-                if self.lpips is not None:
-                    terms["lpips"] = self.lpips(pixels, target, frames)
-                    loss = loss + self.lpips_weight * terms["lpips"]
-            gradient, = torch.autograd.grad(scale(loss), pixels)
-        loss, adversarial = loss.detach() + self.kl_weight * kl, None
+        with autocast():
+            decoded, distill = model(latents, features)
+            video = decoded.detach().float().requires_grad_()
+            terms = {"l1": l1_loss(video, target), "kl": kl}
+            loss = terms["l1"]
+            if self.lpips is not None:
+                terms["lpips"] = self.lpips(video, target, frames)
+                loss = loss + self.lpips_weight * terms["lpips"]
+        reconstruction, = torch.autograd.grad(scale(loss), video)
+        total, adversarial = reconstruction, None
+        loss = loss.detach() + KL_WEIGHT * kl
         if self.discriminator is not None:
-            with timer("discriminator"):
-                with autocast():
-                    terms["adversarial"] = generator_loss(self.discriminator, pixels)
-                adversarial, = torch.autograd.grad(scale(terms["adversarial"]), pixels)
-                with autocast():
-                    terms["discriminator"], d_loss = discriminator_loss(
-                        self.discriminator, target, pixels.detach(), noise, self.smoothness)
-                scale(d_loss).backward()
-        total = (gradient if adversarial is None
-                 else gradient + self.adversarial_weight * self.adaptive_weight * adversarial)
-        roots, gradients = [video], [total.to(video.dtype)]
+            with autocast():
+                terms["adversarial"] = generator_loss(self.discriminator, video)
+            adversarial, = torch.autograd.grad(scale(terms["adversarial"]), video)
+            with autocast():
+                terms["discriminator"], d_loss = discriminator_loss(
+                    self.discriminator, target, video.detach(), noise)
+            scale(d_loss).backward()
+            total = reconstruction + self.adversarial_weight * adversarial
+        roots = [(decoded, total.to(decoded.dtype))]
         if distill is not None:
             terms["distill"] = distill
             loss = loss + self.distill_weight * distill.detach()
-            roots.append(scale(self.distill_weight * distill))
-            gradients.append(None)
-        with timer("student"):
-            torch.autograd.backward(roots, gradients)
-        return {name: value.detach() for name, value in (terms | {"loss": loss}).items()}, (gradient, adversarial)
+            roots.append((scale(self.distill_weight * distill), None))
+        torch.autograd.backward(*zip(*roots))
+        terms["loss"] = loss
+        return {name: value.detach() for name, value in terms.items()}, (reconstruction, adversarial)
 
 
 def last_layer_gradients(student, latents, *gradients, autocast=nullcontext):
-    """Those of the last convolution's weight, for each of the gradients on the decoded video."""
+    """The last convolution's weight gradient, for each of the gradients on the decoded video."""
     inputs = []
     handle = student.conv_out.register_forward_pre_hook(lambda module, args: inputs.append(args[0]))
     with torch.no_grad(), autocast():
@@ -261,19 +243,14 @@ def last_layer_gradients(student, latents, *gradients, autocast=nullcontext):
 
 
 def adaptive_weight(reconstruction, adversarial):
-    """VQGAN's adaptive weight (Esser et al. 2021).
-
-    It is the ratio of the norms of the loss terms' gradients at the last layer, at most 10,000.
-    """
+    """VQGAN's adaptive weight (Esser et al. 2021): the ratio of the loss terms' gradient norms at the last layer, at
+    most 10,000."""
     return (reconstruction.norm() / (adversarial.norm() + 1e-4)).clamp(max=1e4)
 
 
 def sharpness(video):
-    """Energy of a clip in spatial frequencies above a quarter of a cycle per pixel, half of Nyquist's.
-
-    It is the mean square of what an ideal high-pass filter leaves of each frame: (B, 3, T, H, W) -> (B,). No loss term
-    optimises it.
-    """
+    """Energy of each clip above a quarter of a cycle per pixel, half of Nyquist's: the mean square of what an ideal
+    high-pass filter leaves of its frames. (B, 3, T, H, W) -> (B,). No loss term optimises it."""
     spectrum = torch.fft.fft2(video.float(), norm="ortho").abs().square()
     fy, fx = (torch.fft.fftfreq(n, device=video.device) for n in video.shape[-2:])
     return (spectrum * (torch.hypot(fy[:, None], fx[None]) > 0.25)).flatten(1).mean(1)
