@@ -24,7 +24,6 @@ over, and its clips are named.
 import argparse
 import atexit
 import copy
-import fcntl
 import io
 import json
 import math
@@ -50,15 +49,15 @@ from data import (CLIPS_PER_SCENE, HELD_OUT_SEED, BadVideo, CachedClips, Synthet
                   psnr, shuffled)
 from losses import (HEADS, LPIPS, Objective, PatchDiscriminator, StudentWithHeads, adaptive_weight, kl_loss,
                     last_layer_gradients, make_heads, sharpness)
-from model import (BLOCKS, CONFIGS, TurboVAED, atomically, channels_last, find_device,
-                   number, run_command, weights_hash)
+from model import (BLOCKS, CONFIGS, TurboVAED, atomically, channels_last, check_writable, find_device, number,
+                   run_command, weights_hash)
 from teachers import TEACHERS, load_teacher
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Recipes: what is not given on the command line. What has no flag is changed here.
 
 COMMON = dict(teacher_weights=None, student={}, val_data=None, val_clips=8, samples=None, minutes=None, warmup=100,
-              head="pointwise", cache=None, cache_crops=4, cache_dtype="float16", checkpointing=False, compile=None,
+              head="pointwise", cache=None, cache_crops=4, checkpointing=False, compile=None,
               dtype="auto", device="cuda" if torch.cuda.is_available() else "cpu",
               workers=os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)), seed=0, log_every=10)
 # Section 4.2: AdamW, learning rate 2e-4, betas 0.9 and 0.95, effective batch 32, 17 (dc: 16) frames at 256x256.
@@ -89,15 +88,17 @@ MAX_DROP = 0.3                              # dB of PSNR that stage 2 may cost b
 DISC_FLOOR = 1.0                            # the discriminator pauses while its hinge loss is below
 BAD_STEPS = 5                               # so many steps in a row that are not finite end a run
 SAVE_MINUTES = 10                           # between checkpoints, at most
+STUDENTS = "student.safetensors", "best.safetensors", "best_stage1.safetensors"
 PRESETS = json.loads((Path(__file__).parent / "assets" / "presets.json").read_text())
 
 
 def student_change(text):
     """An argparse type: "kernel=7" or "separable=mid,up0" -> (field of TurboVAEDConfig, value)."""
     name, _, value = text.partition("=")
-    if name not in vars(CONFIGS["tiny"]):
+    fields = vars(CONFIGS["tiny"])
+    if name not in fields:
         raise argparse.ArgumentTypeError(f"takes FIELD=VALUE, a field of model.TurboVAEDConfig, not {text!r}")
-    several = isinstance(getattr(CONFIGS["tiny"], name), tuple)
+    several = isinstance(fields[name], tuple)
     try:
         return name, json.loads(f"[{value}]" if several else value)
     except ValueError:                                          # names
@@ -116,7 +117,7 @@ def parse_args(argv=None):
     for name, takes, what in (
             ("teacher", {"choices": TEACHERS}, "whose decoder to distil (default: tiny)"),
             ("teacher-weights", text, 'a folder or file instead of the released weights, or "random"'),
-            ("student", {"nargs": "+", "type": student_change, "metavar": "FIELD=VALUE"},
+            ("student", {"nargs": "+", "action": "extend", "type": student_change, "metavar": "FIELD=VALUE"},
              "changes to the student, model.CONFIGS[teacher]"),
             ("preset", {"choices": [*PRESETS, "list"], "metavar": "NAME|list"},
              "one row of the paper's tables, for any teacher; list prints all. Flags given beside it win"),
@@ -159,19 +160,20 @@ def parse_args(argv=None):
             ("overwrite", flag, "start anew where the folder holds a run already")):
         p.add_argument(f"--{name}", help=what, **(takes if isinstance(takes, dict) else {"type": takes}))
     given = vars(p.parse_args(argv))
-    preset = given.pop("preset", None)
+    preset = given.get("preset")
     if preset == "list":
         print(f"{'preset':22} {'flags':68} the paper's PSNR (dB), LPIPS, SSIM")
         for name, row in PRESETS.items():
             print(f"{name:22} {row['flags']:68} {row['paper'] or '-'}")
         p.exit()
+    if preset:
+        given = vars(p.parse_args(argv, p.parse_args(PRESETS[preset]["flags"].split())))
+        del given["preset"]
+    if "student" in given:
+        given["student"] = dict(given["student"])
     if given.get("dtype") == "auto":                            # or what the run has
         del given["dtype"]
-    if {"resume", "overwrite"} <= given.keys():
-        p.error("--resume goes on, --overwrite starts anew: give one of them")
-    row = vars(p.parse_args(PRESETS[preset]["flags"].split())) if preset else {}
-    student = dict([*row.get("student", ()), *given.get("student", ())])
-    return row | given | ({"student": student} if student else {})
+    return given
 
 
 def complete(given):
@@ -347,8 +349,8 @@ def make_optimizers(module, lr, muon_lr, weight_decay):
     trained = [p for p in module.parameters() if p.requires_grad]
     mixing = [p for p in trained if muon_lr and p.ndim > 1 and p.shape[1] > 1]
     rest = [p for p in trained if p not in set(mixing)]
-    return [torch.optim.AdamW(rest, lr, betas=(0.9, 0.95), weight_decay=weight_decay, fused=True)] \
-        + ([Muon(mixing, muon_lr, weight_decay=weight_decay)] if mixing else [])
+    adamw = torch.optim.AdamW(rest, lr, betas=(0.9, 0.95), weight_decay=weight_decay, fused=True)
+    return [adamw, Muon(mixing, muon_lr, weight_decay)] if mixing else [adamw]
 
 
 def clip_noise(seed, purpose, numbers, like):
@@ -373,11 +375,9 @@ def fill_cache(args, teacher, clips, unchanged, device, autocast, say):
     """A CachedClips of --cache-crops crops of each clip, of which this process makes its share of what is missing."""
     settings = {"weights": unchanged["teacher's weights"], "files": unchanged["videos"], "precision": args.dtype} \
         | {key: getattr(args, key) for key in ("teacher", "frames", "size", "cache_crops", "seed")}
-    entries = args.cache_crops * (512 if args.data == "synthetic" else len(clips))
-    if args.data == "synthetic" and args.samples:
-        entries = min(entries, args.samples)
-    dtype = getattr(torch, args.cache_dtype)
-    cache = from_rank0(lambda: CachedClips(args.cache, entries, settings, dtype, args.align, args.seed))
+    entries = len(clips) * args.cache_crops if args.data != "synthetic" \
+        else min(512 * args.cache_crops, args.samples or 2 ** 62)
+    cache = from_rank0(lambda: CachedClips(args.cache, entries, settings, blocks=args.align, seed=args.seed))
 
     def make(numbers, video):
         with autocast():
@@ -444,10 +444,10 @@ def best_step(validations):
 
 def stage_bounds(args, run):
     """(first step, the step that ends it) of the stage that a run is in."""
+    auto = args.stage2 == "auto"
     if run.stage == 2:
-        length = args.stage2_steps if args.stage2 == "auto" else args.steps
-        return run.stage2_start, min(args.steps, run.stage2_start + length)
-    if args.stage2 == "auto" and args.steps > args.stage2_steps:        # a shorter run: only if it converges
+        return run.stage2_start, min(args.steps, run.stage2_start + (args.stage2_steps if auto else args.steps))
+    if auto and args.steps > args.stage2_steps:                 # a shorter run: only if it converges
         return 0, args.steps - args.stage2_steps
     return 0, args.stage2 if isinstance(args.stage2, int) else args.steps
 
@@ -486,25 +486,24 @@ MAY_CHANGE = {"data", "val_data", "teacher_weights", "cache", "steps", "minutes"
 
 
 def read_checkpoint(path):
-    """What a run saved. ValueError where the file is damaged or of something else."""
-    if not path.exists():
-        raise FileNotFoundError(f"nothing to resume: there is no {path}")
+    """What a run saved. ValueError where there is none that can be used."""
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
         Run(**saved["run"]), saved["args"], saved["unchanged"]
         return saved
     except Exception as error:
-        raise ValueError(f"{path} cannot be resumed from: it is damaged, or not a checkpoint of this version "
-                         f"({type(error).__name__}); --overwrite starts anew") from None
+        raise ValueError(f"nothing to resume: {path} is missing, damaged or of another version of train.py "
+                         f"({type(error).__name__})") from None
 
 
 def open_run(given, out):
     """(settings, checkpoint or None) of a run that begins, or goes on, in the folder `out`."""
     settings = {name: value for name, value in given.items() if name not in ("resume", "overwrite", "out")}
     if "resume" not in given:
-        if (out / "checkpoint.pt").exists() and "overwrite" not in given:
+        if any((out / name).exists() for name in STUDENTS) and "overwrite" not in given:
             raise ValueError(f"{out} holds a run already: --resume goes on with it, --overwrite starts anew, "
                              f"--out names another folder")
+        check_writable(out)
         return complete(settings), None
     saved = read_checkpoint(out / "checkpoint.pt")
     before, start = saved["args"], saved["run"]["stage2_start"]
@@ -522,25 +521,21 @@ def open_run(given, out):
 
 
 @torch.no_grad()
-def decode_all(decode, latents):
-    """Videos in [-1, 1], with NaN where a value is infinite: clamped, it would pass for white or black."""
+def measure(decode, latents, clips, who, lpips=None):
+    """(decoded videos, {"psnr": in dB, "sharpness": over the clips' own, "val_lpips": the LPIPS distance}), means over
+    clips. RuntimeError where a PSNR is not finite."""
     videos = [decode(z).float() for z in latents]
-    return [video.where(video.isfinite(), math.nan).clamp(-1, 1).cpu() for video in videos]
-
-
-@torch.no_grad()
-def measure(videos, clips, who, lpips=None, device=None):
-    """Means over clips: {"psnr": in dB, "sharpness": over the clips' own, "val_lpips": the LPIPS distance}. RuntimeError
-    where a PSNR is not finite."""
+    # Clamped, an infinite value would pass for white or black.
+    videos = [video.where(video.isfinite(), math.nan).clamp(-1, 1).cpu() for video in videos]
     mean, pairs = lambda values: round(float(np.mean(list(values))), 4), list(zip(videos, clips))
     # A black frame may come out exactly: its infinite PSNR, or a ratio of zeros, would drown the others.
     values = {"psnr": mean(psnr(a, b, most=100).item() for a, b in pairs),
               "sharpness": mean(((sharpness(a) + 1e-12) / (sharpness(b) + 1e-12)).item() for a, b in pairs)}
-    if lpips:
-        values["val_lpips"] = mean(lpips(a.to(device), b.to(device)).item() for a, b in pairs)
     if not math.isfinite(values["psnr"]):
         raise RuntimeError(f"the {who}'s PSNR is {values['psnr']}: its weights are not fit for use, nothing was saved")
-    return values
+    if lpips:
+        values["val_lpips"] = mean(lpips(*(x.to(latents[0].device) for x in pair)).item() for pair in pairs)
+    return videos, values
 
 
 def draw(out, run, columns):
@@ -556,10 +551,10 @@ def draw(out, run, columns):
     for axis, name in zip(axes.flat, ("l1", "lpips", "distill", "discriminator", "psnr", "sharpness")):
         lines = [line for line in run.lines + run.validations if name in line]
         axis.plot([line["step"] for line in lines], [line[name] for line in lines])
-        axis.set(xlabel="step", title=name)
+        axis.set_title(name)
     with atomically(out / "curves.png") as file:
-        figure.savefig(file, dpi=120)
-    plt.close(figure)
+        plt.savefig(file)
+    plt.close()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -592,9 +587,9 @@ def make_student(args, teacher, clip):
 
 def not_finite(values, micros, describe):
     """Names the first of the values that is not finite, and the clips of this process's micro-batches where it is."""
-    name, value = next((name, value) for name, value in values.items() if not math.isfinite(value))
+    name = next(name for name, value in values.items() if not math.isfinite(value))
     clips = [describe(n) for numbers, terms in micros if not math.isfinite(terms.get(name, math.nan)) for n in numbers]
-    return f"{name} is {value}, clips {', '.join(dict.fromkeys(clips)) or 'of another process'}"
+    return f"{name} is {values[name]}, clips {', '.join(dict.fromkeys(clips)) or 'of another process'}"
 
 
 def log_line(args, run):
@@ -621,13 +616,6 @@ def main(given):
                          f"{args.micro_batch}")
     if isinstance(args.stage2, int) and args.stage2 >= args.steps:
         raise ValueError(f"--stage2 {args.stage2} lies behind the run's --steps {args.steps}")
-    if RANK == 0:
-        out.mkdir(parents=True, exist_ok=True)
-        log_file = open(out / "log.jsonl", "a")
-        try:
-            fcntl.lockf(log_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(f"another run is at work in {out}: --out names another folder") from None
     autocast, safe_autocast, compiles = set_precision(args, device)
 
     # Clips first: the teacher's weights may be a download.
@@ -643,8 +631,8 @@ def main(given):
     with torch.no_grad():
         val_latents = [teacher.encode(clip.to(device), sample=False) for clip in held_out]
     with safe_autocast():
-        teacher_videos = decode_all(teacher.decode, val_latents)
-    teacher_psnr = measure(teacher_videos, held_out, f"{args.teacher} teacher")["psnr"]
+        teacher_videos, teacher_psnr = measure(teacher.decode, val_latents, held_out, f"{args.teacher} teacher")
+    teacher_psnr = teacher_psnr["psnr"]
 
     model = make_student(args, teacher, held_out[0].to(device))
     student = model.student
@@ -685,9 +673,8 @@ def main(given):
         if any(line["step"] == run.step for line in run.validations):
             return run.validations
         with safe_autocast():
-            videos = decode_all(ema, val_latents)
-        line = {"step": run.step, "stage": run.stage, "teacher_psnr": teacher_psnr, "minutes": round(run.seconds / 60, 3)}
-        line |= measure(videos, held_out, f"student at step {run.step}", lpips, device)
+            videos, values = measure(ema, val_latents, held_out, f"student at step {run.step}", lpips)
+        line = {"step": run.step, "stage": run.stage, "teacher_psnr": teacher_psnr, "minutes": run.seconds / 60} | values
         run.validations.append(line)
         metadata = {"teacher": args.teacher, "step": str(run.step), "psnr": f"{line['psnr']:.2f}"}
         new = metadata, {name: tensor.cpu().clone() for name, tensor in ema.state_dict().items()}
@@ -705,11 +692,11 @@ def main(given):
     if not saved:
         run.lines.append({"step": 0, "minutes": 0.0, "held_out": unchanged["held-out videos"][:-1]})
     if RANK == 0:
-        if not saved:                                         # an older run's files
-            for path in (*out.glob("*.safetensors"), *out.glob("*.png")):
-                path.unlink()
+        for name in STUDENTS:                                 # an older run's
+            (out / name).unlink(missing_ok=True)
         with atomically(out / "args.json") as file:
             file.write_text(json.dumps(vars(args), indent=1))
+        log_file = open(out / "log.jsonl", "a")
         save()
         millions = sum(p.numel() for p in student.parameters()) / 1e6
         say(f"teacher {args.teacher}: {teacher_psnr:.2f} dB on {val_name}; student: {millions:.2f} M parameters; "
@@ -742,7 +729,7 @@ def main(given):
                 run.students["best_stage1.safetensors"] = run.students["best.safetensors"]
             run.sums, run.stage2_start = Counter(), run.step
             say(f"step {run.step}: stage 2 begins")
-        start, end = stage_bounds(args, run)
+        (start, end), stage2 = stage_bounds(args, run), run.stage == 2
         if ends or run.step >= end:
             break
         if RANK == 0 and time.time() - saved_at > 60 * SAVE_MINUTES:
@@ -751,10 +738,10 @@ def main(given):
         warmup, decay = rate_factors(args, run.step, start, end, used)
         for optimizer in optimizers:
             optimizer.param_groups[0]["lr"] = optimizer.defaults["lr"] * decay * warmup
-        for optimizer in optimizers[:-1] if run.stage == 2 else ():
+        for optimizer in optimizers[:-1] if stage2 else ():
             optimizer.param_groups[0]["lr"] *= args.stage2_lr
         weight = args.adversarial_weight * guard(run.validations) * warmup * run.adaptive_weight
-        objective.adversarial_weight, objective.discriminator = weight, discriminator if run.stage == 2 else None
+        objective.adversarial_weight, objective.discriminator = weight, discriminator if stage2 else None
 
         # The gradient of L = L_1 + α1 L_lpips + α2 L_distill + α3 L_kl + α4 L_adv, in micro-batches.
         began, micros, at_last_layer = time.time(), [], []
@@ -767,19 +754,19 @@ def main(given):
             batch = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
             with safe_autocast():
                 latents, features, kl = run_teacher(teacher, batch, numbers, args.align, args.seed)
-            noise = clip_noise(args.seed, DISCRIMINATOR, numbers, batch["video"]) if run.stage == 2 else None
+            noise = clip_noise(args.seed, DISCRIMINATOR, numbers, batch["video"]) if stage2 else None
             with parallel.no_sync() if WORLD > 1 and i + 1 < accumulate else nullcontext():
                 terms, on_video = objective.backward(
                     parallel, latents, features, batch["video"], kl.mean(), batch.get("frames"), noise,
                     scale=lambda loss: scaler.scale(loss / accumulate), autocast=autocast)
             micros.append((numbers, terms))
-            if run.stage == 2 and (run.step - start) % 10 == 0:
+            if stage2 and (run.step - start) % 10 == 0:
                 at_last_layer.append(torch.stack(last_layer_gradients(student, latents, *on_video, autocast=autocast)))
 
         # The step, where loss and gradients are finite on all processes. Reading them waits for the device: a few
         # milliseconds of a step that takes a hundred and more.
         networks = (model, discriminator)[:run.stage]
-        for p in discriminator.parameters() if run.stage == 2 else ():
+        for p in discriminator.parameters() if stage2 else ():
             reduce(p.grad).div_(WORLD)                        # DDP does it for the student's
         scale = scaler.get_scale()
         for optimizer in optimizers:
@@ -807,7 +794,7 @@ def main(given):
             bad_steps = 0
         else:
             run.sums["skipped"] += 1
-            if scale <= 1 or not all(math.isfinite(values[name]) for name in terms):    # else a smaller scale mends it
+            if scale <= 1 or not math.isfinite(values["loss"]):         # else a smaller scale mends it
                 bad_steps += 1
                 bad = f"step {run.step}: {not_finite(values, micros, clips.describe)}"
                 print(f"passed over {bad}", file=sys.stderr)

@@ -29,36 +29,39 @@ sys.path.insert(0, str(ROOT))
 import evaluate                          # noqa: E402
 from data import CLIPS_PER_SCENE, HELD_OUT_SEED, SyntheticClips         # noqa: E402
 from losses import make_heads            # noqa: E402
-from model import TurboVAED              # noqa: E402
+from model import TurboVAED, weights_hash         # noqa: E402
 from teachers import load_teacher        # noqa: E402
-from train import PRESETS, parse_args, student_config                   # noqa: E402
+from train import PRESETS, complete, parse_args, student_config          # noqa: E402
 
 TITLES = {"figure2": "Figure 2: depthwise separable blocks, from none to all", "figure5": "Figure 5: distillation",
           "table1": "Table 1: upsampling", "table2": "Table 2: number of training samples",
           "table5": "Table 5: kernel of the depthwise convolutions", "table6": "Table 6: aligned blocks",
           "table7": "Table 7: projection head",
           "ours": "Ours: what distillation's gain depends on"}
+EQUATION4 = ["--distill-weight", "1", "--no-normalize"]          # as the paper has it
 OURS = {        # flags beside the recipe's
     "ours-weight-0.2": ["--distill-weight", "0.2"],
     "ours-weight-1": ["--distill-weight", "1"],
-    "ours-equation4": ["--equation4"],
+    "ours-equation4": EQUATION4,
     "ours-adamw-with": ["--muon-lr", "0"],
     "ours-adamw-without": ["--muon-lr", "0", "--distill-weight", "0"],
-    "ours-paper-rate-with": ["--muon-lr", "0", "--lr", "2e-4", "--schedule", "constant", "--equation4"],
+    "ours-paper-rate-with": ["--muon-lr", "0", "--lr", "2e-4", "--schedule", "constant", *EQUATION4],
     "ours-paper-rate-without": ["--muon-lr", "0", "--lr", "2e-4", "--schedule", "constant", "--distill-weight", "0"],
-    "ours-init-teacher": ["--init", "teacher"],
-    "ours-init-teacher-without": ["--init", "teacher", "--distill-weight", "0"],
 }
-ROWS = {name: paper for name, (_, paper) in PRESETS.items()} | dict.fromkeys(OURS)
+ROWS = {name: row["paper"] for name, row in PRESETS.items()} | dict.fromkeys(OURS)
 COMPARED = {    # what a row is compared with, to see what distillation gains there
     "figure5-with": "figure5-without", "ours-weight-0.2": "figure5-without", "ours-weight-1": "figure5-without",
     "ours-equation4": "figure5-without", "ours-adamw-with": "ours-adamw-without",
-    "ours-paper-rate-with": "ours-paper-rate-without", "ours-init-teacher": "ours-init-teacher-without",
-    "ours-init-teacher-without": "figure5-without"}
+    "ours-paper-rate-with": "ours-paper-rate-without"}
 COMPARED |= {name: "figure5-without" for name in PRESETS if name.startswith("table6")}
 FRAMES, SIZE, CROPS = 8, 64, 3          # of a clip; a seed's cache has so many crops of 512 made-up videos
 # Beside a preset's own: a tenth of the clips stands for the paper's number of samples.
 INSTEAD = {"table2-10k": ["--samples", str(512 * CROPS // 10)]}
+
+
+def settings_of(row):
+    """All of train.py's settings in a row's run."""
+    return complete(parse_args(flags_of(row)))
 
 
 def flags_of(row):
@@ -67,8 +70,8 @@ def flags_of(row):
 
 def identity(row):
     """What tells this row's run from others: 12 digits of its arguments, its student and what that begins with."""
-    args = parse_args(flags_of(row))
-    config, no_matter = student_config(args), dict.fromkeys(("preset", "workers", "device"))
+    args = settings_of(row)
+    config, no_matter = student_config(args), dict.fromkeys(("workers", "device"))
     found = hashlib.sha256(json.dumps(vars(args) | no_matter | {"student": config.__dict__}).encode())
     torch.manual_seed(0)
     for name, tensor in TurboVAED(config).state_dict().items():
@@ -78,7 +81,7 @@ def identity(row):
 
 def what_hinders(row, teacher):
     """Why the row's blocks cannot be aligned with the teacher's, or None."""
-    args = parse_args(flags_of(row))
+    args = settings_of(row)
     latents = torch.zeros(1, teacher.latent_channels, 2, 8, 8)
     theirs = {name: f.shape for name, f in teacher.features(latents, args.align).items()}
     ours = {name: student_config(args).feature_shape(name, latents.shape) for name in theirs}
@@ -266,7 +269,7 @@ def main():
     out.mkdir(parents=True, exist_ok=True)
 
     teacher = load_teacher("tiny")
-    args.work = Path(args.work) / teacher.weights_hash()       # another teacher's runs are no runs of this one
+    args.work = Path(args.work) / weights_hash(teacher.vae)[:16]       # another teacher's runs are no runs of this one
     rows = [name for name in ROWS if {name, name.split("-")[0]} & set(args.rows)]
     left_out = {name: why for name in rows if (why := what_hinders(name, teacher))}
     rows = [name for name in rows if name not in left_out]
@@ -275,12 +278,12 @@ def main():
     for name in rows:
         alike.setdefault(args.identities[name], []).append(name)
     # A cache holds the features of the run that makes it: all that any row may ever ask for.
-    blocks = {block for name in ROWS if not what_hinders(name, teacher) for block in parse_args(flags_of(name)).align}
+    blocks = {block for name in ROWS if not what_hinders(name, teacher) for block in settings_of(name).align}
     held_out = SyntheticClips(FRAMES, SIZE, HELD_OUT_SEED)
     clips = [held_out[CLIPS_PER_SCENE * i] for i in range(32)]
     latents = [teacher.encode(clip[None]) for clip in clips]
     found = {"command": f"python assets/findings.py --steps {args.steps}", "steps": args.steps,
-             "torch": torch.__version__, "teacher_weights": teacher.weights_hash(), "left_out": left_out,
+             "torch": torch.__version__, "teacher_weights": weights_hash(teacher.vae)[:16], "left_out": left_out,
              "runs": f"{args.steps} steps of 4 clips of {FRAMES}x{SIZE}x{SIZE}, {len(clips)} held-out clips"}
     held = recorded(out / "findings.json", found, args.identities)
     found["rows"] = {name: {"paper": ROWS[name], "run": args.identities[name], "seeds": held.get(name, {})}

@@ -23,8 +23,8 @@ import data
 import train
 from conftest import run_script
 from losses import Objective
-from model import SeparableConv3d, TurboVAED
-from train import best_step, converged, damping, parse_args
+from model import TurboVAED
+from train import best_step, complete, converged, guard, parse_args
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = ["--size", "16", "--frames", "8", "--batch", "4", "--micro-batch", "2", "--val-clips", "2",
@@ -64,13 +64,20 @@ def fails_in_one_line(result, *words):
     assert all(word in line for word in words), line
 
 
+def settings(flags):
+    return complete(parse_args(flags))
+
+
 def log(out, key="loss"):
     return {line["step"]: line[key] for line in map(json.loads, (out / "log.jsonl").read_text().splitlines())
             if key in line}
 
 
 def checkpoint(out):
-    return torch.load(out / "checkpoint.pt", weights_only=True)
+    """What a checkpoint holds: settings, what changed in the run, and the states of its parts by name."""
+    saved = torch.load(out / "checkpoint.pt", weights_only=True)
+    model, ema, discriminator, *optimizers, scaler = saved["parts"]
+    return saved | saved["run"] | {"model": model, "ema": ema, "discriminator": discriminator, "optimizers": optimizers}
 
 
 def same(a, b):
@@ -155,7 +162,7 @@ def staged_command(out, cache, videos, *flags):
 
 def staged_flags(out, cache, videos, *flags):
     return (out, "--data", videos, "--cache", cache, "--cache-crops", 12, "--steps", 10, "--stage2", "auto",
-            "--stage2-steps", 6, "--disc-width", 8, "--eval-every", 2, "--warmup", 2, *flags)
+            "--stage2-steps", 6, "--eval-every", 2, "--warmup", 2, *flags)
 
 
 @pytest.fixture(scope="module")
@@ -176,7 +183,12 @@ def test_the_discriminator_lives_in_stage_2_only(staged):
     saved = checkpoint(out)
     assert saved["stage2_start"] == 4 and len(saved["optimizers"]) == 3 and saved["adaptive_weight"] > 0
     lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-    assert TurboVAED.from_pretrained(out / "best.safetensors").metadata["step"] == str(best_step(lines, 4, 0.3))
+    assert TurboVAED.from_pretrained(out / "best.safetensors").metadata["step"] == str(best_step([line for line in lines if "psnr" in line]))
+    stage1 = TurboVAED.from_pretrained(out / "best_stage1.safetensors").metadata
+    assert int(stage1["step"]) <= 4 and float(stage1["psnr"]) == round(max(log(out, "psnr")[s] for s in (2, 4)), 2)
+    # lines say the stage, and in which share of its steps the discriminator was trained
+    assert [log(out, "stage")[s] for s in (1, 4, 5, 10)] == [1, 1, 2, 2]
+    assert {log(out, "disc_trained")[s] for s in range(5, 11)} <= {0, 1}
 
 
 def test_a_cached_run_trains_on_the_teachers_numbers(staged, videos, tmp_path):
@@ -322,14 +334,14 @@ def test_a_run_killed_at_random_moments_ends_as_if_it_was_not(staged, videos, tm
         if kind == "cache":
             shutil.rmtree(cache, ignore_errors=True)
         known = len(lines())
-        process = subprocess.Popen(arguments + ["--resume"] * (out / "args.json").exists(),
+        process = subprocess.Popen(arguments + ["--resume"] * (out / "checkpoint.pt").exists(),
                                    stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=ONE_THREAD)
         os.set_blocking(process.stdout.fileno(), False)
         printed = b""
         while process.poll() is None:
             printed += process.stdout.read() or b""
             if kind == "cache" and (cache / "00000" / f"{entry:08d}.safetensors").exists() \
-                    or kind == "checkpoint" and any(out.glob("checkpoint.pt.*.partial")) \
+                    or kind == "checkpoint" and any(out.glob(".checkpoint.*.pt")) \
                     or kind == "validation" and len(lines()) > known and json.loads(lines()[-1])["step"] % 2 == 0 \
                     or kind == "switch" and b"stage 2 begins" in printed \
                     or kind == "any" and time.time() > deadline:
@@ -342,7 +354,7 @@ def test_a_run_killed_at_random_moments_ends_as_if_it_was_not(staged, videos, tm
         if process.returncode == 0:                             # it came to its end first: begin again
             same_run(staged / "out", out)
             shutil.rmtree(out)
-    run(*arguments[1:], *["--resume"] * (out / "args.json").exists())
+    run(*arguments[1:], *["--resume"] * (out / "checkpoint.pt").exists())
     same_run(staged / "out", out)
 
 
@@ -354,7 +366,7 @@ def same_run(one, two):
         assert log(one, key) == log(two, key)
     best = [TurboVAED.from_pretrained(out / "best.safetensors") for out in (one, two)]
     assert same(*[b.state_dict() for b in best]) and best[0].metadata == best[1].metadata
-    assert not list(two.glob("*.partial"))
+    assert not list(two.glob(".*"))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -362,16 +374,15 @@ def same_run(one, two):
 
 def test_a_student_that_is_not_finite_is_not_saved(staged, videos, tmp_path, here, capsys):
     out = shutil.copytree(staged / "out", tmp_path / "out")
-    saved = checkpoint(out)
-    saved["model"]["student.conv_out.conv.bias"].fill_(math.nan)
-    saved["step"] = 8
+    saved = torch.load(out / "checkpoint.pt", weights_only=True)
+    saved["parts"][0]["student.conv_out.conv.bias"].fill_(math.nan)
+    saved["parts"][1]["conv_out.conv.bias"].fill_(math.nan)
+    saved["run"] |= {"step": 8, "validations": saved["run"]["validations"][:-1], "lines": saved["run"]["lines"][:-2]}
     torch.save(saved, out / "checkpoint.pt")
-    before = {path.name: path.read_bytes() for path in out.iterdir() if path.suffix in (".pt", ".safetensors")}
-    with pytest.raises(RuntimeError, match="PSNR is nan at step 10: nothing was saved; "
-                                           "the last good checkpoint is .*checkpoint.pt"):
+    with pytest.raises(RuntimeError, match="student at step 10's PSNR is nan: .* nothing was saved"):
         here(*staged_flags(out, staged / "cache", videos, "--resume"))
-    assert re.search(r"passed over: l1 is nan at step 9, clips \S*00000/\d+.safetensors", capsys.readouterr().err)
-    assert all((out / name).read_bytes() == held for name, held in before.items())
+    assert re.search(r"passed over step 9: l1 is nan, clips \S*00000/\d+.safetensors", capsys.readouterr().err)
+    assert checkpoint(out)["step"] == 8 and TurboVAED.from_pretrained(out).metadata["step"] == "10"
 
 
 def with_clips(monkeypatch, change):
@@ -385,9 +396,9 @@ def with_clips(monkeypatch, change):
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 def test_a_step_that_is_not_finite_is_passed_over(tmp_path, here, monkeypatch, capsys, dtype):
     with_clips(monkeypatch, lambda n, clip: clip * math.nan if n == 5 else clip)
-    here(tmp_path, "--steps", 6, "--eval-every", 6, "--dtype", dtype, "--stage2", 3, "--disc-width", 8)
-    assert re.search("passed over: l1 is nan at step 2, clips made-up clip 4, made-up clip 5", capsys.readouterr().err)
-    assert list(log(tmp_path, "skipped"))[0] == 2 and 2 not in log(tmp_path, "loss")
+    here(tmp_path, "--steps", 6, "--eval-every", 6, "--dtype", dtype, "--stage2", 3)
+    assert "passed over step 2: l1 is nan, clips made-up clip 4, made-up clip 5\n" in capsys.readouterr().err
+    assert log(tmp_path, "skipped")[2] == 1 and 2 not in log(tmp_path, "loss")
     saved = checkpoint(tmp_path)
     assert saved["step"] == 6
     assert all(t.isfinite().all() for part in ("model", "ema", "discriminator") for t in saved[part].values())
@@ -400,53 +411,21 @@ def test_a_step_that_is_not_finite_is_passed_over(tmp_path, here, monkeypatch, c
 def test_a_step_whose_loss_alone_is_not_finite_is_passed_over(tmp_path, here, monkeypatch, capsys):
     """L1's gradient is a sign: one infinite pixel, which the teacher does not see here, leaves it finite."""
     plain = train.run_teacher
-    monkeypatch.setattr(train, "run_teacher", lambda teacher, video, *rest: plain(teacher, video.clamp(-1, 1), *rest))
+    monkeypatch.setattr(train, "run_teacher", lambda teacher, batch, *rest: plain(
+        teacher, batch | {"video": batch["video"].clamp(-1, 1)}, *rest))
     with_clips(monkeypatch, lambda n, clip: clip.index_fill(2, torch.tensor(3), math.inf) if n >= 4 else clip)
-    here(tmp_path, "--steps", 3, "--eval-every", 3, "--distill-weight", 0, "--kl-weight", 0, "--overwrite")
-    assert "passed over: l1 is inf at step 2" in capsys.readouterr().err
+    here(tmp_path, "--steps", 3, "--eval-every", 3, "--distill-weight", 0)
+    assert "passed over step 2: l1 is inf" in capsys.readouterr().err
     assert {float(s["step"]) for s in checkpoint(tmp_path)["optimizers"][0]["state"].values()} == {1}
 
 
 @pytest.mark.parametrize("first", [0, 12])
-def test_a_run_that_is_not_finite_again_and_again_ends(tmp_path, here, monkeypatch, capsys, first):
+def test_a_run_that_is_not_finite_again_and_again_ends(tmp_path, here, monkeypatch, first):
     with_clips(monkeypatch, lambda n, clip: clip * math.nan if n >= first else clip)
-    with pytest.raises(SystemExit) as end:
+    with pytest.raises(RuntimeError, match=f"step {first // 4 + 5}: l1 is nan, clips made-up clip .*"
+                                           "so were the 4 steps before"):
         here(tmp_path, "--steps", 100, "--eval-every", 3)
-    line = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
-    assert end.value.code == 1 and len(line) == 1 and "l1 is nan at step" in line[0]
-    assert ("the last good checkpoint is" in line[0]) == (tmp_path / "checkpoint.pt").exists()
-
-
-def test_float16_steps_with_all_optimisers_or_with_none():
-    """An infinite gradient in one of two: neither steps, the scale falls, nothing turns to NaN."""
-    from train import Muon, take_step
-    a, b = torch.nn.Parameter(torch.ones(4)), torch.nn.Parameter(torch.eye(4))
-    optimizers = [torch.optim.AdamW([a], 0.1, fused=True), Muon([b], 0.1)]
-    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
-
-    def step(a_gradient, b_gradient):
-        scaler.scale(torch.ones(()))
-        a.grad, b.grad = torch.full_like(a, a_gradient), torch.full_like(b, b_gradient)
-        for optimizer in optimizers:
-            scaler.unscale_(optimizer)
-        norm = torch.nn.utils.clip_grad_norm_([a, b], 1.0)
-        take_step(optimizers, scaler, 1 - norm.isfinite().float())
-
-    step(1.0, math.inf)
-    assert torch.equal(a, torch.ones(4)) and torch.equal(b, torch.eye(4)) and scaler.get_scale() == 512
-    step(1.0, 1.0)
-    assert (not torch.equal(a, torch.ones(4)) and not torch.equal(b, torch.eye(4))
-            and a.isfinite().all() and b.isfinite().all())
-    assert optimizers[0].state[a]["step"] == 1
-
-
-def test_a_discriminator_that_rests_stays_as_it_is():
-    from train import take_step
-    a, b = torch.nn.Parameter(torch.ones(4)), torch.nn.Parameter(torch.ones(4))
-    optimizers = [torch.optim.AdamW([p], 0.1, fused=True) for p in (a, b)]
-    a.grad, b.grad = torch.ones(4), torch.ones(4)
-    take_step(optimizers, torch.amp.GradScaler(enabled=False), torch.tensor(0.0), torch.tensor(1.0))
-    assert not torch.equal(a, torch.ones(4)) and torch.equal(b, torch.ones(4))
+    assert checkpoint(tmp_path)["step"] == first // 4
 
 
 def test_a_disk_that_fills_up_stops_the_run_in_one_line_and_keeps_the_checkpoint(whole, tmp_path):
@@ -455,8 +434,8 @@ def test_a_disk_that_fills_up_stops_the_run_in_one_line_and_keeps_the_checkpoint
     before = (out / "checkpoint.pt").read_bytes()
     limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2,) * 2)
     result = run(*command(out, "--steps", 12, "--eval-every", 4, "--resume"), check=False, preexec_fn=limit)
-    fails_in_one_line(result, "checkpoint.pt cannot be written (File too large)", "still is")
-    assert (out / "checkpoint.pt").read_bytes() == before and not list(out.glob("*.partial"))
+    fails_in_one_line(result, "File too large")
+    assert (out / "checkpoint.pt").read_bytes() == before and not list(out.glob(".*"))
 
 
 def test_a_cache_too_large_for_the_disk_is_not_begun(tmp_path, monkeypatch):
@@ -490,10 +469,10 @@ def log_lines(out):
     (["--frames", "9"], "8 or 12"),
     (["--batch", "3"], "cannot be divided"),
     (["--data", "nowhere"], "nowhere"),
-    (["--config", "ltx"], "decodes 128 latent channels, not 32"),
-    (["--config", "hunyuan"], "drops first frames"),
+    (["--student", "latent_channels=64"], "channels"),
+    (["--student", "kernel=4"], "kernel"),
+    (["--stage2", "1"], "lies behind"),
     (["--resume"], "nothing to resume"),
-    (["--align", "up9"], "up9"),
 ])
 def test_wrong_input_gets_one_line(tmp_path, flags, words):
     result = run(*command(tmp_path, "--steps", "1", *flags), check=False)
@@ -539,89 +518,71 @@ def test_muon_steps_along_all_directions_alike():
 # Rules.
 
 def validations(*psnrs, every=10, **more):
-    return [{"step": every * (i + 1), "psnr": psnr} | {key: values[i] for key, values in more.items()}
+    return [{"step": every * (i + 1), "psnr": psnr, "stage": 1} | {key: values[i] for key, values in more.items()}
             for i, psnr in enumerate(psnrs)]
 
 
-def test_stage_1_has_converged_when_the_last_validations_gained_little():
-    assert not converged(validations(20, 21, 22), 3, 0.05)           # too few to say
-    assert not converged(validations(20, 20.01, 20.02, 20.06), 3, 0.05)
-    assert converged(validations(20, 20.01, 20.02, 20.04), 3, 0.05)
-    assert converged(validations(20, 19, 18, 19.9), 3, 0.05)
-    assert not converged(validations(20, 20.01, 20.02, 20.04) + [{"step": 41, "loss": 1.0}] + validations(20.2),
-                         3, 0.05)
+STAGES = [1, 1, 2, 2, 2, 2]
 
 
-def test_the_adversarial_weight_is_damped_while_psnr_lies_too_low():
-    log = validations(20, 22, 21.6, 21.5, 21.8, 21.9)
-    assert damping(log, None, 0.3) == 1 and damping(log, 20, 0.3) == 0.25 * 1.25 ** 2
-    assert damping(log[:4], 20, 0.3) == 0.25 and damping(log, 20, 1.0) == 1
-    assert damping(validations(5, 4), 0, 0.3) == 1                   # no stage 1 to compare with
+def test_stage_1_has_converged_when_the_last_five_validations_gained_little():
+    flat = [20, 20.01, 20.02, 20.01, 20.02]
+    assert not converged(validations(*flat))                          # too few to say
+    assert not converged(validations(*flat, 20.06)) and converged(validations(*flat, 20.04))
+    assert converged(validations(20, 19, 18, 19.9, 18, 19)) and not converged(validations(*flat, 20.04, 20.2))
+
+
+def test_the_adversarial_weight_is_halved_while_psnr_lies_too_low():
+    log = validations(20, 22, 21.6, 21.5, 21.8, 21.9, stage=STAGES)
+    assert guard(log[:2]) == 1 and guard(log[:4]) == 0.25 and guard(log) == 0.25 * 1.25 ** 2
+    assert guard(validations(20, 22, 21.8, stage=STAGES)) == 1
 
 
 def test_the_best_is_of_highest_psnr_then_the_sharpest_within_the_drop():
-    log = validations(20, 22, 21.9, 21.8, 21.5, sharpness=[0.2, 0.5, 0.7, 0.8, 1.0])
-    assert best_step(log, None, 0.3) == 20 and best_step(log[:1], None, 0.3) == 10
-    assert best_step(log, 20, 0.3) == 40 and best_step(log, 20, 1.0) == 50
-    log = validations(20, 22, 21.9, 21.8, sharpness=[1, 1, 1, 1], val_lpips=[0.5, 0.1, 0.3, 0.2])
-    assert best_step(log, 20, 0.3) == 40                             # stage 2's, since that is what it is for
-
-
-def test_profile_prices_both_stages_by_their_own_steps_and_leaves_nothing_behind(tmp_path, here, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    here(tmp_path / "out", "--steps", 1200, "--stage2", 200, "--profile", 2, "--price", 3, "--disc-width", 8)
-    text = capsys.readouterr().out
-    hours = 0
-    for stage, steps in (1, 200), (2, 1000):
-        part = text.partition(f"stage {stage}, 2 steps")[2].partition("samples/s")[0]
-        rows = re.findall(r"([\d.]+) ms a step +([\d.]+) %", part)
-        assert len(rows) == 5 + stage and abs(sum(float(share) for _, share in rows) - 100) < 0.5
-        hours += steps * sum(float(ms) for ms, _ in rows) / 3.6e6
-        rate = float(re.findall(r"([\d.e+]+) $", part)[0])
-        # samples/s are those of whole steps
-        assert abs(rate * sum(float(ms) for ms, _ in rows) / 4000 - 1) < 0.02
-    said = re.search(
-        r"200 steps of stage 1 and 1000 steps of stage 2, 4 samples each, at this speed: ([\d.e-]+) hours", text)
-    assert abs(float(said[1]) / hours - 1) < 0.02
-    assert [p.name for p in tmp_path.iterdir()] == ["profile.png"]
-
-
-def test_profile_needs_no_more_steps_than_it_times(tmp_path, here, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    here(tmp_path / "out", "--steps", 3, "--profile", 2)
-    assert "stage 1, 2 steps" in capsys.readouterr().out
+    """Stage 1's best competes: stage 2 may be worse by both measures."""
+    log = validations(20, 22, 21.9, 21.8, 21.5, sharpness=[0.2, 0.5, 0.7, 0.8, 1.0], stage=STAGES)
+    assert [best_step(log[:n]) for n in (1, 2, 3, 5)] == [10, 20, 30, 40]
+    assert best_step(validations(20, 22, 21.9, 21.8, sharpness=[0.2, 0.5, 0.4, 0.3], stage=STAGES)) == 20
+    for lpips, best in ([0.5, 0.4, 0.3, 0.2], 40), ([0.5, 0.1, 0.3, 0.2], 20):
+        assert best_step(validations(20, 22, 21.9, 21.8, sharpness=[1] * 4, val_lpips=lpips, stage=STAGES)) == best
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Presets.
 
 def test_presets_change_what_their_rows_say_and_flags_win():
-    plain = vars(parse_args([]))
-    for name, (changes, paper) in train.PRESETS.items():
-        args = parse_args(["--preset", name])
-        changed = {key for key, value in vars(args).items() if value != plain[key]} - {"preset"}
-        assert changed <= set(changes) | ({"align"} if name == "figure5-without" else set()), name
-        config = train.student_config(args)
-        assert all(getattr(config, key) == value for key, value in changes.get("student", {}).items())
-        assert paper is None or 20 < paper[0] < 40
-    assert parse_args(["--preset", "table6-mid"]).align == ["mid"]
-    assert parse_args(["--preset", "table6-mid", "--align", "up0"]).align == ["up0"]
-    assert parse_args(["--preset", "table7-mlp2", "--head", "pointwise"]).head == "pointwise"
-    assert parse_args(["--preset", "figure5-without"]).align == [] and plain["student"] == {}
-    ltx = parse_args(["--teacher", "ltx", "--preset", "figure2-all"])
+    plain = vars(settings([]))
+    for name, row in train.PRESETS.items():
+        args = settings(["--preset", name])
+        changed = {key for key, value in vars(args).items() if value != plain[key]}
+        named = {flag.replace("-", "_") for flag in re.findall(r"--(\S+)", row["flags"])}
+        assert changed <= named | ({"align"} if name == "figure5-without" else set()), name
+        assert train.student_config(args) == replace(train.CONFIGS["tiny"], **args.student), name
+        assert row["paper"] is None or 20 < row["paper"][0] < 40
+    assert settings(["--preset", "table6-mid"]).align == ["mid"]
+    assert settings(["--preset", "table6-mid", "--align", "up0"]).align == ["up0"]
+    assert settings(["--preset", "figure5-without"]).align == [] and plain["student"] == {}
+    assert settings(["--preset", "table5-k7", "--student", "upsampling=interpolate"]).student == {
+        "kernel": 7, "upsampling": "interpolate"}
+    assert settings(["--student", "kernel=3", "kernel=7"]).student == {"kernel": 7}
+    ltx = settings(["--teacher", "ltx", "--preset", "figure2-all"])
     assert train.student_config(ltx).separable == train.BLOCKS and ltx.lr == 2e-4
+    assert train.student_config(settings(["--preset", "figure2-none"])).separable == ()
+    config = train.student_config(settings(["--student", "up=null,[1,2],[2,2],[2,2]", "widths=96,80,64,48,32", "patch=2"]))
+    assert config.up == (None, (1, 2), (2, 2), (2, 2)) and config.widths == (96, 80, 64, 48, 32) and config.patch == 2
 
 
 def test_black_frames_that_come_out_exactly_and_infinities_are_told_apart():
     black = -torch.ones(1, 3, 2, 16, 16)
-    assert train.capped_psnr(black, black).item() == 100 and train.sharpness_ratio(black, black) == 1
-    assert train.decode_all(lambda z: z.where(z > -1, math.inf), [black])[0].isnan().all()
+    assert train.measure(lambda z: z, [black], [black], "student")[1] == {"psnr": 100, "sharpness": 1}
+    with pytest.raises(RuntimeError, match="the student's PSNR is nan"):
+        train.measure(lambda z: z.where(z > -1, math.inf), [black], [black], "student")
 
 
 def test_so_many_videos_are_trained_on_whatever_validates(videos):
     flags = ["--data", str(videos), "--size", "16", "--frames", "8", "--samples", "1"]
-    assert len(train.datasets(parse_args(flags))[0]) == 1
-    assert len(train.datasets(parse_args([*flags, "--val-data", "synthetic"]))[0]) == 1
+    assert len(train.find_data(settings(flags))[0]) == 1
+    assert len(train.find_data(settings([*flags, "--val-data", "synthetic"]))[0]) == 1
 
 
 def test_presets_are_listed_and_wrong_ones_named(capsys):
@@ -631,22 +592,20 @@ def test_presets_are_listed_and_wrong_ones_named(capsys):
     assert end.value.code in (0, None) and all(name in out for name in train.PRESETS) and "26.91, 0.1391, 0.8155" in out
     with pytest.raises(SystemExit):
         parse_args(["--preset", "table9"])
-    assert "there is no preset table9" in capsys.readouterr().err
-    with pytest.raises(SystemExit):
-        parse_args(["--equation4", "--distill-weight", "0.2"])
-    assert "--equation4 sets --distill-weight" in capsys.readouterr().err
+    assert "table9" in capsys.readouterr().err
 
 
 def test_a_preset_trains_its_student_and_a_resume_knows_it(tmp_path, here):
-    flags = ["--frames", "4", "--steps", "1"]
-    here(tmp_path / "run", *flags, "--preset", "table5-k5")
-    assert TurboVAED.from_pretrained(tmp_path / "run").config == replace(train.CONFIGS["tiny"], kernel=5)
-    with pytest.raises(ValueError, match="--student {'kernel': 5}"):
-        here(tmp_path / "run", *flags, "--resume")
+    here(tmp_path, "--frames", "4", "--steps", "1", "--preset", "table5-k5")
+    assert TurboVAED.from_pretrained(tmp_path).config == replace(train.CONFIGS["tiny"], kernel=5)
+    with pytest.raises(ValueError, match="--student {'kernel': 5}, not {'kernel': 7}"):
+        train.main(parse_args(["--out", str(tmp_path), "--student", "kernel=7", "--resume"]))
+    train.main(parse_args(["--out", str(tmp_path), "--steps", "2", "--resume"]))
+    assert checkpoint(tmp_path)["step"] == 2
 
 
 def test_samples_are_so_many_clips_again_and_again(videos, tmp_path):
-    clips = train.datasets(parse_args(["--samples", "3", "--size", "8", "--frames", "4"]))[0]
+    clips = train.find_data(settings(["--samples", "3", "--size", "8", "--frames", "4"]))[0]
     assert torch.equal(clips[0], clips[3]) and torch.equal(clips[2], clips[302]) and not torch.equal(clips[0], clips[1])
     assert clips.describe(5) == "made-up clip 2"
     for i in range(6):
@@ -654,38 +613,39 @@ def test_samples_are_so_many_clips_again_and_again(videos, tmp_path):
         with open(tmp_path / f"{i}.mp4", "ab") as file:
             file.write(bytes(i))
     folder = ["--data", str(tmp_path), "--size", "16", "--frames", "8"]
-    few, all_of_them = (train.datasets(parse_args([*folder, *flags]))[0] for flags in (["--samples", "2"], []))
+    few, all_of_them = (train.find_data(settings([*folder, *flags]))[0] for flags in (["--samples", "2"], []))
     assert len(few) == 2 and set(few.files) < set(all_of_them.files)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # A run is the run it says it is.
 
-def test_every_setting_is_remembered_but_those_that_change_nothing():
-    from train import MAY_CHANGE, MAY_CHANGE_BEFORE_STAGE_2, check_resume
-    args = parse_args(["--size", "16", "--frames", "8"])
-    fingerprints = {"files": "a", "held_out": ["b"], "teacher_weights": "c"}
-    saved = {"args": dict(vars(args)), "fingerprints": dict(fingerprints), "stage2_start": 1}
-    check_resume(saved, args, fingerprints)
-    newer = ("init", "student", "samples")              # than a run that was begun before there were such
-    older = {name: value for name, value in saved["args"].items() if name not in newer}
-    check_resume(saved | {"args": older}, args, fingerprints)
-    for name, value in vars(args).items():
-        changed = parse_args(["--size", "16", "--frames", "8"])
-        setattr(changed, name, "other" if value != "other" else None)
-        if name in MAY_CHANGE - {"stage2"}:
-            check_resume(saved, changed, fingerprints)
-        elif name in MAY_CHANGE_BEFORE_STAGE_2 | {"stage2"}:
-            check_resume(saved | {"stage2_start": None}, changed, fingerprints)
+def test_every_setting_is_remembered_but_those_that_change_nothing(tmp_path, capsys):
+    """What is not given comes from the checkpoint; what is given and may change is said."""
+    args = settings(["--size", "16", "--frames", "8", "--cache", "there"])
+    changed = lambda name: "other" if vars(args)[name] != "other" else None
+
+    def resume(start=None, **given):
+        torch.save({"args": vars(args), "run": {"stage2_start": start}, "unchanged": {}}, tmp_path / "checkpoint.pt")
+        return train.open_run(given | {"resume": True}, tmp_path)[0]
+
+    assert resume() == args and capsys.readouterr().out == ""
+    for name in vars(args):
+        flag = f"--{name.replace('_', '-')}"
+        if name in train.MAY_CHANGE:
+            assert vars(resume(**{name: changed(name)})) == vars(args) | {name: changed(name)}
+            assert f"{flag} {changed(name)} from here on" in capsys.readouterr().out
         else:
-            with pytest.raises(ValueError, match=f"--{name.replace('_', '-')}"):
-                check_resume(saved | {"stage2_start": None}, changed, fingerprints)
-        if name in MAY_CHANGE_BEFORE_STAGE_2 | {"stage2"}:
-            with pytest.raises(ValueError, match=f"--{name.replace('_', '-')}"):
-                check_resume(saved, changed, fingerprints)
-    for key in fingerprints:
-        with pytest.raises(ValueError, match="are others|these files"):
-            check_resume(saved, args, fingerprints | {key: ["d"]})
+            with pytest.raises(ValueError, match=f"was run with {flag} "):
+                resume(**{name: changed(name)})
+    with pytest.raises(ValueError, match="stage 2 of .* began at step 4: --stage2 off comes too late"):
+        args.stage2 = "auto"
+        resume(4, stage2="off")
+    args.cache = None                                          # its clips and their order are others
+    with pytest.raises(ValueError, match="was run with --cache None"):
+        resume(cache="there")
+    resume(steps=3000)
+    assert "--steps 3000 from here on, 2000 before; the cosine begins again, higher" in capsys.readouterr().out
 
 
 @pytest.fixture(scope="module")
@@ -698,7 +658,7 @@ def begun(tmp_path_factory, videos):
 
 @pytest.mark.parametrize("flags, words", [
     (("--val-clips", 1), "--val-clips 2, not 1"),
-    (("--val-data", "1.mp4"), "validated on 0.mp4, and now"),
+    (("--val-data", "1.mp4"), "had other videos|had other held-out videos"),
     (("--dtype", "float16"), "--dtype .*, not float16"),
 ])
 def test_a_resume_may_not_change_what_is_held_out(begun, videos, here, monkeypatch, flags, words):
@@ -710,11 +670,11 @@ def test_a_resume_may_not_change_what_is_held_out(begun, videos, here, monkeypat
 def test_a_resume_finds_the_same_videos_wherever_they_are(begun, videos, tmp_path, here):
     out, folder = shutil.copytree(begun, tmp_path / "out"), shutil.copytree(videos, tmp_path / "videos")
     shutil.copy(folder / "1.mp4", folder / "3.mp4")
-    with pytest.raises(ValueError, match="trained on files of .* are others"):
+    with pytest.raises(ValueError, match="had other videos"):
         here(out, "--data", folder, "--steps", 4, "--dtype", "auto", "--resume")
     (folder / "3.mp4").unlink()
     (folder / "0.mp4").rename(folder / "00.mp4")
-    with pytest.raises(ValueError, match="validated on 0.mp4, and now"):
+    with pytest.raises(ValueError, match="had other (held-out )?videos"):
         here(out, "--data", folder, "--steps", 4, "--dtype", "auto", "--resume")
     (folder / "00.mp4").rename(folder / "0.mp4")
     here(out, "--data", folder, "--steps", 4, "--eval-every", 4, "--dtype", "auto", "--resume")
@@ -730,29 +690,15 @@ def test_auto_keeps_the_type_that_a_run_began_with(begun, videos, tmp_path, here
     assert checkpoint(out)["args"]["dtype"] == kept != "float16"
 
 
-def test_a_resume_that_takes_no_step_says_so(staged, videos, tmp_path, here, capsys):
-    out, cache = shutil.copytree(staged / "out", tmp_path / "out"), staged / "cache"
-    here(*staged_flags(out, cache, videos, "--resume"))
-    assert "is finished: it ended at step 10" in capsys.readouterr().out
-    with pytest.raises(ValueError, match="is at step 10 and ends at 10: no step would be taken; "
-                                         "ask for more --stage2-steps than 6"):
-        here(*staged_flags(out, cache, videos, "--resume", "--steps", 12))
-    with pytest.raises(ValueError, match="began at step 4: --stage2 off comes too late"):
-        here(*staged_flags(out, cache, videos, "--resume", "--steps", 12, "--stage2", "off"))
-    with pytest.raises(ValueError, match="began at step 4: --stage2 8 comes too late"):
-        here(*staged_flags(out, cache, videos, "--resume", "--steps", 12, "--stage2", 8))
-    here(*staged_flags(out, cache, videos, "--resume", "--steps", 12, "--stage2-steps", 8))
+def test_a_resume_that_takes_no_step_says_so(staged, tmp_path, capsys):
+    """Nothing but the folder has to be named."""
+    out = shutil.copytree(staged / "out", tmp_path / "out")
+    resume = lambda *flags: train.main(parse_args(["--out", str(out), "--resume", *flags]))
+    for flags in (), ("--steps", "12"), ("--minutes", "1e-9"):
+        resume(*flags)
+        assert "0 steps, to step 10; " in capsys.readouterr().out
+    resume("--minutes", "100", "--steps", "12", "--stage2-steps", "8")
     assert checkpoint(out)["step"] == 12 and list(log(out, "discriminator")) == list(range(5, 13))
-
-
-@pytest.mark.parametrize("flags", [
-    ("--stage2", 4, "--steps", 10),
-    ("--stage2", "auto", "--stage2-steps", 6, "--steps", 10)])
-def test_a_stage_2_whose_step_has_passed_begins_at_once(whole, tmp_path, here, capsys, flags):
-    out = shutil.copytree(whole, tmp_path / "out")
-    here(out, "--eval-every", 4, "--resume", *flags)
-    assert "step 8: stage 2 begins" in capsys.readouterr().out
-    assert checkpoint(out)["stage2_start"] == 8 and list(log(out, "discriminator")) == [9, 10]
 
 
 def test_overwriting_leaves_nothing_that_a_resume_would_go_on_with(whole, tmp_path, here, monkeypatch):
@@ -760,7 +706,7 @@ def test_overwriting_leaves_nothing_that_a_resume_would_go_on_with(whole, tmp_pa
     monkeypatch.setattr(Objective, "backward", lambda *args, **more: (_ for _ in ()).throw(RuntimeError("killed")))
     with pytest.raises(RuntimeError, match="killed"):
         here(out, "--steps", 4, "--overwrite")
-    assert {path.name for path in out.iterdir()} == {"args.json", "log.jsonl"} and not log(out)
+    assert not list(out.glob("*.safetensors")) and not log(out) and checkpoint(out)["step"] == 0
 
 
 def test_overwriting_keeps_the_old_run_until_the_new_one_begins(whole, staged, videos, tmp_path, here):
@@ -772,29 +718,27 @@ def test_overwriting_keeps_the_old_run_until_the_new_one_begins(whole, staged, v
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
 
 
-def test_a_resume_does_not_destroy_a_student_whose_checkpoint_is_gone(whole, tmp_path, here, capsys):
+def test_a_student_whose_checkpoint_is_gone_is_not_destroyed(whole, tmp_path, here):
     out = shutil.copytree(whole, tmp_path / "out")
     (out / "checkpoint.pt").unlink()
     before = (out / "student.safetensors").read_bytes()
-    with pytest.raises(ValueError, match="has a student but no checkpoint.pt"):
-        here(out, "--steps", 2, "--resume")
+    for flags, words in ((), "holds a run already"), (("--resume",), "nothing to resume: .*checkpoint.pt is missing"):
+        with pytest.raises(ValueError, match=words):
+            here(out, "--steps", 2, *flags)
     assert (out / "student.safetensors").read_bytes() == before
-    for name in ("student.safetensors", "best.safetensors", "log.jsonl"):
-        (out / name).unlink()
-    here(out, "--steps", 1, "--eval-every", 1, "--resume")
-    assert "has no checkpoint yet: it begins at step 0" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("damage", [None, b'{"a": 1}\n[2]\nnot json\n\xff\xfe\n{"step": "3"}\n'])
-def test_validations_outlive_the_log(whole, tmp_path, here, damage):
-    """The rules go by them."""
+def test_all_files_follow_from_the_checkpoint(whole, tmp_path):
+    """Whatever happened to them in between: a best student of a step that the log does not have, a damaged log."""
     out = shutil.copytree(whole, tmp_path / "out")
-    before = log(out, "psnr")
-    (out / "log.jsonl").unlink()
-    if damage:
-        (out / "log.jsonl").write_bytes(damage)
-    here(out, "--steps", 9, "--eval-every", 4, "--resume")
-    assert {step: log(out, "psnr")[step] for step in before} == before and list(log(out)) == [9]
+    (out / "log.jsonl").write_bytes(b'{"a": 1}\n[2]\nnot json\n\xff\xfe\n{"step": "3"}\n')
+    (out / "best.safetensors").unlink()
+    TurboVAED(train.CONFIGS["ltx"]).save_pretrained(out / "student.safetensors", metadata={"step": "99"})
+    train.main(parse_args(["--out", str(out), "--resume"]))
+    assert (out / "log.jsonl").read_bytes() == (whole / "log.jsonl").read_bytes()
+    for name in ("student.safetensors", "best.safetensors"):
+        a, b = (TurboVAED.from_pretrained(folder / name) for folder in (whole, out))
+        assert a.metadata == b.metadata and same(a.state_dict(), b.state_dict())
 
 
 @pytest.mark.parametrize("held", [b"", b"not a checkpoint", "a cut", {"step": 1}, [1]],
@@ -805,22 +749,9 @@ def test_a_checkpoint_that_is_damaged_is_told(whole, tmp_path, here, held):
         torch.save(held, out / "checkpoint.pt")
     else:
         (out / "checkpoint.pt").write_bytes((out / "checkpoint.pt").read_bytes()[:5000] if held == "a cut" else held)
-    with pytest.raises(ValueError, match="checkpoint.pt cannot be resumed from: it is damaged, or not") as error:
+    with pytest.raises(ValueError, match="nothing to resume: .*checkpoint.pt is missing, damaged or of another version") as error:
         here(out, "--steps", 9, "--resume")
     assert "\n" not in str(error.value)
-
-
-def test_a_folder_is_of_one_run_at_a_time(tmp_path, here):
-    with train.alone_in(tmp_path), pytest.raises(ValueError, match="another run is at work in"):
-        here(tmp_path, "--steps", 1)
-    here(tmp_path, "--steps", 1, "--eval-every", 1)
-
-
-def test_each_file_is_looked_into_once(videos, monkeypatch):
-    looked, plain = [], data.part_of
-    monkeypatch.setattr(data, "part_of", lambda path: (looked.append(Path(path).name), plain(path))[1])
-    train.datasets(parse_args(["--data", str(videos), "--size", "16", "--frames", "8"]))
-    assert sorted(looked) == ["0.mp4", "1.mp4", "2.mp4"]
 
 
 def test_copies_of_what_is_held_out_are_not_trained_on(videos, tmp_path):
@@ -828,20 +759,20 @@ def test_copies_of_what_is_held_out_are_not_trained_on(videos, tmp_path):
         (tmp_path / "all").mkdir(exist_ok=True)
         shutil.copy(videos / f"{source}.mp4", tmp_path / "all" / f"{name}.mp4")
     (tmp_path / "all" / "hard.mp4").hardlink_to(tmp_path / "all" / "a.mp4")
-    args = parse_args(["--data", str(tmp_path / "all"), "--size", "16", "--frames", "8"])
-    clips, _, _, fingerprints = train.datasets(args)
-    assert fingerprints["held_out"][:-1] == ["a.mp4"] and clips.files == ["b.mp4", "d.mp4"]
+    args = settings(["--data", str(tmp_path / "all"), "--size", "16", "--frames", "8"])
+    clips, _, _, fingerprints = train.find_data(args)
+    assert fingerprints["held-out videos"][:-1] == ["a.mp4"] and clips.files == ["b.mp4", "d.mp4"]
     shutil.copy(videos / "1.mp4", tmp_path / "val.mp4")
-    args = parse_args(["--data", str(tmp_path / "all"), "--val-data", str(tmp_path / "val.mp4"), "--size", "16",
+    args = settings(["--data", str(tmp_path / "all"), "--val-data", str(tmp_path / "val.mp4"), "--size", "16",
                        "--frames", "8"])
-    assert train.datasets(args)[0].files == ["a.mp4", "c.mp4", "d.mp4", "hard.mp4"]
+    assert train.find_data(args)[0].files == ["a.mp4", "c.mp4", "d.mp4", "hard.mp4"]
     args.val_data = "synthetic"
-    clips, _, name, _ = train.datasets(args)
+    clips, _, name, _ = train.find_data(args)
     assert len(clips) == 5 and name == "held-out made-up clips"
 
 
 def test_no_seed_trains_on_the_held_out_clips(tmp_path, capsys):
-    streams = [train.datasets(parse_args(["--size", "8", "--frames", "4", "--val-clips", "1", "--seed", str(seed)]))
+    streams = [train.find_data(settings(["--size", "8", "--frames", "4", "--val-clips", "1", "--seed", str(seed)]))
                for seed in (data.HELD_OUT_SEED - 1, data.HELD_OUT_SEED, data.HELD_OUT_SEED + 1, 2 ** 32 - 2)]
     assert len({stream.seed for stream, *_ in streams} | {data.HELD_OUT_SEED}) == 5
     assert all(torch.equal(clips[0], streams[0][1][0]) and not torch.equal(stream[0], clips[0])
@@ -852,11 +783,9 @@ def test_no_seed_trains_on_the_held_out_clips(tmp_path, capsys):
 
 @pytest.mark.parametrize("start", [0, 3])
 def test_stage_1_is_measured_where_stage_2_begins(tmp_path, here, start):
-    here(tmp_path, "--steps", 5, "--stage2", start, "--eval-every", 5, "--disc-width", 8)
+    here(tmp_path, "--steps", 5, "--stage2", start, "--eval-every", 5)
     lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert [(line["step"], line["stage"]) for line in lines if "psnr" in line] == [(start, 1), (5, 2)]
-    assert damping([line | {"psnr": line["psnr"] - 9 * (line["step"] > start)} if "psnr" in line else line
-                    for line in lines], start, 0.3) == 0.5
 
 
 def test_files_of_val_data_are_not_trained_on(videos, tmp_path):
@@ -864,14 +793,14 @@ def test_files_of_val_data_are_not_trained_on(videos, tmp_path):
     shutil.copytree(videos, tmp_path / "val")
     (tmp_path / "val" / "2.mp4").unlink()
     (tmp_path / "all" / "link").symlink_to(tmp_path / "val")
-    args = parse_args(["--data", str(tmp_path / "all"), "--val-data", str(tmp_path / "val"), "--size", "16",
+    args = settings(["--data", str(tmp_path / "all"), "--val-data", str(tmp_path / "val"), "--size", "16",
                        "--frames", "8",
                        "--val-clips", "1"])
-    clips, val_clips, *_ = train.datasets(args)
+    clips, val_clips, *_ = train.find_data(args)
     assert clips.files == ["train/2.mp4"] and len(val_clips) == 1
     args.val_data = args.data
     with pytest.raises(ValueError, match="no video is left to train on"):
-        train.datasets(args)
+        train.find_data(args)
 
 
 def test_a_held_out_video_that_cannot_be_decoded_gives_way_to_the_next(videos, monkeypatch, capsys):
@@ -883,14 +812,14 @@ def test_a_held_out_video_that_cannot_be_decoded_gives_way_to_the_next(videos, m
         return plain(self, i, *place)
 
     monkeypatch.setattr(data.VideoClips, "clip", clip)
-    args = parse_args(["--data", str(videos), "--size", "16", "--frames", "8"])
-    clips, val_clips, name, fingerprints = train.datasets(args)
-    assert fingerprints["held_out"][:-1] == ["1.mp4"] and clips.files == ["0.mp4", "2.mp4"]
+    args = settings(["--data", str(videos), "--size", "16", "--frames", "8"])
+    clips, val_clips, name, fingerprints = train.find_data(args)
+    assert fingerprints["held-out videos"][:-1] == ["1.mp4"] and clips.files == ["0.mp4", "2.mp4"]
     assert name == "1 held-out videos"
     assert "not validating on 0.mp4: damaged" in capsys.readouterr().err
     monkeypatch.setattr(data.VideoClips, "clip", lambda *args: (_ for _ in ()).throw(data.BadVideo("damaged")))
     with pytest.raises(ValueError, match="no video in .* can be decoded to validate on"):
-        train.datasets(parse_args(["--data", str(videos), "--size", "16", "--frames", "8"]))
+        train.find_data(settings(["--data", str(videos), "--size", "16", "--frames", "8"]))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -927,7 +856,7 @@ def stop_at(monkeypatch, step, number=signal.SIGTERM):
 
 
 def test_what_a_line_of_the_log_is_the_mean_of_survives_a_stop(tmp_path, here, monkeypatch):
-    flags = ("--steps", 6, "--eval-every", 6, "--log-every", 6, "--stage2", 2, "--disc-width", 8)
+    flags = ("--steps", 6, "--eval-every", 6, "--log-every", 6, "--stage2", 2)
     here(tmp_path / "a", *flags)
     with monkeypatch.context() as context, pytest.raises(SystemExit) as end:
         stop_at(context, 4)
@@ -941,19 +870,26 @@ def test_what_a_line_of_the_log_is_the_mean_of_survives_a_stop(tmp_path, here, m
 
 def test_checkpoints_come_by_time_too(tmp_path, here, monkeypatch):
     steps, plain = [], torch.save
-    monkeypatch.setattr(torch, "save", lambda held, file: (steps.append(held["step"]), plain(held, file)))
-    here(tmp_path, "--steps", 4, "--eval-every", 4, "--save-minutes", 1e-9)
-    assert {1, 2, 3, 4} <= set(steps)
-    steps.clear()
+    monkeypatch.setattr(torch, "save", lambda held, file: (steps.append(held["run"]["step"]), plain(held, file)))
     here(tmp_path / "late", "--steps", 4, "--eval-every", 4)
-    assert steps == [4]
+    assert steps == [0, 4]
+    monkeypatch.setattr(train, "SAVE_MINUTES", 1e-9)
+    here(tmp_path, "--steps", 4, "--eval-every", 4)
+    assert {1, 2, 3, 4} <= set(steps)
 
 
 def test_a_signal_before_the_first_step_ends_at_once(tmp_path, here, monkeypatch):
     monkeypatch.setattr(train, "load_teacher", lambda *args: signal.raise_signal(signal.SIGINT))
-    with pytest.raises(SystemExit) as end:
+    with pytest.raises(KeyboardInterrupt):
         here(tmp_path, "--steps", 1)
-    assert end.value.code == 130
+    assert not (tmp_path / "checkpoint.pt").exists()
+
+
+def test_a_second_ctrl_c_ends_at_once_and_keeps_the_checkpoint(tmp_path, here, monkeypatch):
+    monkeypatch.setattr(Objective, "backward", lambda *args, **more: list(map(signal.raise_signal, [signal.SIGINT] * 2)))
+    with pytest.raises(KeyboardInterrupt):
+        here(tmp_path, "--steps", 1)
+    assert checkpoint(tmp_path)["step"] == 0
 
 
 def test_two_processes_scan_once_and_stop_together(videos, tmp_path):
@@ -978,129 +914,32 @@ def test_two_processes_scan_once_and_stop_together(videos, tmp_path):
 # ---------------------------------------------------------------------------------------------------------------------
 # Other teachers.
 
-@pytest.mark.parametrize("name, config, stage2", [("ltx23", "ltx23", "off"), ("hunyuan15", "hunyuan15", "off"),
-                                                  ("qwen", "qwen", "off"), ("qwen", "qwen", "1"),
-                                                  ("wan22", "magihuman", "1")])
-def test_two_steps_of_a_teachers_recipe_at_reduced_width(tmp_path, here, monkeypatch, name, config, stage2):
+@pytest.mark.parametrize("name, stage2", [("ltx23", "off"), ("hunyuan15", "off"), ("qwen", "1"), ("wan22", "1")])
+def test_two_steps_of_a_teachers_recipe_at_reduced_width(tmp_path, here, monkeypatch, name, stage2):
     """What the recipe aligns, heads and all, on random weights; qwen's clips are single images."""
     pytest.importorskip("diffusers")
     from test_teachers import KINDS
     teacher, recipe = KINDS[name](), train.RECIPES[name]
     monkeypatch.setattr(train, "load_teacher", lambda *args: teacher)
-    monkeypatch.setitem(train.CONFIGS, config, replace(train.CONFIGS[config], latent_channels=teacher.latent_channels,
-                                                       widths=(16, 16, 16, 16, 16), resnets=(1, 1, 1, 1, 1)))
+    monkeypatch.setitem(train.CONFIGS, name, replace(train.CONFIGS[name], latent_channels=teacher.latent_channels,
+                                                     widths=(16, 16, 16, 16, 16), resnets=(1, 1, 1, 1, 1)))
     frames = min(recipe["frames"], teacher.compression[0] + 1)
-    here(tmp_path, "--teacher", name, "--config", config, "--data", "synthetic", "--size", 32, "--frames", frames,
+    here(tmp_path, "--teacher", name, "--data", "synthetic", "--size", 32, "--frames", frames,
          "--lpips-weight", 0, "--steps", 2, "--eval-every", 2, "--batch", 2, "--micro-batch", 2, "--val-clips", 1,
          "--stage2", stage2)
     assert list(map(math.isfinite, log(tmp_path).values())) == [True, True] and log(tmp_path, "distill")[2] > 0
     student = TurboVAED.from_pretrained(tmp_path)
-    assert student.metadata["teacher"] == name and student.config == train.CONFIGS[config]
+    assert student.metadata["teacher"] == name and student.config == train.CONFIGS[name]
     assert student(torch.zeros(1, teacher.latent_channels, 2, 1, 1)).shape[2] == teacher.compression[0] + 1
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# A start from the teacher.
-
-def narrow(name, teacher, **changes):
-    """A student of a teacher's latents, in places narrower than a reduced teacher, in one wider."""
-    return replace(train.CONFIGS[name], latent_channels=teacher.latent_channels,
-                   **{"widths": (12, 12, 10, 8, 16)} | changes)
-
-
-@torch.no_grad()
-def test_a_student_of_ltxs_own_widths_begins_with_its_features():
-    """All of them, where its layers are the teacher's: a block that upsamples has ReLU in its resnets, so none here."""
-    pytest.importorskip("diffusers")
-    from test_teachers import TEACHER_KINDS, small_vae
-    teacher = TEACHER_KINDS["ltx"]("ltx", small_vae("ltx", decoder_layers_per_block=(0, 0, 0, 1, 1)))
-    for p in teacher.vae.decoder.up_blocks[3].conv_in.norm3.parameters():
-        torch.nn.init.normal_(p)
-    student = TurboVAED(narrow("ltx", teacher, widths=(16, 16, 16, 16, 8), resnets=(1, 1, 0, 0, 0), patch=2,
-                               separable=()))
-    train.init_from_teacher(student, teacher.layers())
-    latents = torch.randn(1, 8, 3, 2, 3)
-    features = student(latents, return_features=True)[1]
-    for name, want in teacher.features(latents, list(features)).items():
-        torch.testing.assert_close(features[name], want)
-
-
-@pytest.mark.parametrize("width", [96, 40])
-@torch.no_grad()
-def test_tinys_first_channels_are_the_teachers(width):
-    teacher, latents = train.load_teacher("tiny"), torch.randn(1, 32, 3, 3, 3)
-    student = TurboVAED(replace(train.CONFIGS["tiny"], widths=(width, 96, 48, 32, 32)))
-    train.init_from_teacher(student, teacher.layers())
-    ours, mid = (x[0, :, 1].flatten(1) for x in (student.conv_in(latents), teacher.features(latents, "mid")["mid"]))
-    distance, which = (ours[:, None] - mid).abs().amax(2).min(1)    # of the middle frame, since padding in time differs
-    assert distance.max() < 1e-3 and len(which.unique()) == width
-
-
-@torch.no_grad()
-def test_channels_that_nothing_reads_are_not_kept():
-    pytest.importorskip("diffusers")
-    from test_teachers import TEACHER_KINDS, small_vae
-    teacher = TEACHER_KINDS["ltx"]("ltx", small_vae("ltx"))
-    decoder, silent = teacher.vae.decoder, [3, 7]
-    for reader in (decoder.mid_block.resnets[0].conv1, decoder.up_blocks[0].resnets[0].conv1,
-                   decoder.up_blocks[1].upsamplers[0].conv):
-        reader.conv.weight[:, silent] = 0
-    student = TurboVAED(narrow("ltx", teacher, widths=(14, 14, 14, 14, 16)))
-    train.init_from_teacher(student, teacher.layers())
-    others = [c for c in range(16) if c not in silent]
-    assert torch.equal(student.conv_in.conv.weight, decoder.conv_in.conv.weight[others])
-
-
-@torch.no_grad()
-def test_a_separable_layer_begins_as_the_nearest_to_a_dense_one():
-    torch.manual_seed(0)
-    ours, dense = SeparableConv3d(4, 8, 5), torch.nn.Conv3d(4, 8, 3, padding=1)
-    x = torch.randn(1, 4, 5, 6, 6)
-    mix, kernel = dense.weight.flatten(2).square().mean(2), torch.rand(1, 4, 3, 3, 3)
-    dense.weight.copy_(mix[:, :, None, None, None] * kernel)        # one that is separable
-    ours.depthwise_conv.bias.zero_()                                # as a student has it
-    train.copy_weight(ours, dense.weight, dense.bias)
-    torch.testing.assert_close(ours(x)[:, :, 2], dense(x)[:, :, 2])
-
-
-@pytest.mark.parametrize("name", ["dc", "tiny", "ltx", "hunyuan", "cog", "wan21", "wan22", "ltx2", "ltx23", "hunyuan15",
-                                  "qwen", "magihuman"])
-@torch.no_grad()
-def test_every_student_begins_with_channels_of_its_teacher(name):
-    if name not in ("dc", "tiny"):
-        pytest.importorskip("diffusers")
-    from test_teachers import KINDS
-    teacher = KINDS[{"magihuman": "wan22"}.get(name, name)]()
-    student = TurboVAED(narrow(name, teacher))
-    before = {key: value.clone() for key, value in student.state_dict().items()}
-    begun = train.init_from_teacher(student, teacher.layers())
-    ups = {f"up_blocks.{i}.upsamplers.0" for i, factors in enumerate(student.config.up) if factors}
-    assert {"conv_in"} | (set() if name in ("tiny", "magihuman") else ups) <= set(begun)
-    changed = {key for key, value in student.state_dict().items() if not torch.equal(value, before[key])}
-    assert all(any(key.startswith(f"{layer}.") for key in changed) for layer in begun if "norm3" not in layer)
-    assert all(any(key.startswith(f"{layer}.") for layer in begun) for key in changed)
-    video = student(torch.randn(1, teacher.latent_channels, 2, 2, 2))
-    assert video.isfinite().all() and 0.01 < video.std() < 2
-
-
-def test_a_run_that_begins_as_the_teacher_says_so_once_and_goes_on_as_that(tmp_path, here, capsys):
-    here(tmp_path, "--init", "teacher", "--steps", 1)
-    assert "5 of the student's layers begin as the tiny teacher's: conv_in, up_blocks.1" in capsys.readouterr().out
-    with pytest.raises(ValueError, match="was run with --init teacher, not random"):
-        here(tmp_path, "--steps", 2, "--resume")
-    here(tmp_path, "--init", "teacher", "--steps", 2, "--resume")
-    assert "begin as" not in capsys.readouterr().out and sorted(log(tmp_path)) == [1, 2]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # It says what it dies of, and does not die of what it can outlive.
 
-def test_a_teacher_that_is_not_finite_in_float16_runs_in_float32(tmp_path, here, capsys):
-    """The embedded one's activations go beyond 65,504."""
-    here(tmp_path, "--steps", 2, "--eval-every", 2, "--dtype", "float16")
-    assert "the tiny teacher is not finite in float16: it runs in float32" in capsys.readouterr().out
-    assert all(map(math.isfinite, [log(tmp_path, "psnr")[2], log(tmp_path, "teacher_psnr")[2],
-                                   log(tmp_path, "loss")[2]]))
+def test_a_teacher_whose_activations_are_beyond_float16_runs_in_float32(tmp_path, here):
+    """The embedded one's go beyond 65,504."""
+    here(tmp_path, "--steps", 2, "--eval-every", 2, "--dtype", "float16", "--log-every", 2)
+    assert all(math.isfinite(log(tmp_path, key)[2]) for key in ("psnr", "teacher_psnr", "l1"))
     assert checkpoint(tmp_path)["args"]["dtype"] == "float16"
 
 
@@ -1108,81 +947,43 @@ def test_a_teacher_whose_psnr_is_not_finite_is_refused(tmp_path, here, monkeypat
     from teachers import DCAETeacher
     plain = DCAETeacher.decode
     monkeypatch.setattr(DCAETeacher, "decode", lambda self, latents: plain(self, latents) * math.nan)
-    with pytest.raises(ValueError, match="tiny teacher's PSNR is nan on held-out made-up clips"):
+    with pytest.raises(RuntimeError, match="tiny teacher's PSNR is nan"):
         here(tmp_path, "--steps", 2)
 
 
-def test_memory_that_runs_out_is_told_with_what_helps(tmp_path, here, monkeypatch):
-    def backward(*args, **more):
-        torch.empty(2 ** 60)
-
-    monkeypatch.setattr(Objective, "backward", backward)
-    with pytest.raises(RuntimeError) as error:
-        here(tmp_path, "--steps", 2)
-    assert "a smaller --micro-batch" in train.one_line(error.value)
-
-
-def test_a_loader_process_that_is_killed_is_told_apart(tmp_path, here, monkeypatch):
-    with_clips(monkeypatch, lambda n, clip: os.kill(os.getpid(), signal.SIGKILL))
-    with pytest.raises(RuntimeError) as error:
-        here(tmp_path, "--steps", 2, "--workers", 1)
-    assert "memory ran out: fewer --workers" in train.one_line(error.value)
+@pytest.mark.parametrize("dies", ["a step", "a loader process"])
+def test_memory_that_runs_out_is_told_with_what_helps(tmp_path, here, monkeypatch, dies):
+    if dies == "a step":
+        monkeypatch.setattr(Objective, "backward", lambda *args, **more: torch.empty(2 ** 60))
+    else:
+        with_clips(monkeypatch, lambda n, clip: os.kill(os.getpid(), signal.SIGKILL))
+    with pytest.raises(SystemExit, match="error: out of memory: fewer clips"):
+        train.run_command(lambda: here(tmp_path, "--steps", 2, "--workers", int(dies != "a step")), "fewer clips")
 
 
 @pytest.mark.parametrize("flags", [
     "--log-every 0", "--eval-every 0", "--batch 0", "--micro-batch 0", "--val-clips 0", "--cache-crops 0",
-    "--warmup -1", "--ema 2", "--ema 1", "--clip 0", "--seed -1", "--seed 4294967296", "--steps 0", "--frames 0",
-    "--size 0", "--stride 0", "--workers -1", "--lr 0", "--lr nan", "--lr inf", "--muon-lr -1", "--weight-decay -1",
-    "--lpips-frames -1", "--lpips-weight -1", "--distill-weight -1", "--kl-weight -1", "--adversarial-weight -1",
-    "--max-drop -1", "--disc-lr 0", "--disc-width 6", "--disc-width 0", "--val-data=", "--data=", "--disc-floor -1",
-    "--smoothness -1", "--stage2-steps 0", "--stage2-lr -1", "--stage2-gain -1", "--stage2-evaluations 0",
-    "--minutes 0", "--save-minutes 0", "--profile 0", "--price -1", "--stage2 -1", "--batch 1.5",
-    "--batch two", "--resume --overwrite", "--resume --profile 2"])
-def test_numbers_and_pairs_that_mean_nothing_are_refused_before_anything_is_loaded(flags, capsys):
+    "--warmup -1", "--seed -1", "--seed 4294967296", "--steps 0", "--frames 0", "--size 0", "--workers -1", "--lr 0",
+    "--lr nan", "--lr inf", "--muon-lr -1", "--lpips-weight -1", "--distill-weight -1", "--stage2-steps 0",
+    "--minutes 0", "--stage2 -1", "--stage2 never", "--batch 1.5", "--batch two", "--align up9", "--student width=3",
+    "--student kernel", "--preset table9", "--config ltx"])
+def test_flags_that_mean_nothing_are_refused_before_anything_is_loaded(flags, capsys):
     with pytest.raises(SystemExit) as end:
         parse_args(flags.split())
     lines = capsys.readouterr().err.splitlines()
     assert end.value.code == 2 and len(lines) == 2 and flags.split()[0].strip("=") in lines[1]
 
 
-def test_a_folder_that_cannot_be_written_to_is_found_first(tmp_path, here, monkeypatch):
+def test_what_needs_no_teacher_is_found_first(tmp_path, here, monkeypatch):
     (tmp_path / "file").touch()
     monkeypatch.setattr(train, "load_teacher", lambda *args: pytest.fail("loaded"))
-    with pytest.raises(OSError, match="nothing can be written to .*file/run"):
+    with pytest.raises(OSError, match="file"):
         here(tmp_path / "file" / "run", "--steps", 1)
-    for device in ("cuda:9", "meta", "nonsense"):
-        with pytest.raises(ValueError, match=f"--device {device}: PyTorch sees cpu"):
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        here(tmp_path / "out", "--steps", 1, "--data", "nowhere")
+    for device in ("cuda:9", "nonsense"):
+        with pytest.raises((RuntimeError, ValueError, AssertionError), match="(?i)cuda|nonsense"):
             here(tmp_path / "out", "--steps", 1, "--device", device)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# What costs time on a GPU, as far as a CPU can show.
-
-def test_muon_allocates_its_momentum_once(monkeypatch):
-    from train import Muon
-    weight = torch.nn.Parameter(torch.eye(4))
-    optimizer, made = Muon([weight], 0.1), []
-    plain = torch.zeros_like
-    monkeypatch.setattr(torch, "zeros_like", lambda *args, **more: (made.append(1), plain(*args, **more))[1])
-    for _ in range(3):
-        weight.grad = torch.eye(4)
-        optimizer.step()
-    assert len(made) == 1
-
-
-def test_a_step_reads_nothing_from_the_device(tmp_path, here, monkeypatch):
-    """Between two lines of the log, every floating-point number stays a tensor, in both stages."""
-    reads, steps = [], []
-    for name in ("item", "tolist", "__float__", "__bool__"):
-        plain = getattr(torch.Tensor, name)
-        monkeypatch.setattr(torch.Tensor, name,
-                            lambda self, plain=plain: (reads.append(self.is_floating_point()), plain(self))[1])
-    plain = Objective.backward
-    monkeypatch.setattr(Objective, "backward",
-                        lambda *args, **more: (steps.append(sum(reads)), plain(*args, **more))[1])
-    here(tmp_path, "--steps", 18, "--stage2", 9, "--eval-every", 50, "--log-every", 50, "--disc-width", 8)
-    between = [b - a for a, b in zip(steps[::2], steps[2::2])]
-    assert [step for step, n in enumerate(between, 1) if n] == [9, 10]      # stage 2 begins; every tenth step
 
 
 def test_a_checkpoint_is_read_on_the_cpu_and_let_go(whole, tmp_path, here, monkeypatch):
@@ -1191,7 +992,7 @@ def test_a_checkpoint_is_read_on_the_cpu_and_let_go(whole, tmp_path, here, monke
 
     def load(path, map_location, **more):
         saved = plain(path, map_location=map_location, **more)
-        held.extend((map_location, weakref.ref(next(iter(saved["ema"].values())))))
+        held.extend((map_location, weakref.ref(next(iter(saved["parts"][1].values())))))
         return saved
 
     monkeypatch.setattr(torch, "load", load)
@@ -1203,7 +1004,7 @@ def test_a_checkpoint_is_read_on_the_cpu_and_let_go(whole, tmp_path, here, monke
 
 
 def test_the_adaptive_weight_does_not_depend_on_the_loss_scale(tmp_path, here, monkeypatch):
-    flags = ("--steps", 3, "--stage2", 1, "--eval-every", 3, "--disc-width", 8)
+    flags = ("--steps", 3, "--stage2", 1, "--eval-every", 3)
     here(tmp_path / "a", *flags)
     scaler = torch.amp.GradScaler
     monkeypatch.setattr(torch.amp, "GradScaler", lambda device, enabled: scaler(device, init_scale=2.0 ** -12))
