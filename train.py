@@ -1,7 +1,6 @@
 """Distils a frozen video VAE's decoder into a Turbo-VAED student (Sections 3.4 and 4.2).
 
     python train.py                                          # the embedded default: teacher tiny, made-up video, CPU
-    python train.py --data FOLDER --steps 200                # the same on real video
     python train.py --teacher ltx --data data/vidgen         # LTX-VAE on one GPU
     torchrun --nproc_per_node=8 train.py --teacher ltx       # on eight; the effective batch stays the same
     torchrun --nnodes=2 --nproc_per_node=8 --rdzv-backend=c10d --rdzv-endpoint=HOST:29500 train.py --teacher ltx
@@ -9,17 +8,16 @@
     python train.py --teacher ltx --cache data/cache         # what the teacher makes of each clip, computed once
     python train.py --teacher ltx --resume                   # go on after a stop, with the run's own settings
     python train.py --preset table6-up0-up1                  # one row of the paper's tables; --preset list prints all
-    python train.py --student kernel=7 separable=mid,up0     # another student
+    python train.py --student kernel=7 separable=mid,up0     # fields of its model.TurboVAEDConfig
 
 Stage 1 is Equation 5 without its adversarial term. Stage 2 adds the term when stage 1 has nearly converged.
 
-A run leaves in out/<teacher>/ (or --out): student.safetensors (the moving average of the weights), best.safetensors,
-in stage 2 best_stage1.safetensors, checkpoint.pt, log.jsonl, curves.png, samples.png (input, teacher, student) and
-args.json. The checkpoint is written first and holds the log and the best student, so the other files agree with it.
+A run leaves in out/<teacher>/ (or --out): checkpoint.pt, student.safetensors (the moving average of the weights),
+best.safetensors, in stage 2 best_stage1.safetensors, log.jsonl, curves.png, samples.png (input, teacher, student) and
+args.json. The checkpoint is written first and holds log and students, so that all files agree.
 
-Clip, crop and noise are functions of (seed, step, slot): results do not depend on the number of processes or on where
-a run was stopped. Ctrl-C and SIGTERM finish the step and save. A step whose loss or gradient is not finite is passed
-over, and its clips are named.
+Clip, crop and noise are functions of (seed, step, slot): results depend neither on the number of processes nor on where
+a run was stopped. Ctrl-C and SIGTERM finish the step and save. Steps that are not finite are passed over.
 """
 import argparse
 import atexit
@@ -57,31 +55,30 @@ from teachers import TEACHERS, load_teacher
 # Recipes: what is not given on the command line. What has no flag is changed here.
 
 COMMON = dict(teacher_weights=None, student={}, val_data=None, val_clips=8, samples=None, minutes=None, warmup=100,
-              head="pointwise", cache=None, cache_crops=4, checkpointing=False, compile=None,
+              head="pointwise", cache=None, cache_crops=4, checkpointing=False, compile=None, seed=0, log_every=10,
               dtype="auto", device="cuda" if torch.cuda.is_available() else "cpu",
-              workers=os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)), seed=0, log_every=10)
+              workers=os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 # Section 4.2: AdamW, learning rate 2e-4, betas 0.9 and 0.95, effective batch 32, 17 (dc: 16) frames at 256x256.
 # Weight decay and EMA as in the published code; 70,000 and 40,000 steps as a user's reproduction of ltx reports.
 PAPER = COMMON | dict(
     frames=17, size=256, batch=32, micro_batch=2, steps=110_000, lr=2e-4, muon_lr=0.0, schedule="constant",
     align=["mid", "up0", "up1"], lpips_weight=1.0, distill_weight=1.0, normalize=False, data="data/vidgen",
-    eval_every=1000, stage2="auto", stage2_steps=40_000, stage2_lr=1.0, adversarial_weight=0.05, disc_lr=2e-4,
-    disc_width=64)
+    eval_every=1000, stage2="auto", stage2_steps=40_000, stage2_lr=1.0,
+    adversarial_weight=0.05, disc_lr=2e-4, disc_width=64)
 FIRST_TWO = PAPER | dict(micro_batch=1, align=["mid", "up0"])
-RECIPES = {
+RECIPES = {             # the paper has students for the first four teachers
     "ltx": PAPER, "dc": PAPER | dict(frames=16), "hunyuan": FIRST_TWO, "cog": FIRST_TWO,
-    # ours: the paper has no student for these teachers
     "wan21": FIRST_TWO, "wan22": FIRST_TWO, "ltx2": PAPER | dict(micro_batch=1), "ltx23": PAPER | dict(micro_batch=1),
     "hunyuan15": FIRST_TWO, "qwen": FIRST_TWO | dict(frames=1, micro_batch=4),
-    # Made-up video and no LPIPS: the embedded recipe needs no download. AdamW alone learns brightness first and leaves
-    # the student grey for hundreds of steps, hence Muon.
+    # No LPIPS, which is a download. AdamW alone leaves the student grey for hundreds of steps, hence Muon.
     "tiny": COMMON | dict(
         frames=16, size=64, batch=4, micro_batch=4, steps=2000, lr=2e-3, muon_lr=0.02, schedule="cosine",
         align=["mid", "up0"], lpips_weight=0.0, distill_weight=0.02, normalize=True, data="synthetic",
         eval_every=200, stage2="off", stage2_steps=600, stage2_lr=0.1, adversarial_weight=1.0, disc_lr=1e-3,
         disc_width=32, workers=1),
 }
-WEIGHT_DECAY, CLIP, EMA = 1e-4, 1.0, 0.999  # CLIP: the largest gradient norm; EMA: the decay of the weights' average
+WEIGHT_DECAY, MOMENTUM = 1e-4, 0.95         # the momentum is Muon's
+CLIP, EMA = 1.0, 0.999                      # the largest gradient norm; the decay of the weights' average
 LPIPS_FRAMES = 2                            # random frames of each clip that LPIPS sees: an unbiased estimate
 CONVERGED = 5, 0.05                         # stage 1 ends when so many validations gained less than so many dB
 MAX_DROP = 0.3                              # dB of PSNR that stage 2 may cost before its adversarial weight is halved
@@ -106,21 +103,18 @@ def student_change(text):
 
 
 def parse_args(argv=None):
-    """{name: value} of what the command line gives, and of its preset."""
+    """{name: value} of what the command line and its preset give."""
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                 usage="%(prog)s [--teacher NAME] [options]; --help explains each",
                                 argument_default=argparse.SUPPRESS,
-                                epilog="What is not given is the teacher's recipe, at the top of train.py; with "
-                                       "--resume, what the run has.")
+                                epilog="Defaults: the recipe at the top of train.py, or with --resume the run's own.")
     whole, positive, weight, text = number(int, 1), number(float, 1e-12), number(float, 0), {}
     either, flag = {"action": argparse.BooleanOptionalAction}, {"action": "store_true"}
     for name, takes, what in (
             ("teacher", {"choices": TEACHERS}, "whose decoder to distil (default: tiny)"),
             ("teacher-weights", text, 'a folder or file instead of the released weights, or "random"'),
-            ("student", {"nargs": "+", "action": "extend", "type": student_change, "metavar": "FIELD=VALUE"},
-             "changes to the student, model.CONFIGS[teacher]"),
-            ("preset", {"choices": [*PRESETS, "list"], "metavar": "NAME|list"},
-             "one row of the paper's tables, for any teacher; list prints all. Flags given beside it win"),
+            ("student", {"nargs": "+", "action": "extend", "type": student_change}, "FIELD=VALUE of the student"),
+            ("preset", {"choices": [*PRESETS, "list"], "metavar": "NAME|list"}, "a row of the paper's tables"),
             ("data", text, 'a folder of videos, of any depth, or "synthetic" for made-up video'),
             ("samples", whole, "train on so many videos, or made-up clips, only"),
             ("val-data", text, "validate on this folder; else on held-out files of --data, or held-out made-up clips"),
@@ -131,15 +125,14 @@ def parse_args(argv=None):
             ("micro-batch", whole, "clips a process takes at once"),
             ("steps", whole, "optimiser steps, both stages together, at most"),
             ("minutes", positive, "of training in all, if --steps take longer; a cosine then follows the clock"),
-            ("stage2", {"type": lambda word: word if word in ("auto", "off") else number(int, 0)(word), "metavar":
-             "auto|STEP|off"}, "when stage 2 begins; auto: when validations no longer improve, at the latest "
-             "--stage2-steps before the end"),
-            ("stage2-steps", whole, "length of stage 2, with --stage2 auto"),
+            ("stage2", {"type": lambda word: word if word in ("auto", "off") else number(int, 0)(word)},
+             "auto, off, or the step at which stage 2 begins; auto: when validations improve no longer"),
+            ("stage2-steps", whole, "length of stage 2, with --stage2 auto; so early before --steps it begins anyway"),
             ("lr", positive, "AdamW's learning rate"),
             ("muon-lr", weight, "Muon's, for convolutions that mix channels; 0: AdamW for everything"),
             ("schedule", {"choices": ("constant", "cosine")}, "of the rates, in each stage after its warm-up"),
             ("warmup", number(int, 0), "steps of linear warm-up, of each stage"),
-            ("align", {"nargs": "*", "choices": BLOCKS, "metavar": "BLOCK"}, "blocks that Equation 4 aligns; or none"),
+            ("align", {"nargs": "*", "choices": BLOCKS}, "blocks that Equation 4 aligns; or none"),
             ("head", {"choices": HEADS}, "projection heads, Table 7"),
             ("lpips-weight", weight, "α1 of Equation 5; 0 turns LPIPS off"),
             ("distill-weight", weight, "α2 of Equation 5; 0 turns the distillation loss off"),
@@ -149,8 +142,7 @@ def parse_args(argv=None):
             ("checkpointing", flag, "compute the student's blocks twice: less memory, more time"),
             ("seed", number(int, 0, 2 ** 32 - 2), "of weights, clips and samples"),
             ("workers", number(int, 0), "loader processes of each process (default: the machine's cores, shared)"),
-            ("dtype", {"choices": ("auto", "float32", "bfloat16", "float16")}, "of autocast (default: bfloat16 where "
-             "the hardware has units for it, else float16 on GPUs, float32 on CPUs)"),
+            ("dtype", {"choices": ("auto", "float32", "bfloat16", "float16")}, "of autocast; auto: by the device"),
             ("device", text, "(default: cuda where there is a GPU)"),
             ("compile", either, "torch.compile the student and the teacher (default: on GPUs)"),
             ("eval-every", whole, "steps between validations, pictures and checkpoints"),
@@ -162,7 +154,6 @@ def parse_args(argv=None):
     given = vars(p.parse_args(argv))
     preset = given.get("preset")
     if preset == "list":
-        print(f"{'preset':22} {'flags':68} the paper's PSNR (dB), LPIPS, SSIM")
         for name, row in PRESETS.items():
             print(f"{name:22} {row['flags']:68} {row['paper'] or '-'}")
         p.exit()
@@ -189,18 +180,7 @@ def student_config(args):
     return replace(CONFIGS[args.teacher], **args.student)
 
 
-def autocast_dtype(name, device):
-    if name != "auto":
-        return getattr(torch, name)
-    if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.get_device_capability(device)[0] >= 8 else torch.float16
-    fast = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
-    return torch.bfloat16 if device.type == "cpu" and fast else torch.float32
-
-
-# Processes, as torchrun starts them.
-
-RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))        # as torchrun starts it
 
 
 def reduce(tensor, operation=dist.ReduceOp.SUM):
@@ -258,15 +238,14 @@ def find_data(args):
             raise ValueError(f"no video is left to train on: all of {args.data} is in --val-data {args.val_data}")
         train, name = (rest, name) if len(rest) else (train, "the one video there is, trained on too")
     if not made_up:
-        if args.samples and args.samples < len(train):
+        if args.samples:
             train = copy.copy(train).subset(sorted(shuffled(len(train), 0, 7)[:args.samples].tolist()))
         unchanged["videos"] = train.fingerprint()
     return train, clips, name, unchanged
 
 
 def slots(args, step):
-    """Yields the numbers of this process's clips, micro-batch by micro-batch, from a step on: n = step * batch + slot.
-    """
+    """Yields the numbers, step * batch + slot, of this process's clips, micro-batch by micro-batch, from a step on."""
     micro = args.micro_batch
     for n in count(step * args.batch + RANK * micro, micro * WORLD):
         yield list(range(n, n + micro))
@@ -276,7 +255,7 @@ POSTERIOR, FRAMES, DISCRIMINATOR = 4, 6, 7      # what a clip's random numbers a
 
 
 class Indexed:
-    """Clips with their numbers, and with the frames that LPIPS sees if it sees fewer than all."""
+    """Clips with their numbers, and with the frames that LPIPS sees."""
 
     def __init__(self, clips, args):
         self.clips, self.args = clips, args
@@ -284,7 +263,7 @@ class Indexed:
     def __getitem__(self, n):
         clip = self.clips[n]
         item = {"n": n} | (clip if isinstance(clip, dict) else {"video": clip})
-        if self.args.lpips_weight and LPIPS_FRAMES < self.args.frames:
+        if self.args.lpips_weight:
             order = np.random.default_rng((self.args.seed, FRAMES, n)).permutation(self.args.frames)
             item["frames"] = torch.from_numpy(order[:LPIPS_FRAMES])
         return item
@@ -311,18 +290,10 @@ def end_workers():
         child.kill()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Optimisers.
-
 class Muon(torch.optim.Optimizer):
-    """Muon (Jordan et al. 2024): steps along the momentum with all its singular values made about 1, so that weak
-    directions, colour say, are learned as fast as strong ones, brightness. A convolution's weight counts as the matrix
-    (output channels) x (input channels and positions), which torch.optim.Muon does not accept."""
-
-    MOMENTUM = 0.95
-
-    def __init__(self, params, lr, weight_decay=0.0):
-        super().__init__(params, dict(lr=lr, weight_decay=weight_decay))
+    """Muon (Jordan et al. 2024): steps along the momentum with all its singular values made about 1: weak directions,
+    colour say, are learned as fast as strong ones, brightness. A convolution's weight counts as the matrix (output
+    channels) x (input channels and positions), which torch.optim.Muon does not accept."""
 
     @torch.no_grad()
     def step(self):
@@ -331,8 +302,8 @@ class Muon(torch.optim.Optimizer):
                 state = self.state[p]
                 if "momentum" not in state:
                     state["momentum"] = torch.zeros_like(p)
-                average = state["momentum"].lerp_(p.grad, 1 - self.MOMENTUM)
-                x = p.grad.lerp(average, self.MOMENTUM).flatten(1)           # Nesterov's look ahead
+                average = state["momentum"].lerp_(p.grad, 1 - MOMENTUM)
+                x = p.grad.lerp(average, MOMENTUM).flatten(1)           # Nesterov's look ahead
                 rows, columns = x.shape
                 x = x.T if rows > columns else x
                 x = x / (x.norm() + 1e-12)
@@ -350,7 +321,7 @@ def make_optimizers(module, lr, muon_lr, weight_decay):
     mixing = [p for p in trained if muon_lr and p.ndim > 1 and p.shape[1] > 1]
     rest = [p for p in trained if p not in set(mixing)]
     adamw = torch.optim.AdamW(rest, lr, betas=(0.9, 0.95), weight_decay=weight_decay, fused=True)
-    return [adamw, Muon(mixing, muon_lr, weight_decay)] if mixing else [adamw]
+    return [adamw, Muon(mixing, dict(lr=muon_lr, weight_decay=weight_decay))] if mixing else [adamw]
 
 
 def clip_noise(seed, purpose, numbers, like):
@@ -375,8 +346,8 @@ def fill_cache(args, teacher, clips, unchanged, device, autocast, say):
     """A CachedClips of --cache-crops crops of each clip, of which this process makes its share of what is missing."""
     settings = {"weights": unchanged["teacher's weights"], "files": unchanged["videos"], "precision": args.dtype} \
         | {key: getattr(args, key) for key in ("teacher", "frames", "size", "cache_crops", "seed")}
-    entries = len(clips) * args.cache_crops if args.data != "synthetic" \
-        else min(512 * args.cache_crops, args.samples or 2 ** 62)
+    made_up = args.data == "synthetic"
+    entries = min((512 if made_up else len(clips)) * args.cache_crops, made_up and args.samples or 2 ** 62)
     cache = from_rank0(lambda: CachedClips(args.cache, entries, settings, blocks=args.align, seed=args.seed))
 
     def make(numbers, video):
@@ -385,11 +356,9 @@ def fill_cache(args, teacher, clips, unchanged, device, autocast, say):
                                                 cache.made["blocks"], args.seed)
         return [{"latents": latents[i], "kl": kl[i], **{f"features.{name}": f[i] for name, f in features.items()}}
                 for i in range(len(video))]
-
     try:
         with loader_errors():
-            cache.fill(clips, make, args.micro_batch, RANK, WORLD, lambda: from_rank0(lambda: None), args.workers,
-                       say)
+            cache.fill(clips, make, args.micro_batch, RANK, WORLD, lambda: from_rank0(dict), args.workers, say)
     except KeyboardInterrupt:
         sys.exit(f"stopped while the cache {args.cache} was filled: the same command goes on with it")
     return cache
@@ -452,16 +421,19 @@ def stage_bounds(args, run):
     return 0, args.stage2 if isinstance(args.stage2, int) else args.steps
 
 
-def rate_factors(args, step, start, end, used):
-    """(warm-up, decay) that the learning rates are multiplied by, in a stage of these steps. The cosine ends with the
-    steps or with --minutes, whichever come first."""
-    warmup = min((step - start + 1) / args.warmup, 1) if args.warmup else 1.0
-    progress = max((step - start) / (end - start), used)
-    return warmup, 0.5 * (1 + math.cos(math.pi * progress)) if args.schedule == "cosine" else 1.0
+def set_rates(optimizers, args, run, used):
+    """Sets the learning rates, the discriminator's last; returns the warm-up's factor. The cosine of a stage ends with
+    its steps or with --minutes, of which `used` is over, whichever come first."""
+    start, end = stage_bounds(args, run)
+    warmup = min((run.step - start + 1) / args.warmup, 1) if args.warmup else 1.0
+    progress = max((run.step - start) / (end - start), used)
+    decay = 0.5 * (1 + math.cos(math.pi * progress)) if args.schedule == "cosine" else 1.0
+    for optimizer in optimizers:
+        optimizer.param_groups[0]["lr"] = optimizer.defaults["lr"] * decay * warmup
+    for optimizer in optimizers[:-1] if run.stage == 2 else ():
+        optimizer.param_groups[0]["lr"] *= args.stage2_lr
+    return warmup
 
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Checkpoints.
 
 @dataclass
 class Run:
@@ -480,13 +452,13 @@ class Run:
         return 1 if self.stage2_start is None else 2
 
 
-# What --resume may change, if a flag says so. Videos, weights and a cache are compared by what they hold.
+# What --resume may change. Videos, weights and a cache are compared by what they hold.
 MAY_CHANGE = {"data", "val_data", "teacher_weights", "cache", "steps", "minutes", "stage2", "stage2_steps",
               "micro_batch", "checkpointing", "workers", "device", "compile", "eval_every", "log_every"}
 
 
 def read_checkpoint(path):
-    """What a run saved. ValueError where there is none that can be used."""
+    """What a run saved. ValueError where nothing usable is."""
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
         Run(**saved["run"]), saved["args"], saved["unchanged"]
@@ -500,9 +472,8 @@ def open_run(given, out):
     """(settings, checkpoint or None) of a run that begins, or goes on, in the folder `out`."""
     settings = {name: value for name, value in given.items() if name not in ("resume", "overwrite", "out")}
     if "resume" not in given:
-        if any((out / name).exists() for name in STUDENTS) and "overwrite" not in given:
-            raise ValueError(f"{out} holds a run already: --resume goes on with it, --overwrite starts anew, "
-                             f"--out names another folder")
+        if any((out / name).exists() for name in ("checkpoint.pt", *STUDENTS)) and "overwrite" not in given:
+            raise ValueError(f"{out} holds a run already: --resume goes on, --overwrite starts anew, or another --out")
         check_writable(out)
         return complete(settings), None
     saved = read_checkpoint(out / "checkpoint.pt")
@@ -516,16 +487,15 @@ def open_run(given, out):
         if name == "stage2" and start is not None:
             raise ValueError(f"stage 2 of {out} began at step {start}: --stage2 {value} comes too late")
         tqdm.write(f"{flag} {value} from here on, {before[name]} before" + "; the cosine begins again, higher" * (
-            before["schedule"] == "cosine" and name in ("steps", "minutes", "stage2_steps")))
+            before["schedule"] == "cosine" and name in ("steps", "minutes")))
     return argparse.Namespace(**before | settings), saved
 
 
 @torch.no_grad()
 def measure(decode, latents, clips, who, lpips=None):
-    """(decoded videos, {"psnr": in dB, "sharpness": over the clips' own, "val_lpips": the LPIPS distance}), means over
-    clips. RuntimeError where a PSNR is not finite."""
+    """(decoded videos, {"psnr": in dB, "sharpness": over the clips' own, "val_lpips": a distance}), means over clips.
+    RuntimeError where a PSNR is not finite: an infinite value becomes NaN, since clamped it would pass for white."""
     videos = [decode(z).float() for z in latents]
-    # Clamped, an infinite value would pass for white or black.
     videos = [video.where(video.isfinite(), math.nan).clamp(-1, 1).cpu() for video in videos]
     mean, pairs = lambda values: round(float(np.mean(list(values))), 4), list(zip(videos, clips))
     # A black frame may come out exactly: its infinite PSNR, or a ratio of zeros, would drown the others.
@@ -544,10 +514,10 @@ def draw(out, run, columns):
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     from torchvision.utils import save_image
-    frames = [video[0, :, video.shape[2] // 2] for row in list(zip(*columns))[:6] for video in row]
+    frames = [video[0, :, video.shape[2] // 2] for row in zip(*columns) for video in row]
     with atomically(out / "samples.png") as file:
         save_image(frames, file, nrow=len(columns), normalize=True, value_range=(-1, 1))
-    figure, axes = plt.subplots(2, 3, figsize=(13, 6), layout="constrained")
+    figure, axes = plt.subplots(2, 3, figsize=(13, 6))
     for axis, name in zip(axes.flat, ("l1", "lpips", "distill", "discriminator", "psnr", "sharpness")):
         lines = [line for line in run.lines + run.validations if name in line]
         axis.plot([line["step"] for line in lines], [line[name] for line in lines])
@@ -562,15 +532,17 @@ def draw(out, run, columns):
 
 def set_precision(args, device):
     """(autocast, autocast for what float16 is too small for, whether networks are compiled); settles args.dtype."""
-    dtype = autocast_dtype(args.dtype, device)
-    args.dtype = str(dtype)[6:]
-    autocast = lambda: torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+    if args.dtype == "auto" and device.type == "cuda":
+        args.dtype = "bfloat16" if torch.cuda.get_device_capability(device)[0] >= 8 else "float16"
+    elif args.dtype == "auto":
+        args.dtype = "bfloat16" if device.type == "cpu" and torch.cpu._is_avx512_bf16_supported() else "float32"
+    autocast = lambda: torch.autocast(device.type, getattr(torch, args.dtype), enabled=args.dtype != "float32")
     compiles = device.type == "cuda" if args.compile is None else args.compile
     torch.backends.cudnn.benchmark = True                     # sizes do not change
     if compiles:
         torch._dynamo.config.suppress_errors = True           # what cannot be compiled here runs eager, with a warning
         torch._dynamo.config.optimize_ddp = not args.checkpointing      # it cannot split a graph of checkpointed blocks
-    return autocast, nullcontext if dtype == torch.float16 else autocast, compiles
+    return autocast, nullcontext if args.dtype == "float16" else autocast, compiles
 
 
 def make_student(args, teacher, clip):
@@ -578,47 +550,58 @@ def make_student(args, teacher, clip):
     torch.manual_seed(args.seed)
     student = TurboVAED(student_config(args)).to(clip.device)
     student.checkpointing = args.checkpointing
-    with torch.no_grad():
-        latents = teacher.encode(clip, sample=False)
-        shapes = {name: f.shape for name, f in teacher.features(latents, args.align).items()}
+    latents = teacher.encode(clip, sample=False)
+    shapes = {name: f.shape for name, f in teacher.features(latents, args.align).items()}
     heads = make_heads({name: student.config.feature_shape(name, latents.shape) for name in shapes}, shapes, args.head)
     return StudentWithHeads(student, heads, args.normalize).to(clip.device)
 
 
-def not_finite(values, micros, describe):
-    """Names the first of the values that is not finite, and the clips of this process's micro-batches where it is."""
+def pass_over(run, values, micros, describe, bad_steps):
+    """Names the first of the values that is not finite, and the clips of this process's micro-batches where it is.
+    RuntimeError at the last of BAD_STEPS in a row."""
     name = next(name for name, value in values.items() if not math.isfinite(value))
     clips = [describe(n) for numbers, terms in micros if not math.isfinite(terms.get(name, math.nan)) for n in numbers]
-    return f"{name} is {values[name]}, clips {', '.join(dict.fromkeys(clips)) or 'of another process'}"
+    bad = f"step {run.step}: {name} is {values[name]}, clips {', '.join(dict.fromkeys(clips)) or 'of another process'}"
+    print(f"passed over {bad}", file=sys.stderr)
+    if bad_steps == BAD_STEPS:
+        raise RuntimeError(f"{bad}; so were the {BAD_STEPS - 1} steps before")
 
 
 def log_line(args, run):
     """A line of the log: means of the terms over the steps since the line before."""
-    before, sums, seconds = run.lines[-1], run.sums, max(run.seconds - 60 * run.lines[-1]["minutes"], 1e-9)
+    before, sums, run.sums = run.lines[-1], run.sums, Counter()
+    seconds, steps = max(run.seconds - 60 * before["minutes"], 1e-9), sums.pop("steps", 0)
     line = {"step": run.step, "stage": run.stage, "minutes": run.seconds / 60, "skipped": sums.pop("skipped", 0),
-            "samples_per_s": round(args.batch * (run.step - before["step"]) / seconds, 3),
-            "waiting": round(sums.pop("waiting", 0) / seconds, 3)}
-    steps, run.sums = sums.pop("steps", 0), Counter()
+            "samples_per_s": args.batch * (run.step - before["step"]) / seconds,
+            "waiting": sums.pop("waiting", 0) / seconds}
     return line | {name: round(total / steps, 7) for name, total in sums.items()}
+
+
+def price(args, run, line):
+    """What a run takes, by a line of its log."""
+    rate = line["samples_per_s"]
+    hours = min((args.steps - run.step) * args.batch / rate, 60 * (args.minutes or math.inf)) / 3600
+    return (f"at {rate:.3g} samples a second, as measured over the first steps, this run takes {hours:.3g} hours on "
+            f"{WORLD} x {args.device}; it waits for clips {line['waiting']:.0%} of the time"
+            + ": more --workers or --cache help" * (line["waiting"] > 0.2))
 
 
 def main(given):
     """A whole run with these settings (see `parse_args`). ValueError, OSError or RuntimeError where it cannot go on."""
     atexit.register(end_workers)
     say = tqdm.write if RANK == 0 else lambda line: None
-    if WORLD > 1:                                             # a validation or a cache may take long
-        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=timedelta(days=7))
+    if WORLD > 1:
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(days=7))         # a validation or a cache may take long
     out = Path(given.get("out") or f"out/{given.get('teacher', 'tiny')}")
     args, saved = from_rank0(lambda: open_run(given, out))
     device, accumulate = find_device(args.device), args.batch // (args.micro_batch * WORLD)
     if args.batch != accumulate * args.micro_batch * WORLD:
-        raise ValueError(f"--batch {args.batch} cannot be divided among {WORLD} processes in micro-batches of "
-                         f"{args.micro_batch}")
+        raise ValueError(f"--batch {args.batch} cannot be divided by --micro-batch {args.micro_batch} x {WORLD}")
     if isinstance(args.stage2, int) and args.stage2 >= args.steps:
         raise ValueError(f"--stage2 {args.stage2} lies behind the run's --steps {args.steps}")
     autocast, safe_autocast, compiles = set_precision(args, device)
-
-    # Clips first: the teacher's weights may be a download.
+    # clips first: the teacher's weights may be a download
     clips, held_out, val_name, unchanged = from_rank0(lambda: find_data(args))
     teacher = load_teacher(args.teacher, args.teacher_weights, device)
     teacher.check_clip(args.frames, args.size, args.size)
@@ -628,12 +611,10 @@ def main(given):
             raise ValueError(f"{out} had other {what}: bring them back, or start anew with --overwrite")
     prepare(teacher, device, compiles)
     held_out = [clip[None] for clip in held_out]
-    with torch.no_grad():
-        val_latents = [teacher.encode(clip.to(device), sample=False) for clip in held_out]
+    val_latents = [teacher.encode(clip.to(device), sample=False) for clip in held_out]
     with safe_autocast():
-        teacher_videos, teacher_psnr = measure(teacher.decode, val_latents, held_out, f"{args.teacher} teacher")
-    teacher_psnr = teacher_psnr["psnr"]
-
+        teacher_videos, teacher_values = measure(teacher.decode, val_latents, held_out, f"{args.teacher} teacher")
+    teacher_psnr = teacher_values["psnr"]
     model = make_student(args, teacher, held_out[0].to(device))
     student = model.student
     ema = copy.deepcopy(student).requires_grad_(False).eval()
@@ -674,34 +655,33 @@ def main(given):
             return run.validations
         with safe_autocast():
             videos, values = measure(ema, val_latents, held_out, f"student at step {run.step}", lpips)
-        line = {"step": run.step, "stage": run.stage, "teacher_psnr": teacher_psnr, "minutes": run.seconds / 60} | values
-        run.validations.append(line)
-        metadata = {"teacher": args.teacher, "step": str(run.step), "psnr": f"{line['psnr']:.2f}"}
+        line = {"step": run.step, "stage": run.stage, "teacher_psnr": teacher_psnr, "minutes": run.seconds / 60}
+        run.validations.append(line | values)
+        metadata = {"teacher": args.teacher, "step": str(run.step), "psnr": f"{values['psnr']:.2f}"}
         new = metadata, {name: tensor.cpu().clone() for name, tensor in ema.state_dict().items()}
         best = new if best_step(run.validations) == run.step else run.students["best.safetensors"]
         run.students |= {"student.safetensors": new, "best.safetensors": best}
         save()
         draw(out, run, (held_out, teacher_videos, videos))
-        say(f"step {run.step}: PSNR {line['psnr']:.2f} dB ({100 * line['psnr'] / teacher_psnr:.1f} % of the teacher's), "
-            f"sharpness {100 * line['sharpness']:.0f} % of the input's, {run.seconds / 60:.1f} min")
+        say(f"step {run.step}: PSNR {values['psnr']:.2f} dB ({values['psnr'] / teacher_psnr:.1%} of the teacher's), "
+            f"sharpness {values['sharpness']:.0%} of the input's, {run.seconds / 60:.1f} min")
         return run.validations
-
     if args.cache:
         clips = fill_cache(args, teacher, clips, unchanged, device, safe_autocast, say)
         teacher = None                                        # its memory is the student's now
     if not saved:
         run.lines.append({"step": 0, "minutes": 0.0, "held_out": unchanged["held-out videos"][:-1]})
     if RANK == 0:
-        for name in STUDENTS:                                 # an older run's
-            (out / name).unlink(missing_ok=True)
+        for path in (*map(out.joinpath, STUDENTS), *out.glob(".[abcs]*.[0-9]*.*")):         # half written ones, too
+            path.unlink(missing_ok=True)
         with atomically(out / "args.json") as file:
             file.write_text(json.dumps(vars(args), indent=1))
         log_file = open(out / "log.jsonl", "a")
         save()
-        millions = sum(p.numel() for p in student.parameters()) / 1e6
-        say(f"teacher {args.teacher}: {teacher_psnr:.2f} dB on {val_name}; student: {millions:.2f} M parameters; "
-            f"{args.steps} steps of {args.batch} clips ({args.micro_batch} x {WORLD} processes x {accumulate}) of "
-            f"{args.frames}x{args.size}x{args.size}, {args.data}; {device.type}, {args.dtype}")
+        say(f"teacher {args.teacher}: {teacher_psnr:.2f} dB on {val_name}; student: "
+            f"{sum(p.numel() for p in student.parameters()) / 1e6:.2f} M parameters; {args.steps} steps of "
+            f"{args.batch} = {args.micro_batch}x{WORLD}x{accumulate} clips of {args.frames}x{args.size}x{args.size}; "
+            f"{args.data}; {device.type}, {args.dtype}")
     saved = None                                              # its memory is the run's now
     loader = iter(DataLoader(Indexed(clips, args), batch_sampler=slots(args, run.step), num_workers=args.workers,
                              pin_memory=device.type == "cuda", worker_init_fn=begin_worker))
@@ -716,7 +696,7 @@ def main(given):
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, on_signal)
     bar = tqdm(total=args.steps, initial=run.step, unit="step", disable=RANK > 0 or not sys.stderr.isatty())
-    first_step, bad_steps, saved_at, told_at = run.step, 0, time.time(), time.time()
+    first_step, bad_steps, saved_at, told_at = run.step, 0, *[time.time()] * 2
     while True:
         # All processes agree on what is next; a signal may reach any of them.
         agreed = [sum(signals[:1]), run.seconds / 60 / (args.minutes or math.inf)]
@@ -725,8 +705,7 @@ def main(given):
         if run.stage == 1 and not ends and (run.step >= stage_bounds(args, run)[1]
                                             or args.stage2 == "auto" and converged(run.validations)):
             run.validations = from_rank0(validate)            # stage 2 is measured by what stage 1 ended with
-            if RANK == 0:
-                run.students["best_stage1.safetensors"] = run.students["best.safetensors"]
+            run.students["best_stage1.safetensors"] = run.students.get("best.safetensors")
             run.sums, run.stage2_start = Counter(), run.step
             say(f"step {run.step}: stage 2 begins")
         (start, end), stage2 = stage_bounds(args, run), run.stage == 2
@@ -735,11 +714,7 @@ def main(given):
         if RANK == 0 and time.time() - saved_at > 60 * SAVE_MINUTES:
             save()
             saved_at = time.time()
-        warmup, decay = rate_factors(args, run.step, start, end, used)
-        for optimizer in optimizers:
-            optimizer.param_groups[0]["lr"] = optimizer.defaults["lr"] * decay * warmup
-        for optimizer in optimizers[:-1] if stage2 else ():
-            optimizer.param_groups[0]["lr"] *= args.stage2_lr
+        warmup = set_rates(optimizers, args, run, used)
         weight = args.adversarial_weight * guard(run.validations) * warmup * run.adaptive_weight
         objective.adversarial_weight, objective.discriminator = weight, discriminator if stage2 else None
 
@@ -763,15 +738,14 @@ def main(given):
             if stage2 and (run.step - start) % 10 == 0:
                 at_last_layer.append(torch.stack(last_layer_gradients(student, latents, *on_video, autocast=autocast)))
 
-        # The step, where loss and gradients are finite on all processes. Reading them waits for the device: a few
-        # milliseconds of a step that takes a hundred and more.
-        networks = (model, discriminator)[:run.stage]
+        # The step, if loss and gradients are finite on all processes. Reading them costs milliseconds of 100 and more.
         for p in discriminator.parameters() if stage2 else ():
             reduce(p.grad).div_(WORLD)                        # DDP does it for the student's
         scale = scaler.get_scale()
         for optimizer in optimizers:
             scaler.unscale_(optimizer)
-        norms = [torch.nn.utils.clip_grad_norm_(network.parameters(), CLIP) for network in networks]
+        norms = [torch.nn.utils.clip_grad_norm_(network.parameters(), CLIP)
+                 for network in (model, discriminator)[:run.stage]]
         means = torch.stack([torch.stack(list(terms.values())).float() for _, terms in micros]).mean(0)
         values = reduce(torch.cat([means, torch.stack(norms)])).div(WORLD).tolist()
         values = dict(zip([*terms, "grad_norm", "disc_grad_norm"], values))
@@ -780,58 +754,48 @@ def main(given):
             if finite:
                 optimizer.step()
         scaler.update()
-        for network in networks:
-            network.zero_grad(set_to_none=True)
+        for optimizer in optimizers:
+            optimizer.zero_grad()
         run.step += 1
         with torch.no_grad():                                 # early on it forgets sooner, or it would keep the start
             keep = min(EMA, (1 + run.step) / (10 + run.step))
             torch._foreach_lerp_(list(ema.parameters()), list(student.parameters()), 1 - keep)
         if at_last_layer:
             ratio = adaptive_weight(*reduce(sum(at_last_layer)) / (scale * WORLD)).item()
-            run.adaptive_weight = ratio if math.isfinite(ratio) else run.adaptive_weight
+            if math.isfinite(ratio):
+                run.adaptive_weight = ratio
         if finite:
-            run.sums.update(values | {"steps": 1, "clipped": values["grad_norm"] > CLIP, "disc_trained": not pauses})
+            run.sums.update(values | {"steps": 1, "disc_trained": stage2 and not pauses})
             bad_steps = 0
         else:
             run.sums["skipped"] += 1
             if scale <= 1 or not math.isfinite(values["loss"]):         # else a smaller scale mends it
                 bad_steps += 1
-                bad = f"step {run.step}: {not_finite(values, micros, clips.describe)}"
-                print(f"passed over {bad}", file=sys.stderr)
-                if bad_steps == BAD_STEPS:
-                    raise RuntimeError(f"{bad}; so were the {BAD_STEPS - 1} steps before")
-
+                pass_over(run, values, micros, clips.describe, bad_steps)
         run.seconds += time.time() - began
         bar.update()
         if run.step % args.log_every == 0 or run.step % args.eval_every == 0 or run.step == end:
             line = log_line(args, run) | {"lr": optimizers[0].param_groups[0]["lr"], "weight": weight}
-            before, rate = run.lines[-1]["step"], max(line["samples_per_s"], 1e-9)
+            if run.lines[-1]["step"] < first_step + 20 <= run.step:
+                say(price(args, run, line))
             run.lines.append(line)
             if RANK == 0:
                 print(json.dumps(line), file=log_file, flush=True)
-            text = f"loss {line.get('loss', math.nan):.4f}, {rate:.3g} samples a second"
-            bar.set_postfix_str(text)
             if bar.disable and time.time() - told_at > 20:
                 told_at = time.time()
-                say(f"step {run.step} of {end}: {text}, {run.seconds / 60:.1f} minutes")
-            if before < first_step + 20 <= run.step:
-                hours = min((args.steps - run.step) * args.batch / rate, 60 * (args.minutes or math.inf)) / 3600
-                say(f"at {rate:.3g} samples a second, as measured over the first steps, this run takes {hours:.3g} hours "
-                    f"on {WORLD} x {device.type}; {line['waiting']:.0%} of the time it waits for clips"
-                    + " (more --workers or --cache help)" * (line["waiting"] > 0.2))
+                say(f"step {run.step} of {end}: loss {line.get('loss')}, {run.seconds / 60:.1f} minutes")
         if run.step % args.eval_every == 0 or run.step == end:
             run.validations, saved_at = from_rank0(validate), time.time()
     bar.close()
     if stopped:
         from_rank0(save)
-        say(f"stopped by {signal.Signals(int(stopped)).name} at step {run.step}; --resume goes on from "
-            f"{out}/checkpoint.pt")
+        say(f"stopped by {signal.Signals(int(stopped)).name} at step {run.step}; --resume goes on from there, in {out}")
         sys.exit(128 + int(stopped))
     from_rank0(validate)
-    say(f"{run.step - first_step} steps, to step {run.step}; the student is in {out}/student.safetensors, the best one in "
-        f"best.safetensors; --resume goes on, with more --steps, --stage2-steps or --minutes")
+    say(f"{run.step - first_step} steps, to step {run.step}; the student is in {out}/student.safetensors, the best one "
+        f"in best.safetensors; --resume goes on, with more --steps, --stage2-steps or --minutes")
 
 
 if __name__ == "__main__":
     arguments = parse_args()
-    run_command(lambda: main(arguments), "a smaller --micro-batch or --size, fewer --workers, --checkpointing or --cache")
+    run_command(lambda: main(arguments), "a smaller --micro-batch or --size, fewer --workers, --checkpointing, --cache")
