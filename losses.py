@@ -238,7 +238,7 @@ def last_layer_gradients(student, latents, *gradients, autocast=nullcontext):
         student.forward(latents)                    # not student(latents): a compiled one would not call the hook
     handle.remove()
     with autocast():                                # a region of its own: the first's cached weights have no graph
-        video, weight = student.unpatchify(student.conv_out(inputs[0])), student.conv_out.conv.weight
+        video, weight = student.conv_out(inputs[0]), student.conv_out.conv.weight
     return [torch.autograd.grad(video, weight, g.to(video.dtype), retain_graph=True)[0].float() for g in gradients]
 
 

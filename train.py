@@ -717,7 +717,6 @@ def main(given):
         warmup = set_rates(optimizers, args, run, used)
         weight = args.adversarial_weight * guard(run.validations) * warmup * run.adaptive_weight
         objective.adversarial_weight, objective.discriminator = weight, discriminator if stage2 else None
-
         # The gradient of L = L_1 + α1 L_lpips + α2 L_distill + α3 L_kl + α4 L_adv, in micro-batches.
         began, micros, at_last_layer = time.time(), [], []
         for i in range(accumulate):
@@ -737,7 +736,6 @@ def main(given):
             micros.append((numbers, terms))
             if stage2 and (run.step - start) % 10 == 0:
                 at_last_layer.append(torch.stack(last_layer_gradients(student, latents, *on_video, autocast=autocast)))
-
         # The step, if loss and gradients are finite on all processes. Reading them costs milliseconds of 100 and more.
         for p in discriminator.parameters() if stage2 else ():
             reduce(p.grad).div_(WORLD)                        # DDP does it for the student's

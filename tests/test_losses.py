@@ -6,9 +6,9 @@ import pytest
 import torch
 import torch.nn as nn
 
-from losses import (HEADS, LPIPS, NOISE, Objective, PatchDiscriminator, ProjectionHead, StudentWithHeads,
-                    adaptive_weight, discriminator_loss, distillation_loss, kl_loss, l1_loss, last_layer_gradients,
-                    make_heads, sharpness)
+from losses import (HEADS, KL_WEIGHT, LPIPS, NOISE, SMOOTHNESS, Objective, PatchDiscriminator, ProjectionHead,
+                    StudentWithHeads, adaptive_weight, discriminator_loss, distillation_loss, kl_loss, l1_loss,
+                    last_layer_gradients, make_heads, sharpness)
 from model import CONFIGS, TurboVAED
 
 lpips = pytest.importorskip("lpips")
@@ -50,14 +50,10 @@ def test_l1_of_half_precision_is_taken_in_single():
 def test_kl_is_that_of_the_posterior_summed_over_latents():
     mean, logvar = noise(3, 4, 2, 3, 3), noise(3, 4, 2, 3, 3, seed=1)
     N = torch.distributions.Normal
-    want = torch.distributions.kl_divergence(N(mean, (0.5 * logvar).exp()), N(0.0, 1.0)).sum((1, 2, 3, 4)).mean()
+    want = torch.distributions.kl_divergence(N(mean, (0.5 * logvar).exp()), N(0.0, 1.0)).sum((1, 2, 3, 4))
     torch.testing.assert_close(kl_loss(mean, logvar), want)
-    assert kl_loss(torch.zeros(2, 4), torch.zeros(2, 4)) == 0
-
-
-def test_a_deterministic_encoder_has_no_kl():
-    loss = kl_loss(noise(2, 4, 1, 2, 2), None)
-    assert loss.shape == () and loss == 0
+    assert kl_loss(torch.zeros(2, 4), torch.zeros(2, 4)).tolist() == [0, 0]
+    assert kl_loss(noise(2, 4, 1, 2, 2), None).tolist() == [0, 0]           # a deterministic encoder has none
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -120,12 +116,6 @@ def test_no_head_where_shapes_agree():
     assert heads["mid"](x) is x and not list(heads["mid"].parameters())
     assert isinstance(heads["up0"], ProjectionHead)
     assert isinstance(make_heads({"mid": same}, {"mid": (1, 17, 5, 4, 4)})["mid"], ProjectionHead)
-
-
-@pytest.mark.parametrize("kind", HEADS)
-def test_the_kind_asked_for_is_the_kind_made(kind):
-    made = make_heads({"mid": PAIRS["ltx"][0]}, {"mid": PAIRS["ltx"][1]}, kind)["mid"]
-    assert str(made) == str(ProjectionHead(*PAIRS["ltx"][:2], kind))
 
 
 @pytest.mark.parametrize("student, teacher", [
@@ -260,7 +250,7 @@ def parts(blocks=("mid", "up0"), normalize=False):
     shapes = {b: student.config.feature_shape(b, latents.shape) for b in blocks}
     features = {b: noise(s[0], s[1] + 8, *s[2:], seed=i) for i, (b, s) in enumerate(shapes.items())}
     heads = make_heads(shapes, {b: x.shape for b, x in features.items()})
-    kl = kl_loss(noise(2, 32, 1, 2, 2, seed=5), noise(2, 32, 1, 2, 2, seed=6))
+    kl = kl_loss(noise(2, 32, 1, 2, 2, seed=5), noise(2, 32, 1, 2, 2, seed=6)).mean()
     return StudentWithHeads(student, heads, normalize), latents, features, noise(2, 3, 4, 16, 16, seed=7), kl
 
 
@@ -270,13 +260,12 @@ def gradients(module):
 
 @pytest.mark.parametrize("stage", [1, 2])
 def test_gradients_are_those_of_one_graph_over_equation_5(perceptual, stage):
-    weights = {"lpips": 0.5, "distill": 3.0, "kl": 0.01}
+    weights = {"lpips": 0.5, "distill": 3.0, "kl": KL_WEIGHT}
     model, latents, features, target, kl = parts()
     frames, extra = torch.tensor([[0, 2], [3, 1]]), noise(2, 3, 4, 16, 16, seed=9)
-    objective = Objective(perceptual, **{f"{name}_weight": w for name, w in weights.items()},
-                          adversarial_weight=0.3, smoothness=2.0)
+    objective = Objective(perceptual, weights["lpips"], weights["distill"])
     if stage == 2:
-        objective.discriminator, objective.adaptive_weight = PatchDiscriminator(8), 0.7
+        objective.discriminator, objective.adversarial_weight = PatchDiscriminator(8), 0.2
     terms, (of_video, adversarial) = objective.backward(model, latents, features, target, kl, frames, extra,
                                                         scale=lambda loss: 4 * loss)
     got = gradients(model)
@@ -291,10 +280,10 @@ def test_gradients_are_those_of_one_graph_over_equation_5(perceptual, stage):
         trained = gradients(objective.discriminator)
         objective.discriminator.zero_grad()
         want["adversarial"] = -objective.discriminator(video).mean()
-        want["discriminator"], d_loss = discriminator_loss(objective.discriminator, target, video.detach(), extra, 2.0)
+        want["discriminator"], d_loss = discriminator_loss(objective.discriminator, target, video.detach(), extra)
         (4 * d_loss).backward()
         torch.testing.assert_close(trained, gradients(objective.discriminator))
-    (4 * (loss + (0.3 * 0.7 * want["adversarial"] if stage == 2 else 0))).backward()
+    (4 * (loss + (0.2 * want["adversarial"] if stage == 2 else 0))).backward()
     torch.testing.assert_close(got, gradients(model), rtol=1e-4, atol=1e-6)
     assert set(got) == {name for name, _ in model.named_parameters()}
     assert terms.keys() == want.keys() | {"loss"} and (adversarial is not None) == (stage == 2)
@@ -305,7 +294,6 @@ def test_gradients_are_those_of_one_graph_over_equation_5(perceptual, stage):
 def test_weights_are_equation_5s_unless_said_otherwise(perceptual):
     terms, _ = Objective(perceptual).backward(*parts())
     torch.testing.assert_close(terms["loss"], terms["l1"] + terms["lpips"] + terms["distill"] + 1e-7 * terms["kl"])
-    assert Objective().adversarial_weight == 0.05
 
 
 def test_terms_that_are_off_are_not_there():
@@ -362,10 +350,9 @@ def test_discriminator_loss_is_the_hinge_and_the_approximate_r1_penalty():
     logits = lambda video: video.mean((1, 2, 3, 4))              # real 3 and -1, fake -2 and 0.5
     fill = lambda *values: torch.tensor(values).view(-1, 1, 1, 1, 1).expand(-1, 3, 2, 4, 4)
     real, fake, extra = fill(3.0, -1.0), fill(-2.0, 0.5), fill(1.0, 2.0)
-    hinge, loss = discriminator_loss(logits, real, fake, extra, smoothness=10.0)
+    hinge, loss = discriminator_loss(logits, real, fake, extra)
     assert hinge.item() == pytest.approx((0 + 2) / 2 + (0 + 1.5) / 2)
-    assert loss.item() == pytest.approx(hinge.item() + 10 * NOISE ** 2 * (1 + 4) / 2, rel=1e-4)
-    assert discriminator_loss(logits, real, fake, None, 0.0) == (hinge, hinge)
+    assert loss.item() == pytest.approx(hinge.item() + SMOOTHNESS * NOISE ** 2 * (1 + 4) / 2, rel=1e-4)
 
 
 def test_the_adaptive_weight_is_the_ratio_of_norms_at_the_last_layer():
