@@ -69,6 +69,11 @@ def settings(flags):
     return complete(parse_args(flags))
 
 
+def data_of(folder, *flags):
+    """What a run on a folder is trained on and validated on."""
+    return train.find_data(settings(["--data", str(folder), "--size", "16", "--frames", "8", *map(str, flags)]))
+
+
 def log(out, key="loss"):
     return {line["step"]: line[key] for line in map(json.loads, (out / "log.jsonl").read_text().splitlines())
             if key in line}
@@ -136,9 +141,6 @@ def test_two_processes_equal_one(whole, tmp_path):
     assert abs(log(whole, "psnr")[8] - log(tmp_path, "psnr")[8]) < 0.01
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Video files, the teacher's cache, stage 2.
-
 @pytest.fixture(scope="module")
 def videos(tmp_path_factory):
     """Three videos of 12 frames, and an empty file."""
@@ -156,12 +158,12 @@ def videos(tmp_path_factory):
     return folder
 
 
-def staged_command(out, cache, videos, *flags):
-    """Four steps of stage 1 and six of stage 2, on a cache of what the teacher makes of 2 x 12 clips."""
-    return command(*staged_flags(out, cache, videos, *flags))
+def staged_command(*arguments):
+    return command(*staged_flags(*arguments))
 
 
 def staged_flags(out, cache, videos, *flags):
+    """Four steps of stage 1 and six of stage 2, on a cache of what the teacher makes of 2 x 12 clips."""
     return (out, "--data", videos, "--cache", cache, "--cache-crops", 12, "--steps", 10, "--stage2", "auto",
             "--stage2-steps", 6, "--eval-every", 2, "--warmup", 2, *flags)
 
@@ -184,7 +186,8 @@ def test_the_discriminator_lives_in_stage_2_only(staged):
     saved = checkpoint(out)
     assert saved["stage2_start"] == 4 and len(saved["optimizers"]) == 3 and saved["adaptive_weight"] > 0
     lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-    assert TurboVAED.from_pretrained(out / "best.safetensors").metadata["step"] == str(best_step([line for line in lines if "psnr" in line]))
+    best = TurboVAED.from_pretrained(out / "best.safetensors").metadata["step"]
+    assert best == str(best_step([line for line in lines if "psnr" in line]))
     stage1 = TurboVAED.from_pretrained(out / "best_stage1.safetensors").metadata
     assert int(stage1["step"]) <= 4 and float(stage1["psnr"]) == round(max(log(out, "psnr")[s] for s in (2, 4)), 2)
     # lines say the stage, and in which share of its steps the discriminator was trained
@@ -210,13 +213,13 @@ def test_a_cached_run_trains_on_the_teachers_numbers(staged, videos, tmp_path):
 
 def test_the_cache_is_made_once_and_mended_where_it_is_damaged(staged, videos, tmp_path):
     cache = shutil.copytree(staged / "cache", tmp_path / "cache")
-    whole = (cache / "00000" / "00000007.safetensors").read_bytes()
-    (cache / "00000" / "00000007.safetensors").write_bytes(whole[:len(whole) // 2])
-    (cache / "00000" / "00000011.safetensors").unlink()
+    files = [cache / "00000" / f"{m:08d}.safetensors" for m in (7, 11)]
+    whole = files[0].read_bytes()
+    files[0].write_bytes(whole[:len(whole) // 2])
+    files[1].unlink()
     result = run(*staged_command(tmp_path / "out", cache, videos, "--stage2", "off", "--steps", 1))
-    assert ", 2 to make" in result.stdout
-    assert (cache / "00000" / "00000007.safetensors").read_bytes() == whole
-    assert sum(1 for _ in cache.rglob("*")) == 26 and not list(cache.rglob("*.partial*"))
+    assert ", 2 to make" in result.stdout and files[0].read_bytes() == whole
+    assert sum(1 for _ in cache.rglob("*")) == 26
 
 
 @pytest.mark.parametrize("flags, words", [
@@ -228,7 +231,7 @@ def test_a_cache_of_other_settings_is_refused(staged, videos, tmp_path, flags, w
     fails_in_one_line(run(*staged_command(tmp_path, staged / "cache", videos, *flags), check=False), "cache", *words)
 
 
-def test_a_cache_serves_runs_that_ask_for_less_and_refuses_those_that_ask_for_more(tmp_path):
+def test_a_cache_serves_runs_that_ask_for_less_and_refuses_those_that_ask_for_more(tmp_path, monkeypatch):
     from data import CachedClips
     cache = CachedClips(tmp_path, 2, {"teacher": "tiny"}, blocks=("mid", "up0"))
     for m in range(2):
@@ -241,6 +244,10 @@ def test_a_cache_serves_runs_that_ask_for_less_and_refuses_those_that_ask_for_mo
     assert [fewer[n]["latents"][0].item() for n in range(3)] == [0, 0, 0] and fewer.missing(1) == [0]
     with pytest.raises(ValueError, match="does not fit"):
         cache.put(0, torch.zeros(3, 4, 8, 8), {"latents": torch.full((16, 1, 1, 1), 1e6)})
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(100, 50, 50))
+    cache.check_room(5, 10)
+    with pytest.raises(OSError, match="GB more"):
+        cache.check_room(6, 10)
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "file").touch()
     for folder, entries, blocks, words in (("", 3, (), "made with entries 2, this run has 3"),
@@ -319,7 +326,7 @@ def test_two_processes_equal_one_in_stage_2(staged, videos, tmp_path):
 
 
 def test_a_run_killed_at_random_moments_ends_as_if_it_was_not(staged, videos, tmp_path):
-    """SIGKILL at 3 moments (KILLS=20: at 20): while the cache is filled, while a checkpoint is written, between the last
+    """SIGKILL at 3 moments (KILLS=20: at 20): while the cache is filled or a checkpoint is written, between the last
     step before a validation and its end, as stage 2 begins, or any time."""
     out, cache, rng = tmp_path / "out", tmp_path / "cache", random.Random(os.environ.get("KILLS", "3"))
     arguments = [sys.executable, *staged_command(out, cache, videos)]
@@ -365,9 +372,6 @@ def same_run(one, two):
     assert same(*[b.state_dict() for b in best]) and best[0].metadata == best[1].metadata
     assert not list(two.glob(".*"))
 
-
-# ---------------------------------------------------------------------------------------------------------------------
-# What goes wrong.
 
 def test_a_student_that_is_not_finite_is_not_saved(staged, videos, tmp_path, here, capsys):
     out = shutil.copytree(staged / "out", tmp_path / "out")
@@ -435,15 +439,6 @@ def test_a_disk_that_fills_up_stops_the_run_in_one_line_and_keeps_the_checkpoint
     assert (out / "checkpoint.pt").read_bytes() == before and not list(out.glob(".*"))
 
 
-def test_a_cache_too_large_for_the_disk_is_not_begun(tmp_path, monkeypatch):
-    from data import CachedClips
-    cache = CachedClips(tmp_path / "cache", 10, {})
-    monkeypatch.setattr(shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(100, 50, 50))
-    cache.check_room(5, 10)
-    with pytest.raises(OSError, match="GB more"):
-        cache.check_room(6, 10)
-
-
 def test_videos_that_turn_unreadable_in_a_run_stop_it_in_one_line(videos, tmp_path):
     folder = shutil.copytree(videos, tmp_path / "videos")
     process = subprocess.Popen([sys.executable, *command(tmp_path / "out", "--data", folder,
@@ -478,11 +473,9 @@ def test_wrong_input_gets_one_line(tmp_path, flags, words):
     assert result.stderr.count("\n") == 1
 
 
-def test_a_finished_run_is_not_overwritten_and_not_resumed_with_other_settings(whole):
-    result = run(*command(whole, "--steps", 8), check=False)
-    assert result.returncode == 1 and "--resume" in result.stderr
-    result = run(*command(whole, "--steps", 9, "--resume", "--lr", 1), check=False)
-    assert result.returncode == 1 and "--lr" in result.stderr
+@pytest.mark.parametrize("flags, words", [(("--steps", 8), "--resume"), (("--resume", "--lr", 1), "--lr")])
+def test_a_finished_run_is_not_overwritten_and_not_resumed_with_other_settings(whole, flags, words):
+    fails_in_one_line(run(*command(whole, *flags), check=False), words)
 
 
 def test_the_embedded_path_imports_no_diffusers(tmp_path):
@@ -511,9 +504,6 @@ def test_muon_steps_along_all_directions_alike():
     assert [p is module[1].weight for p in muon.param_groups[0]["params"]] == [True]
     assert len(adamw.param_groups[0]["params"]) == 3 and len(make_optimizers(module, 1e-3, 0.0, 0.0)) == 1
 
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Rules.
 
 def validations(*psnrs, every=10, **more):
     return [{"step": every * (i + 1), "psnr": psnr, "stage": 1} | {key: values[i] for key, values in more.items()}
@@ -545,9 +535,6 @@ def test_the_best_is_of_highest_psnr_then_the_sharpest_within_the_drop():
         assert best_step(validations(20, 22, 21.9, 21.8, sharpness=[1] * 4, val_lpips=lpips, stage=STAGES)) == best
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Presets.
-
 def test_presets_change_what_their_rows_say_and_flags_win():
     plain = vars(settings([]))
     for name, row in train.PRESETS.items():
@@ -566,8 +553,8 @@ def test_presets_change_what_their_rows_say_and_flags_win():
     ltx = settings(["--teacher", "ltx", "--preset", "figure2-all"])
     assert train.student_config(ltx).separable == train.BLOCKS and ltx.lr == 2e-4
     assert train.student_config(settings(["--preset", "figure2-none"])).separable == ()
-    config = train.student_config(settings(["--student", "up=null,[1,2],[2,2],[2,2]", "widths=96,80,64,48,32", "patch=2"]))
-    assert config.up == (None, (1, 2), (2, 2), (2, 2)) and config.widths == (96, 80, 64, 48, 32) and config.patch == 2
+    config = train.student_config(settings(["--student", "up=null,[1,2],[2,2],[2,2]", "widths=96,80,64,48,32"]))
+    assert config.up == (None, (1, 2), (2, 2), (2, 2)) and config.widths == (96, 80, 64, 48, 32)
 
 
 def test_black_frames_that_come_out_exactly_and_infinities_are_told_apart():
@@ -577,14 +564,11 @@ def test_black_frames_that_come_out_exactly_and_infinities_are_told_apart():
         train.measure(lambda z: z.where(z > -1, math.inf), [black], [black], "student")
 
 
-def test_presets_are_listed_and_wrong_ones_named(capsys):
+def test_presets_are_listed(capsys):
     with pytest.raises(SystemExit) as end:
         parse_args(["--preset", "list"])
     out = capsys.readouterr().out
     assert end.value.code in (0, None) and all(name in out for name in train.PRESETS) and "26.91, 0.1391, 0.8155" in out
-    with pytest.raises(SystemExit):
-        parse_args(["--preset", "table9"])
-    assert "table9" in capsys.readouterr().err
 
 
 def test_a_preset_trains_its_student_and_a_resume_knows_it(tmp_path, here):
@@ -597,22 +581,17 @@ def test_a_preset_trains_its_student_and_a_resume_knows_it(tmp_path, here):
 
 
 def test_samples_are_so_many_clips_again_and_again(videos, tmp_path):
-    clips = train.find_data(settings(["--samples", "3", "--size", "8", "--frames", "4"]))[0]
+    clips = data_of("synthetic", "--samples", 3)[0]
     assert torch.equal(clips[0], clips[3]) and torch.equal(clips[2], clips[302]) and not torch.equal(clips[0], clips[1])
     assert clips.describe(5) == "made-up clip 2"
     for i in range(6):
         shutil.copy(videos / f"{i % 3}.mp4", tmp_path / f"{i}.mp4")
         with open(tmp_path / f"{i}.mp4", "ab") as file:
             file.write(bytes(i))
-    folder = ["--data", str(tmp_path), "--size", "16", "--frames", "8"]
-    few, all_of_them = (train.find_data(settings([*folder, *flags]))[0] for flags in (["--samples", "2"], []))
-    assert len(few) == 2 and set(few.files) < set(all_of_them.files)
-    few = train.find_data(settings([*folder, "--samples", "1", "--val-data", "synthetic"]))[0]
-    assert len(few) == 1                                       # whatever validates
+    few, whole = data_of(tmp_path, "--samples", 2)[0], data_of(tmp_path)[0]
+    assert len(few) == 2 and set(few.files) < set(whole.files)
+    assert len(data_of(tmp_path, "--samples", 1, "--val-data", "synthetic")[0]) == 1        # whatever validates
 
-
-# ---------------------------------------------------------------------------------------------------------------------
-# A run is the run it says it is.
 
 def test_every_setting_is_remembered_but_those_that_change_nothing(tmp_path, capsys):
     """What is not given comes from the checkpoint; what is given and may change is said."""
@@ -663,15 +642,16 @@ def test_a_resume_may_not_change_what_is_held_out(begun, videos, here, monkeypat
 
 def test_a_resume_finds_the_same_videos_wherever_they_are(begun, videos, tmp_path, here):
     out, folder = shutil.copytree(begun, tmp_path / "out"), shutil.copytree(videos, tmp_path / "videos")
+    resume = lambda: here(out, "--data", folder, "--steps", 4, "--eval-every", 4, "--dtype", "auto", "--resume")
     shutil.copy(folder / "1.mp4", folder / "3.mp4")
     with pytest.raises(ValueError, match="had other videos"):
-        here(out, "--data", folder, "--steps", 4, "--dtype", "auto", "--resume")
+        resume()
     (folder / "3.mp4").unlink()
     (folder / "0.mp4").rename(folder / "00.mp4")
     with pytest.raises(ValueError, match="had other (held-out )?videos"):
-        here(out, "--data", folder, "--steps", 4, "--dtype", "auto", "--resume")
+        resume()
     (folder / "00.mp4").rename(folder / "0.mp4")
-    here(out, "--data", folder, "--steps", 4, "--eval-every", 4, "--dtype", "auto", "--resume")
+    resume()
     assert checkpoint(out)["step"] == 4
 
 
@@ -737,41 +717,35 @@ def test_all_files_follow_from_the_checkpoint(whole, tmp_path):
 @pytest.mark.parametrize("held", [b"", b"not a checkpoint", "a cut", {"step": 1}, [1]],
                          ids=["empty", "other", "cut", "dict", "list"])
 def test_a_checkpoint_that_is_damaged_is_told(whole, tmp_path, here, held):
-    out = shutil.copytree(whole, tmp_path / "out")
+    file = shutil.copytree(whole, tmp_path / "out") / "checkpoint.pt"
     if isinstance(held, (dict, list)):
-        torch.save(held, out / "checkpoint.pt")
+        torch.save(held, file)
     else:
-        (out / "checkpoint.pt").write_bytes((out / "checkpoint.pt").read_bytes()[:5000] if held == "a cut" else held)
-    with pytest.raises(ValueError, match="nothing to resume: .*checkpoint.pt is missing, damaged or of another version") as error:
-        here(out, "--steps", 9, "--resume")
-    assert "\n" not in str(error.value)
+        file.write_bytes(file.read_bytes()[:5000] if held == "a cut" else held)
+    with pytest.raises(ValueError, match="nothing to resume: .*checkpoint.pt is missing, damaged or of [^\n]*$"):
+        here(file.parent, "--steps", 9, "--resume")
 
 
 def test_copies_of_what_is_held_out_are_not_trained_on(videos, tmp_path):
+    folder = tmp_path / "all"
+    folder.mkdir()
     for name, source in (("a", "0"), ("b", "1"), ("c", "0"), ("d", "2")):
-        (tmp_path / "all").mkdir(exist_ok=True)
-        shutil.copy(videos / f"{source}.mp4", tmp_path / "all" / f"{name}.mp4")
-    (tmp_path / "all" / "hard.mp4").hardlink_to(tmp_path / "all" / "a.mp4")
-    args = settings(["--data", str(tmp_path / "all"), "--size", "16", "--frames", "8"])
-    clips, _, _, fingerprints = train.find_data(args)
-    assert fingerprints["held-out videos"][:-1] == ["a.mp4"] and clips.files == ["b.mp4", "d.mp4"]
+        shutil.copy(videos / f"{source}.mp4", folder / f"{name}.mp4")
+    (folder / "hard.mp4").hardlink_to(folder / "a.mp4")
+    clips, _, _, unchanged = data_of(folder)
+    assert unchanged["held-out videos"][:-1] == ["a.mp4"] and clips.files == ["b.mp4", "d.mp4"]
     shutil.copy(videos / "1.mp4", tmp_path / "val.mp4")
-    args = settings(["--data", str(tmp_path / "all"), "--val-data", str(tmp_path / "val.mp4"), "--size", "16",
-                       "--frames", "8"])
-    assert train.find_data(args)[0].files == ["a.mp4", "c.mp4", "d.mp4", "hard.mp4"]
-    args.val_data = "synthetic"
-    clips, _, name, _ = train.find_data(args)
+    assert data_of(folder, "--val-data", tmp_path / "val.mp4")[0].files == ["a.mp4", "c.mp4", "d.mp4", "hard.mp4"]
+    clips, _, name, _ = data_of(folder, "--val-data", "synthetic")
     assert len(clips) == 5 and name == "held-out made-up clips"
 
 
-def test_no_seed_trains_on_the_held_out_clips(tmp_path, capsys):
-    streams = [train.find_data(settings(["--size", "8", "--frames", "4", "--val-clips", "1", "--seed", str(seed)]))
+def test_no_seed_trains_on_the_held_out_clips():
+    streams = [data_of("synthetic", "--val-clips", 1, "--seed", seed)
                for seed in (data.HELD_OUT_SEED - 1, data.HELD_OUT_SEED, data.HELD_OUT_SEED + 1, 2 ** 32 - 2)]
     assert len({stream.seed for stream, *_ in streams} | {data.HELD_OUT_SEED}) == 5
     assert all(torch.equal(clips[0], streams[0][1][0]) and not torch.equal(stream[0], clips[0])
                for stream, clips, *_ in streams)
-    with pytest.raises(SystemExit):                            # a longer one's words would run into the clip's number
-        parse_args(["--seed", str(2 ** 32 + data.HELD_OUT_SEED)])
 
 
 @pytest.mark.parametrize("start", [0, 3])
@@ -786,37 +760,28 @@ def test_files_of_val_data_are_not_trained_on(videos, tmp_path):
     shutil.copytree(videos, tmp_path / "val")
     (tmp_path / "val" / "2.mp4").unlink()
     (tmp_path / "all" / "link").symlink_to(tmp_path / "val")
-    args = settings(["--data", str(tmp_path / "all"), "--val-data", str(tmp_path / "val"), "--size", "16",
-                       "--frames", "8",
-                       "--val-clips", "1"])
-    clips, val_clips, *_ = train.find_data(args)
+    clips, val_clips, *_ = data_of(tmp_path / "all", "--val-data", tmp_path / "val", "--val-clips", 1)
     assert clips.files == ["train/2.mp4"] and len(val_clips) == 1
-    args.val_data = args.data
     with pytest.raises(ValueError, match="no video is left to train on"):
-        train.find_data(args)
+        data_of(tmp_path / "all", "--val-data", tmp_path / "all")
 
 
 def test_a_held_out_video_that_cannot_be_decoded_gives_way_to_the_next(videos, monkeypatch, capsys):
-    plain = data.VideoClips.clip
+    plain, bad = data.VideoClips.clip, ["0.mp4"]
 
     def clip(self, i, *place):
-        if self.files[i] == "0.mp4":
+        if self.files[i] in bad:
             raise data.BadVideo("damaged")
         return plain(self, i, *place)
 
     monkeypatch.setattr(data.VideoClips, "clip", clip)
-    args = settings(["--data", str(videos), "--size", "16", "--frames", "8"])
-    clips, val_clips, name, fingerprints = train.find_data(args)
-    assert fingerprints["held-out videos"][:-1] == ["1.mp4"] and clips.files == ["0.mp4", "2.mp4"]
-    assert name == "1 held-out videos"
-    assert "not validating on 0.mp4: damaged" in capsys.readouterr().err
-    monkeypatch.setattr(data.VideoClips, "clip", lambda *args: (_ for _ in ()).throw(data.BadVideo("damaged")))
+    clips, _, name, unchanged = data_of(videos)
+    assert unchanged["held-out videos"][:-1] == ["1.mp4"] and clips.files == ["0.mp4", "2.mp4"]
+    assert name == "1 held-out videos" and "not validating on 0.mp4: damaged" in capsys.readouterr().err
+    bad += ["1.mp4", "2.mp4"]
     with pytest.raises(ValueError, match="no video in .* can be decoded to validate on"):
-        train.find_data(settings(["--data", str(videos), "--size", "16", "--frames", "8"]))
+        data_of(videos)
 
-
-# ---------------------------------------------------------------------------------------------------------------------
-# It saves before it ends.
 
 def test_ctrl_c_saves_and_goes_on_bit_for_bit(whole, tmp_path):
     """Sent to the whole process group, loader processes too, as a terminal does."""
@@ -835,24 +800,17 @@ def test_ctrl_c_saves_and_goes_on_bit_for_bit(whole, tmp_path):
     assert log(whole) == log(tmp_path)
 
 
-def stop_at(monkeypatch, step, number=signal.SIGTERM):
-    """The signal comes in the middle of that step."""
-    plain, calls = Objective.backward, []
-
-    def backward(*args, **more):
-        calls.append(1)
-        if len(calls) == 2 * step:                              # two micro-batches a step
-            signal.raise_signal(number)
-        return plain(*args, **more)
-
-    monkeypatch.setattr(Objective, "backward", backward)
-
-
 def test_what_a_line_of_the_log_is_the_mean_of_survives_a_stop(tmp_path, here, monkeypatch):
     flags = ("--steps", 6, "--eval-every", 6, "--log-every", 6, "--stage2", 2)
     here(tmp_path / "a", *flags)
+    plain, calls = Objective.backward, []
+
+    def backward(*args, **more):
+        calls.append(len(calls) == 7 and signal.raise_signal(signal.SIGTERM))       # in the middle of step 4
+        return plain(*args, **more)
+
     with monkeypatch.context() as context, pytest.raises(SystemExit) as end:
-        stop_at(context, 4)
+        context.setattr(Objective, "backward", backward)
         here(tmp_path / "b", *flags)
     assert end.value.code == 143 and checkpoint(tmp_path / "b")["step"] == 4
     here(tmp_path / "b", *flags, "--resume")
@@ -871,18 +829,16 @@ def test_checkpoints_come_by_time_too(tmp_path, here, monkeypatch):
     assert {1, 2, 3, 4} <= set(steps)
 
 
-def test_a_signal_before_the_first_step_ends_at_once(tmp_path, here, monkeypatch):
-    monkeypatch.setattr(train, "load_teacher", lambda *args: signal.raise_signal(signal.SIGINT))
+def test_a_signal_before_the_first_step_and_a_second_ctrl_c_end_at_once(tmp_path, here, monkeypatch):
+    monkeypatch.setattr(Objective, "backward", lambda *args, **more: list(map(signal.raise_signal, [2, 2])))
     with pytest.raises(KeyboardInterrupt):
-        here(tmp_path, "--steps", 1)
-    assert not (tmp_path / "checkpoint.pt").exists()
-
-
-def test_a_second_ctrl_c_ends_at_once_and_keeps_the_checkpoint(tmp_path, here, monkeypatch):
-    monkeypatch.setattr(Objective, "backward", lambda *args, **more: list(map(signal.raise_signal, [signal.SIGINT] * 2)))
+        here(tmp_path / "begun", "--steps", 1)
+    assert checkpoint(tmp_path / "begun")["step"] == 0
+    monkeypatch.setattr(train, "load_teacher", lambda *args: signal.raise_signal(2))
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     with pytest.raises(KeyboardInterrupt):
-        here(tmp_path, "--steps", 1)
-    assert checkpoint(tmp_path)["step"] == 0
+        here(tmp_path / "new", "--steps", 1)
+    assert not (tmp_path / "new" / "checkpoint.pt").exists()
 
 
 def test_two_processes_scan_once_and_stop_together(videos, tmp_path):
@@ -904,9 +860,6 @@ def test_two_processes_scan_once_and_stop_together(videos, tmp_path):
     assert step > 0 and checkpoint(tmp_path / "out")["step"] == step
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Other teachers.
-
 @pytest.mark.parametrize("name, stage2", [("ltx23", "off"), ("hunyuan15", "off"), ("qwen", "1"), ("wan22", "1")])
 def test_two_steps_of_a_teachers_recipe_at_reduced_width(tmp_path, here, monkeypatch, name, stage2):
     """What the recipe aligns, heads and all, on random weights; qwen's clips are single images."""
@@ -926,22 +879,11 @@ def test_two_steps_of_a_teachers_recipe_at_reduced_width(tmp_path, here, monkeyp
     assert student(torch.zeros(1, teacher.latent_channels, 2, 1, 1)).shape[2] == teacher.compression[0] + 1
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# It says what it dies of, and does not die of what it can outlive.
-
 def test_a_teacher_whose_activations_are_beyond_float16_runs_in_float32(tmp_path, here):
     """The embedded one's go beyond 65,504."""
     here(tmp_path, "--steps", 2, "--eval-every", 2, "--dtype", "float16", "--log-every", 2)
     assert all(math.isfinite(log(tmp_path, key)[2]) for key in ("psnr", "teacher_psnr", "l1"))
     assert checkpoint(tmp_path)["args"]["dtype"] == "float16"
-
-
-def test_a_teacher_whose_psnr_is_not_finite_is_refused(tmp_path, here, monkeypatch):
-    from teachers import DCAETeacher
-    plain = DCAETeacher.decode
-    monkeypatch.setattr(DCAETeacher, "decode", lambda self, latents: plain(self, latents) * math.nan)
-    with pytest.raises(RuntimeError, match="tiny teacher's PSNR is nan"):
-        here(tmp_path, "--steps", 2)
 
 
 @pytest.mark.parametrize("dies", ["a step", "a loader process"])
@@ -980,8 +922,7 @@ def test_what_needs_no_teacher_is_found_first(tmp_path, here, monkeypatch):
 
 
 def test_a_checkpoint_is_read_on_the_cpu_and_let_go(whole, tmp_path, here, monkeypatch):
-    out, held = shutil.copytree(whole, tmp_path / "out"), []
-    plain = torch.load
+    out, held, plain, backward = shutil.copytree(whole, tmp_path / "out"), [], torch.load, Objective.backward
 
     def load(path, map_location, **more):
         saved = plain(path, map_location=map_location, **more)
@@ -989,7 +930,6 @@ def test_a_checkpoint_is_read_on_the_cpu_and_let_go(whole, tmp_path, here, monke
         return saved
 
     monkeypatch.setattr(torch, "load", load)
-    backward = Objective.backward
     monkeypatch.setattr(Objective, "backward",
                         lambda *args, **more: (held.append(held[1]() is None), backward(*args, **more))[1])
     here(out, "--steps", 9, "--eval-every", 9, "--resume")
