@@ -32,9 +32,6 @@ def one_line(error, *parts):
     assert "\n" not in message and all(part in message for part in parts), message
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# L1 and KL.
-
 def test_l1_is_the_mean_absolute_error():
     a, b = noise(2, 3, 4, 8, 8), noise(2, 3, 4, 8, 8, seed=1)
     assert l1_loss(a, b).item() == pytest.approx(np.abs(a.numpy() - b.numpy()).mean(), rel=1e-6)
@@ -56,9 +53,6 @@ def test_kl_is_that_of_the_posterior_summed_over_latents():
     assert kl_loss(noise(2, 4, 1, 2, 2), None).tolist() == [0, 0]           # a deterministic encoder has none
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Projection heads.
-
 @pytest.mark.parametrize("kind", HEADS)
 @pytest.mark.parametrize("pair", PAIRS)
 def test_leads_from_the_students_shape_to_the_teachers(pair, kind):
@@ -79,15 +73,6 @@ def test_layers_are_those_of_table_7(kind, layers):
     convs = [m for m in modules if isinstance(m, nn.Conv3d)]
     assert all(conv.kernel_size == (1, 1, 1) for conv in convs)
     assert convs[0].in_channels == 32 and convs[-1].out_channels == 32 * 8
-
-
-@pytest.mark.parametrize("kind", HEADS)
-def test_only_the_mlps_are_not_linear(kind):
-    head = ProjectionHead(*PAIRS["hunyuan"][:2], kind)
-    a, b = noise(*PAIRS["hunyuan"][0]), noise(*PAIRS["hunyuan"][0], seed=1)
-    with torch.no_grad():
-        gap = (head(a + b) - head(a) - head(b) + head(torch.zeros_like(a))).abs().max().item()
-    assert (gap < 1e-4) != kind.startswith("mlp")
 
 
 @pytest.mark.parametrize("pair", PAIRS)
@@ -126,16 +111,10 @@ def test_shapes_without_whole_factors_are_one_line(student, teacher):
     with pytest.raises(ValueError) as error:
         ProjectionHead(student, teacher)
     one_line(error, str(student), str(teacher))
-
-
-def test_an_unknown_kind_is_one_line():
     with pytest.raises(ValueError) as error:
-        ProjectionHead(*PAIRS["ltx"][:2], kind="mlp3")
+        ProjectionHead(student, teacher, kind="mlp3")
     one_line(error, "'mlp3'", *HEADS)
 
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Equation 4.
 
 def two_blocks(scale=1.0):
     """Student's features, teacher's, heads for an ltx-like mid and an identical up0."""
@@ -171,9 +150,6 @@ def test_normalized_distillation_does_not_depend_on_the_teachers_scale():
     by_hand = sum((heads[b](student[b]) - teacher[b] / teacher[b].std()).abs().mean().item() for b in teacher)
     assert normal == pytest.approx(by_hand, rel=1e-5)
 
-
-# ---------------------------------------------------------------------------------------------------------------------
-# LPIPS, with a stand-in for the network, whose weights are a download.
 
 class StandIn(nn.Module):
     """Called as lpips.LPIPS is; its distance is the mean squared error of each image, with a dropout as lpips has."""
@@ -239,9 +215,6 @@ def test_lpips_that_cannot_be_downloaded_says_how_to_go_on(monkeypatch):
         LPIPS()
     one_line(error, "--lpips-weight 0", "vgg", "ConnectionError", torch.hub.get_dir())
 
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Equation 5.
 
 def parts(blocks=("mid", "up0"), normalize=False):
     """A tiny student with heads, and the inputs of one micro-batch: latents, features, target, KL divergence."""
@@ -333,9 +306,6 @@ def test_training_lowers_every_term():
     assert all(history[-1][name] < history[0][name] for name in ("l1", "distill"))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Stage 2.
-
 def test_the_discriminator_gives_a_logit_for_each_patch_and_knows_no_batch():
     torch.manual_seed(0)
     discriminator, video = PatchDiscriminator(8), noise(3, 3, 17, 64, 48)
@@ -393,6 +363,3 @@ def test_sharpness_is_the_energy_above_a_quarter_of_a_cycle_per_pixel():
     assert sharpness(torch.nn.functional.avg_pool3d(video, (1, 3, 3), 1, (0, 1, 1))) < 0.2 * sharpness(video)
 
 
-@pytest.mark.parametrize("width", [4, 12])
-def test_a_discriminator_of_any_width_that_the_command_line_takes(width):
-    assert PatchDiscriminator(width)(torch.zeros(1, 3, 4, 16, 16)).shape == (1, 1, 1, 1, 1)
