@@ -19,10 +19,10 @@ import shutil
 import signal
 import sys
 import tempfile
-import time
-import zlib
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
+from itertools import islice
+from pathlib import Path
 
 import av
 import numpy as np
@@ -40,9 +40,8 @@ from tqdm import tqdm
 # ----------------------------------------------------------------------------------------------------------
 # video files
 
-SUFFIXES = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".ts", ".wmv", ".flv", ".3gp",
-            ".ogv", ".gif")
-IMAGES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")      # a folder of these is a video too
+SUFFIXES = tuple(".mp4 .m4v .mov .mkv .webm .avi .mpg .mpeg .ts .wmv .flv .3gp .ogv .gif".split())
+IMAGES = tuple(".jpg .jpeg .png .bmp .webp .tif .tiff".split())           # a folder of these is a video too
 BROKEN = (av.FFmpegError, OSError, ValueError, MemoryError)     # all that PyAV raises on damaged files
 # The default interpolation loses 2 of 255 levels.
 EXACT = Interpolation.BILINEAR | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT
@@ -121,18 +120,20 @@ def video_stream(container):
     raise BadVideo("no video stream that can be decoded")
 
 
-def frame_files(folder):
-    """The names of a folder's images in the order of the numbers in them, 2 before 10."""
-    names = [name for name in os.listdir(folder) if name.lower().endswith(IMAGES) and not name.startswith(".")]
-    return sorted(names, key=lambda name: [(int(part), "") if k % 2 else (0, part)
-                                           for k, part in enumerate(re.split("([0-9]+)", name))])
+def visible(names, suffixes):
+    """The names that end so; hidden files are nobody's input."""
+    return [name for name in names if name.lower().endswith(suffixes) and name[0] != "."]
 
 
 def image_files(path):
-    """The images that stand for a video, where `path` is a folder of them, or is one; else None."""
-    if os.path.isdir(path):
-        return [os.path.join(path, name) for name in frame_files(path)]
-    return [path] if str(path).lower().endswith(IMAGES) else None
+    """The images that stand for a video, where `path` is a folder of them or is one; else None.
+
+    In the order of the numbers in their names, 2 before 10.
+    """
+    if not os.path.isdir(path):
+        return [path] if str(path).lower().endswith(IMAGES) else None
+    parts = lambda name: [int(part) if k % 2 else part for k, part in enumerate(re.split("([0-9]+)", name))]
+    return [os.path.join(path, name) for name in sorted(visible(os.listdir(path), IMAGES), key=parts)]
 
 
 def count_frames(path):
@@ -145,11 +146,8 @@ def count_frames(path):
     # Without a decoder FFmpeg cannot decode a first frame to learn more than we ask: 0.3 ms a file, not 10.
     with open_video(path, codec_whitelist="none") as container:
         stream, rate = video_stream(container)
-        index = stream.index_entries
-        if container.format.name == "avi" and len(index):       # its header counts empty packets, too
-            return sum(entry.size > 0 for entry in index) + max(0, stream.frames - 1 - index[len(index) - 1].timestamp)
         if stream.frames:                                       # an edit list hides some
-            return stream.frames - sum(entry.is_discard for entry in index)
+            return stream.frames - sum(entry.is_discard for entry in stream.index_entries)
         seconds = stream.duration * stream.time_base if stream.duration else (container.duration or 0) / av.time_base
     return round(seconds * rate) or len(find_frames(path)[0])           # webm from a browser tells no length
 
@@ -193,15 +191,15 @@ def decode_from(path, start):
             codec.thread_count = 1                              # the loader's workers are the parallelism
             if seek:
                 container.seek(int(key), stream=stream)
-            reached, seen, damaged = key is None, 0, False
+            seen, damaged = 0, False
             for packet in container.demux(stream):
                 stamp = packet.dts if packet.pts is None else packet.pts
-                if not reached:
-                    if seek and packet.is_keyframe and stamp is not None and stamp > key:
-                        break                                   # the seek came out behind it: again, from the start
-                    reached = packet.is_keyframe and stamp == key
-                    if not reached:
+                if seek:
+                    if not packet.is_keyframe or stamp is None or stamp < key:
                         continue
+                    if stamp > key:
+                        break                                   # the seek came out behind it: again, from the start
+                    seek = False
                 early = begin is not None and stamp is not None and stamp < begin
                 codec.skip_frame = "NONREF" if early else "DEFAULT"     # on the way, what no other frame needs
                 for frame in packet.decode():
@@ -212,7 +210,7 @@ def decode_from(path, start):
                     if damaged:
                         raise BadVideo("damaged")
                     yield frame
-            if reached:
+            if not seek:
                 return
 
 
@@ -241,15 +239,12 @@ def read_frames(path, start, frames, stride):
             yield image
         return
     taken = 0
-    for number, frame in enumerate(decode_from(path, start)):
-        if number % stride == 0:
-            check_colours(path, frame)
-            check_fields(path, frame)
-            yield picture(frame)
-            taken += 1
-            if taken == frames:
-                return
-    raise BadVideo(f"only {taken} of {frames} frames could be read")
+    for taken, frame in enumerate(islice(decode_from(path, start), 0, (frames - 1) * stride + 1, stride), 1):
+        check_colours(path, frame)
+        check_fields(path, frame)
+        yield picture(frame)
+    if taken < frames:
+        raise BadVideo(f"only {taken} of {frames} frames could be read")
 
 
 @lru_cache(maxsize=4)
@@ -259,22 +254,21 @@ def shuffled(n, *key):
 
 
 def find_videos(root, images=False):
-    """Yields all video files at any depth, as paths relative to root, and all folders that hold images but no video;
-    or, for `images`, every image instead of its folder."""
-    seen = set()
+    """Paths relative to root, sorted, of all video files at any depth and of all folders that hold images but no video;
+    or, for `images`, of every image instead of its folder."""
+    seen, videos = set(), []
     for folder, below, names in os.walk(root, followlinks=True):
+        # Folders whose names begin with . or @ are what systems and editors keep beside the files.
+        below[:] = sorted(name for name in below if name[0] not in ".@")
         if os.path.realpath(folder) in seen:                    # a link that leads back
             below.clear()
             continue
         seen.add(os.path.realpath(folder))
-        # Folders whose names begin with . or @ are what systems and editors keep beside the files.
-        below[:] = sorted(name for name in below if name[0] not in ".@")
-        suffixes = SUFFIXES + IMAGES * images
-        found = [name for name in names if name.lower().endswith(suffixes) and not name.startswith(".")]
-        if not images and not found and frame_files(folder):
+        found = visible(names, SUFFIXES + IMAGES * images)
+        if not found and visible(names, IMAGES):
             found = [""]
-        for name in sorted(found):
-            yield os.path.relpath(os.path.join(folder, name), root).replace(os.sep, "/")
+        videos += [os.path.relpath(os.path.join(folder, name), root) for name in found]
+    return sorted(videos)
 
 
 def part_of(path):
@@ -311,62 +305,52 @@ class VideoClips(Dataset):
     def __init__(self, root, frames, size, stride=1, train=True, seed=0, names=None):
         self.height, self.width = (size, size) if isinstance(size, int) else size
         self.frames, self.stride, self.train, self.seed = frames, stride, train, seed
-        if min(frames, stride, self.height, self.width) < 1:
-            raise ValueError(f"frames, size and stride must be at least 1, not {frames}, {size} and {stride}")
-        self.root = os.path.abspath(root)
+        self.root, self.span = os.path.abspath(root), (frames - 1) * stride + 1
         if not os.path.exists(root):
             raise FileNotFoundError(f"no video file or folder {root}")
-        names = sorted(find_videos(root, images=frames == 1)) if names is None else list(names)
+        if names is None:
+            names = find_videos(root, images=frames == 1)
         if os.path.isfile(root) or names == ["."]:
             self.root, name = os.path.split(self.root)
             names = [name]
 
-        self.span = (frames - 1) * stride + 1
-        self.files, self.counts, self.skipped = [], [], {}
         with ThreadPoolExecutor(8) as pool:                     # opening waits for the disk, mostly
-            for name, (count, reason) in zip(names, pool.map(self.probe, names)):
-                if reason:
-                    self.skipped[name] = reason
-                else:
-                    self.files.append(name)
-                    self.counts.append(count)
-        if int(os.environ.get("RANK", 0)) == 0:                 # all processes of a run find the same
-            lines = [f"skipping {name}: {reason}" for name, reason in self.skipped.items()]
-            if len(lines) > 11:
-                lines[10:] = [f"skipping {len(lines) - 10} more files"]
-            for line in lines:
-                print(line, file=sys.stderr)
+            found = dict(zip(names, pool.map(self.probe, names)))
+        self.skipped = {name: reason for name, reason in found.items() if isinstance(reason, str)}
+        self.files = [name for name in found if name not in self.skipped]
+        self.counts, self.parts = ([found[name][k] for name in self.files] for k in (0, 1))
+        lines = [f"skipping {name}: {reason}" for name, reason in self.skipped.items()]
+        if len(lines) > 11:
+            lines[10:] = [f"skipping {len(lines) - 10} more files"]
+        if lines and int(os.environ.get("RANK", 0)) == 0:       # all processes of a run find the same
+            print(*lines, sep="\n", file=sys.stderr)
         if not self.files:
-            raise ValueError(f"no usable video in {root}: looked for files of {self.span} frames or more that end in "
-                             f"{' '.join(SUFFIXES)}, and for folders of images; "
-                             f"found {len(names)} and skipped them all")
+            raise ValueError(f"no usable video in {root}: found {len(found)} and skipped them all; needed are "
+                             f"{self.span} frames or more, in {' '.join(SUFFIXES)} or folders of images")
 
     def probe(self, name):
-        """(number of frames, None) or (None, why the file cannot be used)."""
+        """(number of frames, what the file holds, in short), or why it cannot be used."""
+        path = os.path.join(self.root, name)
         try:
-            count = count_frames(os.path.join(self.root, name))
+            count = count_frames(path)
+            return (count, part_of(path)) if count >= self.span else f"{count} frames, {self.span} needed"
         except BROKEN as error:
-            return None, why(error)
-        return (count, None) if count >= self.span else (None, f"{count} frames, {self.span} needed")
+            return why(error)
 
     def subset(self, indices):
         """Keeps these of `files` only, and returns itself: to hold some out."""
-        self.files, self.counts = [self.files[i] for i in indices], [self.counts[i] for i in indices]
+        self.files, self.counts, self.parts = (
+            [held[i] for i in indices] for held in (self.files, self.counts, self.parts))
         return self
-
-    def parts(self):
-        """What each file holds, in short."""
-        with ThreadPoolExecutor(8) as pool:
-            return list(pool.map(part_of, (os.path.join(self.root, name) for name in self.files)))
 
     def without(self, others):
         """Drops the files that the VideoClips `others` has too, links and copies, and returns itself."""
-        taken = set(others.parts())
-        return self.subset([i for i, part in enumerate(self.parts()) if part not in taken])
+        taken = set(others.parts)
+        return self.subset([i for i, part in enumerate(self.parts) if part not in taken])
 
     def fingerprint(self):
         """A SHA-256 of the files' names and numbers of frames, and of a piece of each."""
-        return hashlib.sha256(json.dumps([self.files, self.counts, self.parts()]).encode()).hexdigest()
+        return hashlib.sha256(json.dumps([self.files, self.counts, self.parts]).encode()).hexdigest()
 
     def __len__(self):
         return len(self.files)
@@ -383,10 +367,7 @@ class VideoClips(Dataset):
         if n < 0 or not self.train and n >= len(self):
             raise IndexError(f"clip {n} of {len(self)}")
         if not self.train:
-            try:
-                return self.files[n], self.clip(n, 0, 0.5, 0.5)
-            except BROKEN as error:
-                raise BadVideo(f"{self.files[n]}: {why(error)}") from None
+            return self.files[n], self.clip(n, 0, 0.5, 0.5)
         epoch, place = divmod(n, len(self))
         order = shuffled(len(self), self.seed, 1, epoch)
         window, y, x, flip = np.random.default_rng((self.seed, 2, n)).random(4)
@@ -394,27 +375,26 @@ class VideoClips(Dataset):
             i = int(order[(place + k) % len(self)])
             try:
                 video = self.clip(i, window, y, x)
-            except BROKEN as error:
-                # Tried again in the next epoch, as a run that starts there would: what was read before decides nothing.
-                warn_once(f"cannot decode {self.files[i]}: {why(error)}")
-            else:
                 return self.files[i], video.flip(-1) if flip < 0.5 else video
+            except BadVideo as error:
+                # Tried again in the next epoch, as a run that starts there would: what was read before decides nothing.
+                warn_once(f"cannot decode {error}")
         raise RuntimeError(f"none of the {len(self)} videos in {self.root} can be decoded")
 
     def clip(self, i, window, y, x):
-        """File i's clip at `window`, `y`, `x`, each in [0, 1): how far along the room there is."""
+        """File i's clip at `window`, `y`, `x`, each in [0, 1): how far along the room there is. BadVideo names it."""
         path, start = os.path.join(self.root, self.files[i]), 0
-        read = lambda start: [self.crop(image, y, x) for image in read_frames(path, start, self.frames, self.stride)]
         try:
             if window:
                 count = min(self.counts[i], len(find_frames(path)[0]))      # headers may promise too much
                 start = int(window * max(count - self.span + 1, 1))
-            images = read(start)
-        except BROKEN:
+            images = [self.crop(image, y, x) for image in read_frames(path, start, self.frames, self.stride)]
+        except BROKEN as error:
             if not window:
-                raise
-            images = read(0)
+                raise BadVideo(f"{self.files[i]}: {why(error)}") from None
+            video = self.clip(i, 0, y, x)
             warn_once(f"{self.files[i]}: the first window stands in for those that cannot be decoded")
+            return video
         return torch.cat(images).movedim(1, 0).float().div(127.5).sub(1).contiguous()
 
     def crop(self, image, y, x):
@@ -451,8 +431,7 @@ ARCHIVES = {
 def split_names(root, split):
     """The lines of a split's file, wherever under `root` it lies, or of the file `split`."""
     lists = [split] if os.path.isfile(split) else sorted(
-        os.path.join(folder, name) for folder, _, found in os.walk(root)
-        for name in found if name in (split, f"{split}.txt"))
+        glob.glob(f"{glob.escape(root)}/**/{split.removesuffix('.txt')}.txt", recursive=True))
     if not lists:
         raise FileNotFoundError(f"no split {split}: neither a file of that name nor {split}.txt under {root}")
     with open(lists[0]) as file:
@@ -470,36 +449,29 @@ def find_clips(data, root=None, split=None):
 
     Raises FileNotFoundError that says where to get the videos.
     """
-    folder = str(root or (data if os.path.exists(data) else os.path.join("data", data)))
-    if not os.path.exists(folder):
-        hint = f"; it is to be had from {DATA_SETS[data][1]}" if data in DATA_SETS else ""
-        hint += ", or by --download" if data in ARCHIVES else ""
-        raise FileNotFoundError(f"no videos called {data}: put them into the folder {folder}, "
-                                f"or name the folder that holds them{hint}")
+    folder = lists = str(root or (data if os.path.exists(data) else os.path.join("data", data)))
     if data == "davis":
-        # The archive unpacks into a folder DAVIS.
-        folder = os.path.join(folder, "DAVIS") if os.path.isdir(os.path.join(folder, "DAVIS")) else folder
-        frames, lists = (os.path.join(folder, *parts) for parts in (("JPEGImages", "480p"), ("ImageSets", "2017")))
-        if not os.path.isdir(frames):
-            raise FileNotFoundError(f"{folder} holds no JPEGImages/480p, as DAVIS-2017 does; "
-                                    f"get it from {DATA_SETS[data][1]}, or by --download")
-        names = split_names(
-            lists, split or ("test-dev" if os.path.exists(os.path.join(lists, "test-dev.txt")) else "val"))
-        return frames, names
+        if os.path.isdir(f"{folder}/DAVIS"):                    # what the archive unpacks into
+            folder += "/DAVIS"
+        folder, lists = f"{folder}/JPEGImages/480p", f"{folder}/ImageSets/2017"
+        split = split or ("test-dev" if os.path.exists(f"{lists}/test-dev.txt") else "val")
+    if not os.path.exists(folder):
+        source = f"; get it from {DATA_SETS[data][1]}" if data in DATA_SETS else ""
+        source += ", or by --download" if data in ARCHIVES else ""
+        raise FileNotFoundError(f"no videos called {data}: put them into the folder {folder}, "
+                                f"or name the folder that holds them{source}")
     if data == "ucf101":
-        # The release has a folder for each class. The mirror has one folder for all videos.
+        # The release has a folder for each class, the mirror one for all. Lines for training end with a class's number.
         there = {os.path.basename(name): name for name in find_videos(folder)}
-        # In the lists for training, each line ends with the number of the class.
         names = [re.sub(r"\s+\d+$", "", name) for name in split_names(folder, split or "testlist01")]
         return folder, [there.get(os.path.basename(name), name) for name in names]
-    return folder, split_names(folder, split) if split else None
+    return folder, split_names(lists, split) if split else None
 
 
 def download(data, root=None):
     """Fetches and unpacks the archives of davis (0.8 GB) or ucf101 (7 GB) into data/<name>, or `root`.
 
-    Their checksums are checked before they are unpacked. Raises ValueError for other data sets, or for an archive that
-    is not what it was. Raises OSError where an archive cannot be had.
+    Raises ValueError for other data sets, and OSError where an archive cannot be had or its checksum is another.
     """
     if data not in ARCHIVES:
         there = f"; {data} is to be had from {DATA_SETS[data][1]}" if data in DATA_SETS else f", not {data}"
@@ -512,11 +484,9 @@ def download(data, root=None):
             archive = os.path.join(folder, "archive.zip")
             try:
                 torch.hub.download_url_to_file(address, archive, hash_prefix=sha256, progress=sys.stderr.isatty())
-            except OSError as error:
+            except (OSError, RuntimeError) as error:            # the latter: of a wrong checksum
                 raise OSError(f"{address} could not be fetched ({why(error)}); "
                               f"fetch it by hand and unpack it into {root}") from None
-            except RuntimeError:
-                raise ValueError(f"{address} is not the archive whose SHA-256 is {sha256}: nothing unpacked") from None
             shutil.unpack_archive(archive, root)
 
 
@@ -709,16 +679,13 @@ def psnr(a, b, most=math.inf):
 # what a teacher makes of clips, computed once
 
 def write_file(path, data):
-    """Writes bytes beside `path`, then renames: a crash leaves what was there before."""
-    partial = f"{path}.{os.getpid()}.partial"                   # another process may write the same
+    """Writes bytes beside `path`, then renames: a file is whole, or is what was there before."""
+    partial = Path(f"{path}.{os.getpid()}.partial")             # another process may write the same
     try:
-        with open(partial, "wb") as file:
-            file.write(data)
-        os.replace(partial, path)
-    except OSError as error:
-        if os.path.exists(partial):
-            os.remove(partial)
-        raise OSError(f"{path} cannot be written ({error.strerror}); what was there before still is") from None
+        partial.write_bytes(data)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def begin_worker(number):
@@ -727,80 +694,55 @@ def begin_worker(number):
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
-def checksum(tensors, m):
-    """CRC-32 of entry m's {name: tensor}, begun with m: an entry in the place of another is damaged, too."""
-    return f"{zlib.crc32(save(tensors), m):08x}"
-
-
 class CachedClips(Dataset):
     """Clips with the teacher's latents and features, from files that a teacher filled once.
 
     `cache[n]`, any n >= 0, is a dict of tensors: entry m of `count`, all of which come once in every `count`
     consecutive n, in a new order each time. Entry m holds clip m of a training stream (`video`, as uint8: what files
-    hold) and what else `put` was given, in `dtype`. One safetensors file an entry, all of the same size, written
-    whole or not at all, so that filling resumes.
+    hold) and what else `put` was given, in `dtype`: one safetensors file, whole or missing, so that filling resumes.
 
     settings (str -> anything JSON holds) says whose cache it is. Raises ValueError if the folder's manifest says
-    otherwise, or has fewer entries (of more, the first `count` are taken), or when an entry is damaged, which is then
-    removed; OSError where the disk has no room or cannot be read.
+    otherwise, or when an entry is damaged, which is then removed; OSError where the disk has no room or cannot be read.
     """
 
     def __init__(self, folder, count, settings, dtype=torch.float16, blocks=(), seed=0):
-        self.folder, self.count, self.dtype, self.blocks, self.seed = (
-            os.path.abspath(folder), count, dtype, tuple(blocks), seed)
-        manifest, settings = os.path.join(folder, "manifest.json"), settings | {"dtype": str(dtype)[6:]}
+        self.folder, self.count, self.dtype, self.blocks, self.seed = os.path.abspath(folder), count, dtype, blocks, seed
+        manifest = os.path.join(folder, "manifest.json")
+        settings = settings | {"dtype": str(dtype)[6:], "entries": count, "blocks": list(blocks)}
         if not os.path.exists(manifest):
-            if os.path.isfile(folder):
-                raise ValueError(f"{folder} is a file: name an empty or a new folder for the cache")
             os.makedirs(folder, exist_ok=True)
             if os.listdir(folder):
                 raise ValueError(f"{folder} holds files but no cache's manifest.json: name an empty or a new folder")
-            write_file(manifest, json.dumps(settings | {"entries": count, "blocks": blocks}, indent=1).encode())
+            write_file(manifest, json.dumps(settings, indent=1).encode())
         try:
             with open(manifest) as file:
                 self.made = json.load(file)
-            entries, held = int(self.made["entries"]), " ".join(self.made["blocks"])
+            if self.made["entries"] >= count:                   # of more, the first `count` serve
+                settings["entries"] = self.made["entries"]
+            if set(blocks) <= set(self.made["blocks"]):
+                settings["blocks"] = self.made["blocks"]
         except (ValueError, TypeError, KeyError):
             raise ValueError(f"{manifest} is damaged: delete the cache, or name another folder") from None
-        settings["entries"] = max(count, entries)               # of more, the first `count` serve
         for key, value in settings.items():
             if self.made.get(key) != value:
                 raise ValueError(f"the cache {folder} was made with {key} {self.made.get(key)}, this run has {value}: "
                                  f"delete it, or name another folder")
-        if not set(blocks) <= set(self.made["blocks"]):
-            raise ValueError(f"the cache {folder} holds features of {held or 'no block'}, "
-                             f"this run aligns {' '.join(blocks)}: delete it, or name another folder")
 
     def path(self, m):
         return os.path.join(self.folder, f"{m // 1000:05d}", f"{m:08d}.safetensors")
 
-    def missing(self, size):
-        """Numbers of the entries that are not there, or not of `size` bytes: never written, or cut short since."""
-        paths = [self.path(m) for m in range(self.count)]
-        return [m for m, path in enumerate(paths) if not os.path.exists(path) or os.path.getsize(path) != size]
-
-    def tidy(self, age=3600):
-        """Removes what killed runs have left half written, `age` seconds ago or earlier: other runs may be writing."""
-        for path in glob.glob(f"{glob.escape(self.folder)}/*/*.partial"):
-            if time.time() - os.path.getmtime(path) > age:
-                os.remove(path)
-
-    def check_room(self, entries, size):
-        """Raises OSError unless the disk has room for so many more entries of `size` bytes."""
-        free = shutil.disk_usage(self.folder).free
-        if entries * size > free:
-            raise OSError(f"the cache {self.folder} needs {entries * size / 1e9:.1f} GB more, "
-                          f"its disk has {free / 1e9:.1f} GB free")
+    def missing(self):
+        return [m for m in range(self.count) if not os.path.exists(self.path(m))]
 
     def put(self, m, video, tensors):
         """Writes entry m: a clip in [-1, 1] and {name: tensor}, scalars in float32."""
-        entry = {name: (t.to(self.dtype) if t.ndim else t.float()).cpu().contiguous() for name, t in tensors.items()}
-        for name, tensor in entry.items():
-            if not tensor.isfinite().all():
+        entry = {"video": video.cpu().add(1).mul(127.5).round().to(torch.uint8).contiguous()}
+        for name, t in tensors.items():
+            entry[name] = t.to(self.dtype if t.ndim else torch.float32).cpu().contiguous()
+            if not entry[name].isfinite().all():
                 raise ValueError(f"{name} of clip {m} does not fit into {self.dtype}: try --cache-dtype bfloat16")
-        entry["video"] = video.cpu().add(1).mul(127.5).round().to(torch.uint8).contiguous()
         os.makedirs(os.path.dirname(self.path(m)), exist_ok=True)
-        write_file(self.path(m), save(entry, metadata={"crc32": checksum(entry, m)}))
+        write_file(self.path(m), save(entry))
 
     def fill(self, clips, make, batch, rank=0, world=1, barrier=lambda: None, workers=0, say=print):
         """Makes what is missing of clips[m] for all m < count, this process the rank-th share of `world`.
@@ -808,32 +750,27 @@ class CachedClips(Dataset):
         make([m, ...], clips (B, 3, T, H, W)) returns a dict of tensors for each clip. Always the same `batch` clips go
         together, whichever of them are missing: which clips share a batch shows in the last bit of what is made.
         """
-        def make_batches(numbers, missing):
+        def make_batches(numbers):
             groups = [list(range(g * batch, min((g + 1) * batch, self.count))) for g in numbers]
             loader = DataLoader(clips, batch_sampler=groups, num_workers=workers, worker_init_fn=begin_worker)
-            hidden = rank > 0 or not sys.stderr.isatty()
-            for group, video in zip(groups, tqdm(loader, desc="cache", unit="batch", disable=hidden)):
+            bar = tqdm(loader, desc="cache", unit="batch", disable=rank > 0 or None)       # None: off without a terminal
+            for group, video in zip(groups, bar):
                 for m, v, tensors in zip(group, video, make(group, video)):
-                    if m in missing:
+                    if not os.path.exists(self.path(m)):
                         self.put(m, v, tensors)
 
         if rank == 0 and not os.path.exists(self.path(0)):
-            make_batches([0], [0])
+            make_batches([0])
         barrier()
-        # All entries have the size of this one. It tells which are whole, and the room that they need.
-        size = os.path.getsize(self.path(0))
-        missing = set(self.missing(size))
+        missing = self.missing()
+        size = os.path.getsize(self.path(0))                    # of every entry
         say(f"the cache {self.folder}: {self.count} entries of {size / 1e6:.2f} MB, {len(missing)} to make, "
             f"{len(missing) * size / 1e9:.2f} GB")
-        if missing:
-            self.check_room(len(missing), size)
-            self.tidy()
+        if len(missing) * size > shutil.disk_usage(self.folder).free:
+            raise OSError(f"the disk of the cache {self.folder} has no room for {len(missing)} entries more")
+        barrier()                                               # all have seen the same ones missing
+        make_batches(sorted({m // batch for m in missing})[rank::world])
         barrier()
-        make_batches(sorted({m // batch for m in missing})[rank::world], missing)
-        barrier()
-        if self.missing(size):
-            raise OSError(f"the cache {self.folder} is not complete after all processes made their share: "
-                          f"do all nodes see the same folder?")
 
     def number(self, n):
         epoch, place = divmod(n, self.count)
@@ -843,19 +780,14 @@ class CachedClips(Dataset):
         return self.path(self.number(n))
 
     def __getitem__(self, n):
-        m = self.number(n)
-        path = self.path(m)
+        path = self.describe(n)
         with open(path, "rb") as file:
             held = file.read()
         try:
             entry = load(held)
-            header = json.loads(held[8:8 + int.from_bytes(held[:8], "little")])
-            whole = header["__metadata__"]["crc32"] == checksum(entry, m)
+            video = entry.pop("video").float().div(127.5).sub(1)
         except (SafetensorError, ValueError, KeyError):
-            whole = False
-        if not whole:
             os.remove(path)                                     # `fill` makes anew what is not there
-            raise ValueError(f"the cache's {path} was damaged and cannot be used: it is removed, "
-                             f"--resume makes it anew")
+            raise ValueError(f"the cache's {path} was damaged and is removed: --resume makes it anew") from None
         wanted = {name: t for name, t in entry.items() if not name.startswith("features.") or name[9:] in self.blocks}
-        return wanted | {"video": entry["video"].float().div(127.5).sub(1)}
+        return wanted | {"video": video}
