@@ -101,8 +101,8 @@ def check_colours(path, frame, tagged=False):
     _, primaries, transfer = colours(frame)
     if frame.colorspace not in (*MATRICES, 0, 2, 3):
         warn_once(f"{path}: its colours will be wrong: nothing here undoes matrix {frame.colorspace} (FFmpeg's number)")
-    elif not tagged and (primaries == 9 or transfer in (16, 18)):
-        kind = {16: "PQ", 18: "HLG"}.get(transfer, "BT.2020")
+    kind = {16: "PQ", 18: "HLG"}.get(transfer, "BT.2020" if primaries == 9 else None)
+    if kind and not tagged:
         warn_once(f"{path} is {kind} video: its values are taken as they are, not converted to BT.709's")
 
 
@@ -152,6 +152,10 @@ def count_frames(path):
     return round(seconds * rate) or len(find_frames(path)[0])           # webm from a browser tells no length
 
 
+def stamp_of(packet):
+    return packet.dts if packet.pts is None else packet.pts
+
+
 @lru_cache(maxsize=10_000)
 def find_frames(path):
     """(time stamps of a file's frames in the order in which they are shown, time stamps of its key frames).
@@ -163,17 +167,19 @@ def find_frames(path):
     images = image_files(path)
     if images is not None:
         return images, []
+    shown, keys, order = [], [], []
     with open_video(path) as container:
         stream, _ = video_stream(container)
-        packets = [(packet.dts if packet.pts is None else packet.pts, packet.dts, packet.is_keyframe, packet.is_discard)
-                   for packet in container.demux(stream) if packet.size]
+        for packet in container.demux(stream):
+            if packet.size:
+                stamp = stamp_of(packet)
+                shown += [stamp] * (not packet.is_discard)
+                keys += [stamp] * packet.is_keyframe
+                order += [packet.dts] * (packet.dts is not None)
         by_packet = container.format.name == "avi" and stream.codec_context.has_b_frames
-    shown = [stamp for stamp, _, _, hidden in packets if not hidden]
-    order = [dts for _, dts, _, _ in packets if dts is not None]
-    unknown = any(stamp is None for stamp, *_ in packets)
-    if by_packet or unknown or len(set(shown)) < len(shown) or order != sorted(order):
+    if by_packet or None in shown + keys or len(set(shown)) < len(shown) or order != sorted(order):
         return range(len(shown)), []
-    return np.array(sorted(shown)), np.array(sorted(stamp for stamp, _, is_key, _ in packets if is_key))
+    return np.array(sorted(shown)), np.array(sorted(keys))
 
 
 def decode_from(path, start):
@@ -193,7 +199,7 @@ def decode_from(path, start):
                 container.seek(int(key), stream=stream)
             seen, damaged = 0, False
             for packet in container.demux(stream):
-                stamp = packet.dts if packet.pts is None else packet.pts
+                stamp = stamp_of(packet)
                 if seek:
                     if not packet.is_keyframe or stamp is None or stamp < key:
                         continue
@@ -260,13 +266,12 @@ def find_videos(root, images=False):
     for folder, below, names in os.walk(root, followlinks=True):
         # Folders whose names begin with . or @ are what systems and editors keep beside the files.
         below[:] = sorted(name for name in below if name[0] not in ".@")
-        if os.path.realpath(folder) in seen:                    # a link that leads back
+        real = os.path.realpath(folder)
+        if real in seen:                                        # a link that leads back
             below.clear()
             continue
-        seen.add(os.path.realpath(folder))
-        found = visible(names, SUFFIXES + IMAGES * images)
-        if not found and visible(names, IMAGES):
-            found = [""]
+        seen.add(real)
+        found = visible(names, SUFFIXES + IMAGES * images) or [""] * bool(visible(names, IMAGES))
         videos += [os.path.relpath(os.path.join(folder, name), root) for name in found]
     return sorted(videos)
 
@@ -311,21 +316,19 @@ class VideoClips(Dataset):
         if names is None:
             names = find_videos(root, images=frames == 1)
         if os.path.isfile(root) or names == ["."]:
-            self.root, name = os.path.split(self.root)
-            names = [name]
+            self.root, *names = os.path.split(self.root)
 
         with ThreadPoolExecutor(8) as pool:                     # opening waits for the disk, mostly
-            found = dict(zip(names, pool.map(self.probe, names)))
-        self.skipped = {name: reason for name, reason in found.items() if isinstance(reason, str)}
-        self.files = [name for name in found if name not in self.skipped]
-        self.counts, self.parts = ([found[name][k] for name in self.files] for k in (0, 1))
+            self.known = dict(zip(names, pool.map(self.probe, names)))
+        self.skipped = {name: reason for name, reason in self.known.items() if isinstance(reason, str)}
+        self.files = [name for name in self.known if name not in self.skipped]
         lines = [f"skipping {name}: {reason}" for name, reason in self.skipped.items()]
         if len(lines) > 11:
             lines[10:] = [f"skipping {len(lines) - 10} more files"]
         if lines and int(os.environ.get("RANK", 0)) == 0:       # all processes of a run find the same
             print(*lines, sep="\n", file=sys.stderr)
         if not self.files:
-            raise ValueError(f"no usable video in {root}: found {len(found)} and skipped them all; needed are "
+            raise ValueError(f"no usable video in {root}: found {len(names)} and skipped them all; needed are "
                              f"{self.span} frames or more, in {' '.join(SUFFIXES)} or folders of images")
 
     def probe(self, name):
@@ -339,18 +342,18 @@ class VideoClips(Dataset):
 
     def subset(self, indices):
         """Keeps these of `files` only, and returns itself: to hold some out."""
-        self.files, self.counts, self.parts = (
-            [held[i] for i in indices] for held in (self.files, self.counts, self.parts))
+        self.files = [self.files[i] for i in indices]
         return self
 
     def without(self, others):
         """Drops the files that the VideoClips `others` has too, links and copies, and returns itself."""
-        taken = set(others.parts)
-        return self.subset([i for i, part in enumerate(self.parts) if part not in taken])
+        taken = {others.known[name] for name in others.files}
+        return self.subset([i for i, name in enumerate(self.files) if self.known[name] not in taken])
 
     def fingerprint(self):
         """A SHA-256 of the files' names and numbers of frames, and of a piece of each."""
-        return hashlib.sha256(json.dumps([self.files, self.counts, self.parts]).encode()).hexdigest()
+        known = zip(*(self.known[name] for name in self.files))
+        return hashlib.sha256(json.dumps([self.files, *known]).encode()).hexdigest()
 
     def __len__(self):
         return len(self.files)
@@ -383,25 +386,27 @@ class VideoClips(Dataset):
 
     def clip(self, i, window, y, x):
         """File i's clip at `window`, `y`, `x`, each in [0, 1): how far along the room there is. BadVideo names it."""
-        path, start = os.path.join(self.root, self.files[i]), 0
+        name, start = self.files[i], 0
+        path = os.path.join(self.root, name)
         try:
             if window:
-                count = min(self.counts[i], len(find_frames(path)[0]))      # headers may promise too much
+                count = min(self.known[name][0], len(find_frames(path)[0]))     # headers may promise too much
                 start = int(window * max(count - self.span + 1, 1))
             images = [self.crop(image, y, x) for image in read_frames(path, start, self.frames, self.stride)]
         except BROKEN as error:
             if not window:
-                raise BadVideo(f"{self.files[i]}: {why(error)}") from None
+                raise BadVideo(f"{name}: {why(error)}") from None
             video = self.clip(i, 0, y, x)
-            warn_once(f"{self.files[i]}: the first window stands in for those that cannot be decoded")
+            warn_once(f"{name}: the first window stands in for those that cannot be decoded")
             return video
         return torch.cat(images).movedim(1, 0).float().div(127.5).sub(1).contiguous()
 
     def crop(self, image, y, x):
         """(H, W, 3) uint8 to (1, 3, height, width) uint8: the largest crop of that shape at `y`, `x`, resized."""
-        scale = min(image.shape[0] / self.height, image.shape[1] / self.width)
+        height, width, _ = image.shape
+        scale = min(height / self.height, width / self.width)
         h, w = max(1, round(scale * self.height)), max(1, round(scale * self.width))
-        top, left = int(y * (image.shape[0] - h + 1)), int(x * (image.shape[1] - w + 1))
+        top, left = int(y * (height - h + 1)), int(x * (width - w + 1))
         image = torch.from_numpy(np.ascontiguousarray(image[top:top + h, left:left + w])).permute(2, 0, 1)[None]
         return F.interpolate(image, (self.height, self.width), mode="bicubic", antialias=True)
 
@@ -731,9 +736,6 @@ class CachedClips(Dataset):
     def path(self, m):
         return os.path.join(self.folder, f"{m // 1000:05d}", f"{m:08d}.safetensors")
 
-    def missing(self):
-        return [m for m in range(self.count) if not os.path.exists(self.path(m))]
-
     def put(self, m, video, tensors):
         """Writes entry m: a clip in [-1, 1] and {name: tensor}, scalars in float32."""
         entry = {"video": video.cpu().add(1).mul(127.5).round().to(torch.uint8).contiguous()}
@@ -762,7 +764,7 @@ class CachedClips(Dataset):
         if rank == 0 and not os.path.exists(self.path(0)):
             make_batches([0])
         barrier()
-        missing = self.missing()
+        missing = [m for m in range(self.count) if not os.path.exists(self.path(m))]
         size = os.path.getsize(self.path(0))                    # of every entry
         say(f"the cache {self.folder}: {self.count} entries of {size / 1e6:.2f} MB, {len(missing)} to make, "
             f"{len(missing) * size / 1e9:.2f} GB")
@@ -772,12 +774,10 @@ class CachedClips(Dataset):
         make_batches(sorted({m // batch for m in missing})[rank::world])
         barrier()
 
-    def number(self, n):
-        epoch, place = divmod(n, self.count)
-        return int(shuffled(self.count, self.seed, 5, epoch)[place])
-
     def describe(self, n):
-        return self.path(self.number(n))
+        """The file of clip n."""
+        epoch, place = divmod(n, self.count)
+        return self.path(int(shuffled(self.count, self.seed, 5, epoch)[place]))
 
     def __getitem__(self, n):
         path = self.describe(n)
