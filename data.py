@@ -227,7 +227,7 @@ def read_image(path):
             if image.mode.startswith(("I", "F")):               # Pillow would clip more than 8 bits to white
                 raise BadVideo(f"images of 8 bits are needed, not mode {image.mode}")
             return np.array(ImageOps.exif_transpose(image).convert("RGB"))
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:       # all that Pillow raises
+    except Exception as error:                                  # Pillow raises many kinds
         raise BadVideo(f"{os.path.basename(path)}: {why(error)}") from None
 
 
@@ -711,17 +711,16 @@ class CachedClips(Dataset):
     """
 
     def __init__(self, folder, count, settings, dtype=torch.float16, blocks=(), seed=0):
-        self.folder, self.count, self.dtype, self.blocks, self.seed = os.path.abspath(folder), count, dtype, blocks, seed
-        manifest = os.path.join(folder, "manifest.json")
+        self.folder, self.count, self.dtype, self.blocks, self.seed = Path(folder).absolute(), count, dtype, blocks, seed
+        manifest = self.folder / "manifest.json"
         settings = settings | {"dtype": str(dtype)[6:], "entries": count, "blocks": list(blocks)}
-        if not os.path.exists(manifest):
-            os.makedirs(folder, exist_ok=True)
+        if not manifest.exists():
+            self.folder.mkdir(parents=True, exist_ok=True)
             if os.listdir(folder):
                 raise ValueError(f"{folder} holds files but no cache's manifest.json: name an empty or a new folder")
             write_file(manifest, json.dumps(settings, indent=1).encode())
         try:
-            with open(manifest) as file:
-                self.made = json.load(file)
+            self.made = json.loads(manifest.read_bytes())
             if self.made["entries"] >= count:                   # of more, the first `count` serve
                 settings["entries"] = self.made["entries"]
             if set(blocks) <= set(self.made["blocks"]):
@@ -734,7 +733,7 @@ class CachedClips(Dataset):
                                  f"delete it, or name another folder")
 
     def path(self, m):
-        return os.path.join(self.folder, f"{m // 1000:05d}", f"{m:08d}.safetensors")
+        return self.folder / f"{m // 1000:05d}" / f"{m:08d}.safetensors"
 
     def put(self, m, video, tensors):
         """Writes entry m: a clip in [-1, 1] and {name: tensor}, scalars in float32."""
@@ -743,7 +742,7 @@ class CachedClips(Dataset):
             entry[name] = t.to(self.dtype if t.ndim else torch.float32).cpu().contiguous()
             if not entry[name].isfinite().all():
                 raise ValueError(f"{name} of clip {m} does not fit into {self.dtype}: try --cache-dtype bfloat16")
-        os.makedirs(os.path.dirname(self.path(m)), exist_ok=True)
+        self.path(m).parent.mkdir(exist_ok=True)
         write_file(self.path(m), save(entry))
 
     def fill(self, clips, make, batch, rank=0, world=1, barrier=lambda: None, workers=0, say=print):
@@ -752,42 +751,36 @@ class CachedClips(Dataset):
         make([m, ...], clips (B, 3, T, H, W)) returns a dict of tensors for each clip. Always the same `batch` clips go
         together, whichever of them are missing: which clips share a batch shows in the last bit of what is made.
         """
-        def make_batches(numbers):
-            groups = [list(range(g * batch, min((g + 1) * batch, self.count))) for g in numbers]
-            loader = DataLoader(clips, batch_sampler=groups, num_workers=workers, worker_init_fn=begin_worker)
-            bar = tqdm(loader, desc="cache", unit="batch", disable=rank > 0 or None)       # None: off without a terminal
-            for group, video in zip(groups, bar):
-                for m, v, tensors in zip(group, video, make(group, video)):
-                    if not os.path.exists(self.path(m)):
-                        self.put(m, v, tensors)
-
-        if rank == 0 and not os.path.exists(self.path(0)):
-            make_batches([0])
-        barrier()
-        missing = [m for m in range(self.count) if not os.path.exists(self.path(m))]
-        size = os.path.getsize(self.path(0))                    # of every entry
-        say(f"the cache {self.folder}: {self.count} entries of {size / 1e6:.2f} MB, {len(missing)} to make, "
-            f"{len(missing) * size / 1e9:.2f} GB")
-        if len(missing) * size > shutil.disk_usage(self.folder).free:
-            raise OSError(f"the disk of the cache {self.folder} has no room for {len(missing)} entries more")
+        missing = {m for m in range(self.count) if not self.path(m).exists()}
+        say(f"the cache {self.folder}: {self.count} entries, {len(missing)} to make")
         barrier()                                               # all have seen the same ones missing
-        make_batches(sorted({m // batch for m in missing})[rank::world])
+        groups = [range(m, min(m + batch, self.count)) for m in range(0, self.count, batch)]
+        groups = [list(group) for group in groups if missing & set(group)][rank::world]
+        loader = DataLoader(clips, batch_sampler=groups, num_workers=workers, worker_init_fn=begin_worker)
+        bar = tqdm(loader, desc="cache", unit="batch", disable=rank > 0 or None)            # None: off without a terminal
+        for group, video in zip(groups, bar):
+            for m, v, tensors in zip(group, video, make(group, video)):
+                if m in missing:
+                    self.put(m, v, tensors)
+            if rank == 0 and group == groups[0]:
+                size = len(missing) * self.path(m).stat().st_size
+                say(f"the cache needs {size / 1e9:.2f} GB for these")
+                if size > shutil.disk_usage(self.folder).free:
+                    raise OSError(f"the disk of the cache {self.folder} has no room for them")
         barrier()
 
     def describe(self, n):
         """The file of clip n."""
         epoch, place = divmod(n, self.count)
-        return self.path(int(shuffled(self.count, self.seed, 5, epoch)[place]))
+        return str(self.path(int(shuffled(self.count, self.seed, 5, epoch)[place])))
 
     def __getitem__(self, n):
-        path = self.describe(n)
-        with open(path, "rb") as file:
-            held = file.read()
+        path = Path(self.describe(n))
+        held = path.read_bytes()
         try:
             entry = load(held)
-            video = entry.pop("video").float().div(127.5).sub(1)
+            entry["video"] = entry["video"].float().div(127.5).sub(1)
         except (SafetensorError, ValueError, KeyError):
-            os.remove(path)                                     # `fill` makes anew what is not there
+            path.unlink()                                       # `fill` makes anew what is not there
             raise ValueError(f"the cache's {path} was damaged and is removed: --resume makes it anew") from None
-        wanted = {name: t for name, t in entry.items() if not name.startswith("features.") or name[9:] in self.blocks}
-        return wanted | {"video": video}
+        return {name: t for name, t in entry.items() if name[:9] != "features." or name[9:] in self.blocks}
