@@ -184,34 +184,33 @@ def find_frames(path):
 
 def decode_from(path, start):
     """Yields a file's decoded frames from number `start` on; raises one of BROKEN where it is damaged."""
-    begin = key = None                                          # time stamps: of frame `start`, of the key frame before
+    begin, passed, before = -math.inf, start, ()        # the first time stamp, frames to pass, stamps of key frames before
     if start:
         stamps, keys = find_frames(path)
         if start < len(stamps) and len(keys):
-            begin, before = stamps[start], keys[keys <= stamps[start]]
-            key = before[-1] if len(before) > 1 else None       # from the file's beginning without a seek
-    for seek in (key is not None, False):
+            begin, passed, before = stamps[start], 0, keys[keys <= stamps[start]]
+    for seek in (len(before) > 1, False):                       # from the first key frame without a seek
         with open_video(path) as container:
             stream, _ = video_stream(container)
             codec = stream.codec_context
             codec.thread_count = 1                              # the loader's workers are the parallelism
             if seek:
-                container.seek(int(key), stream=stream)
+                container.seek(int(before[-1]), stream=stream)
             seen, damaged = 0, False
             for packet in container.demux(stream):
                 stamp = stamp_of(packet)
                 if seek:
-                    if not packet.is_keyframe or stamp is None or stamp < key:
+                    if not packet.is_keyframe or stamp is None or stamp < before[-1]:
                         continue
-                    if stamp > key:
+                    if stamp > before[-1]:
                         break                                   # the seek came out behind it: again, from the start
                     seek = False
-                early = begin is not None and stamp is not None and stamp < begin
+                early = stamp is not None and stamp < begin
                 codec.skip_frame = "NONREF" if early else "DEFAULT"     # on the way, what no other frame needs
                 for frame in packet.decode():
                     seen += 1
                     damaged = frame.is_corrupt or damaged and not frame.key_frame   # until the next key frame
-                    if seen <= start if begin is None else frame.pts is not None and frame.pts < begin:
+                    if seen <= passed or frame.pts is not None and frame.pts < begin:
                         continue
                     if damaged:
                         raise BadVideo("damaged")
@@ -231,26 +230,28 @@ def read_image(path):
         raise BadVideo(f"{os.path.basename(path)}: {why(error)}") from None
 
 
-def read_frames(path, start, frames, stride):
-    """Yields `frames` frames, (H, W, 3) uint8 RGB, every `stride`-th of the file from number `start` on, holding one at
-    a time. Raises one of BROKEN if the file ends early or is damaged there."""
+def read_frames(path, start, frames):
+    """Yields frames from number `start` on, (H, W, 3) uint8 RGB, holding one at a time.
+
+    Raises one of BROKEN if the file ends early or is damaged there.
+    """
     images = image_files(path)
     if images is not None:
         shape = None
-        for name in images[start:start + (frames - 1) * stride + 1:stride]:
+        for name in images[start:start + frames]:
             image = read_image(name)
             if shape not in (None, image.shape):
                 raise BadVideo(f"{os.path.basename(name)} is of another size than the images before it")
             shape = image.shape
             yield image
         return
-    taken = 0
-    for taken, frame in enumerate(islice(decode_from(path, start), 0, (frames - 1) * stride + 1, stride), 1):
+    number = 0
+    for number, frame in enumerate(islice(decode_from(path, start), frames), 1):
         check_colours(path, frame)
         check_fields(path, frame)
         yield picture(frame)
-    if taken < frames:
-        raise BadVideo(f"only {taken} of {frames} frames could be read")
+    if number < frames:
+        raise BadVideo(f"only {number} of {frames} frames could be read")
 
 
 @lru_cache(maxsize=4)
@@ -292,25 +293,20 @@ class VideoClips(Dataset):
     A video is a file, or a folder of its frames as images; with one frame a clip, every image is one.
 
     names    the videos of `root` to take, as relative paths, instead of all that are there
-    size     an int or (height, width): the largest crop of that shape, resized (bicubic, antialiased), so the
-             short side fits exactly
-    stride   keeps every stride-th frame
+    size     an int or (height, width): the largest crop of that shape, resized so that its short side fits exactly
     train    True: `clips[n]`, any n >= 0, is clip n of an endless stream. Every N clips go once through all N files
-             in a new order, with a random window of time, a random place of the crop along the long side and a
-             random flip, all drawn from (seed, n). A clip that cannot be decoded falls to the file's first
-             window and then to the next files of that order, so that it still depends on (seed, n) and the
-             files alone, whoever asks for it and whatever was read before.
+             in a new order. Window, crop and flip are drawn from (seed, n). A clip that cannot be decoded falls to
+             the file's first window, then to the next files of that order: whatever was read before plays no role.
              False: `clips[i]`, i < N, is the first window of `files[i]`, centre crop, no flip, or BadVideo.
 
-    len() is N, the files that can be used, by sorted relative path in `files`; `skipped` says of every other file why
-    not. Both kinds of bad files are named once on stderr. Raises FileNotFoundError if there is no such folder and
-    ValueError if it holds nothing usable; `clips[n]` raises RuntimeError if no file at all can be decoded.
+    len() is N, the files that can be used, sorted in `files`; `skipped` says of every other file why not. Both kinds of
+    bad files are named once on stderr. Raises FileNotFoundError if there is no such folder and ValueError if it holds
+    nothing usable; `clips[n]` raises RuntimeError if no file at all can be decoded.
     """
 
-    def __init__(self, root, frames, size, stride=1, train=True, seed=0, names=None):
+    def __init__(self, root, frames, size, train=True, seed=0, names=None):
         self.height, self.width = (size, size) if isinstance(size, int) else size
-        self.frames, self.stride, self.train, self.seed = frames, stride, train, seed
-        self.root, self.span = os.path.abspath(root), (frames - 1) * stride + 1
+        self.root, self.frames, self.train, self.seed = os.path.abspath(root), frames, train, seed
         if not os.path.exists(root):
             raise FileNotFoundError(f"no video file or folder {root}")
         if names is None:
@@ -329,14 +325,14 @@ class VideoClips(Dataset):
             print(*lines, sep="\n", file=sys.stderr)
         if not self.files:
             raise ValueError(f"no usable video in {root}: found {len(names)} and skipped them all; needed are "
-                             f"{self.span} frames or more, in {' '.join(SUFFIXES)} or folders of images")
+                             f"{frames} frames or more, in {' '.join(SUFFIXES)} or folders of images")
 
     def probe(self, name):
         """(number of frames, what the file holds, in short), or why it cannot be used."""
         path = os.path.join(self.root, name)
         try:
             count = count_frames(path)
-            return (count, part_of(path)) if count >= self.span else f"{count} frames, {self.span} needed"
+            return (count, part_of(path)) if count >= self.frames else f"{count} frames, {self.frames} needed"
         except BROKEN as error:
             return why(error)
 
@@ -367,8 +363,6 @@ class VideoClips(Dataset):
 
     def find(self, n):
         """(name of the file, clip n)."""
-        if n < 0 or not self.train and n >= len(self):
-            raise IndexError(f"clip {n} of {len(self)}")
         if not self.train:
             return self.files[n], self.clip(n, 0, 0.5, 0.5)
         epoch, place = divmod(n, len(self))
@@ -391,8 +385,8 @@ class VideoClips(Dataset):
         try:
             if window:
                 count = min(self.known[name][0], len(find_frames(path)[0]))     # headers may promise too much
-                start = int(window * max(count - self.span + 1, 1))
-            images = [self.crop(image, y, x) for image in read_frames(path, start, self.frames, self.stride)]
+                start = int(window * max(count - self.frames + 1, 1))
+            images = [self.crop(image, y, x) for image in read_frames(path, start, self.frames)]
         except BROKEN as error:
             if not window:
                 raise BadVideo(f"{name}: {why(error)}") from None
@@ -479,8 +473,8 @@ def download(data, root=None):
     Raises ValueError for other data sets, and OSError where an archive cannot be had or its checksum is another.
     """
     if data not in ARCHIVES:
-        there = f"; {data} is to be had from {DATA_SETS[data][1]}" if data in DATA_SETS else f", not {data}"
-        raise ValueError(f"--download fetches {' and '.join(ARCHIVES)}{there}")
+        there = DATA_SETS[data][1] if data in DATA_SETS else "elsewhere"
+        raise ValueError(f"--download fetches {' and '.join(ARCHIVES)}; {data} is to be had from {there}")
     root = root or os.path.join("data", data)
     os.makedirs(root, exist_ok=True)
     for address, sha256 in ARCHIVES[data]:

@@ -131,21 +131,14 @@ def test_every_epoch_sees_every_file_once_in_its_own_order(tmp_path):
     ("v.mkv", LOSSLESS, 0), ("v.mp4", H264, 0), ("v.mov", H264, 90), ("v.webm", VP9, 0)])
 def test_windows_are_consecutive_frames_and_reach_both_ends(tmp_path, name, kind, first):
     write(tmp_path / name, greys(30), kind, first)
-    for stride in (1, 3):
-        clips = VideoClips(tmp_path, frames=9, size=16, stride=stride)
-        starts = set()
-        for n in range(200):
-            window = numbers(clips[n])
-            assert window == list(range(window[0], window[0] + 9 * stride, stride))
-            starts.add(window[0])
-        assert starts == set(range(30 - 8 * stride))
-        first_window = VideoClips(tmp_path, frames=9, size=16, stride=stride, train=False)[0]
-        assert numbers(first_window) == list(range(0, 9 * stride, stride))
-
-
-def test_a_video_of_exactly_the_needed_length_is_used(tmp_path):
-    write(tmp_path / "v.mp4", greys(9), H264)
-    assert numbers(VideoClips(tmp_path, frames=3, size=16, stride=4)[0]) == [0, 4, 8]
+    clips, starts = VideoClips(tmp_path, frames=9, size=16), set()
+    for n in range(200):
+        window = numbers(clips[n])
+        assert window == list(range(window[0], window[0] + 9))
+        starts.add(window[0])
+    assert starts == set(range(30 - 8))
+    assert numbers(VideoClips(tmp_path, frames=9, size=16, train=False)[0]) == list(range(9))
+    assert numbers(VideoClips(tmp_path, frames=30, size=16)[0]) == list(range(30))      # no longer than is needed
 
 
 def test_centre_crop_and_resize(tmp_path):
@@ -317,7 +310,7 @@ def test_what_was_read_before_decides_nothing(folder, monkeypatch):
 
 def test_damage_in_the_middle_does_not_get_into_clips(tmp_path):
     whole = write(tmp_path / "v.mp4", texture(60), H264)
-    truth = torch.from_numpy(np.stack(list(data.read_frames(whole, 0, 60, 1)))).float()
+    truth = torch.from_numpy(np.stack(list(data.read_frames(whole, 0, 60)))).float()
     damage(whole, 0.35, 0.5)
     clips = VideoClips(tmp_path, 4, (64, 96))
     for n in range(40):
@@ -354,7 +347,7 @@ def test_nothing_to_read_is_one_clear_line(tmp_path):
     write(tmp_path / "short.mkv", greys(3))
     (tmp_path / "empty.mp4").touch()
     with pytest.raises(ValueError) as error:
-        VideoClips(tmp_path, 4, 16, stride=2)
+        VideoClips(tmp_path, 7, 16)
     line = str(error.value)
     assert "\n" not in line and str(tmp_path) in line and ".webm" in line and "7 frames" in line and "found 2" in line
 
@@ -399,12 +392,12 @@ def test_windows_are_exact_in_any_container_and_at_any_rate(tmp_path, name):
             frame.pts = stamp
             container.mux(stream.encode(frame))
         container.mux(stream.encode())
-    levels = np.array([image.mean() for image in data.read_frames(tmp_path / name, 0, 100, 1)])
+    levels = np.array([image.mean() for image in data.read_frames(tmp_path / name, 0, 100)])
     assert np.diff(levels).min() > 0.9 and abs(levels - np.arange(16, 216, 2)).max() < 2
     number_of = lambda image: int(abs(levels - float(image.mean())).argmin())
     for start in range(0, 90, 3):
-        read = list(data.read_frames(tmp_path / name, start, 4, 3))
-        assert [number_of(image) for image in read] == [start, start + 3, start + 6, start + 9]
+        read = list(data.read_frames(tmp_path / name, start, 10))
+        assert [number_of(image) for image in read] == list(range(start, start + 10))
     clips, starts = VideoClips(tmp_path, 8, 16), set()
     for n in range(60):
         first = number_of((clips[n][:, 0] + 1) * 127.5)
@@ -476,9 +469,9 @@ def test_a_folder_of_frames_is_a_video(tmp_path):
     clips = VideoClips(tmp_path, 5, 32, train=False)
     assert clips.files == ["a/unpadded", "b.mkv"]
     assert numbers(clips[0]) == [0, 1, 2, 3, 4] and (clips[0] - clips[1]).abs().max() < 0.01
-    stream = VideoClips(tmp_path / "a", 5, 32, stride=2, train=True)
+    stream = VideoClips(tmp_path / "a", 9, 32)
     seen = {tuple(numbers(stream[n])) for n in range(60)}
-    assert seen == {tuple(range(start, start + 10, 2)) for start in range(4)}    # every window of 9 of the 12
+    assert seen == {tuple(range(start, start + 9)) for start in range(4)}        # every window of 9 of the 12
     (tmp_path / "a" / "unpadded" / ".thumbnails").mkdir()
     alone = VideoClips(tmp_path / "a" / "unpadded", 12, 32, train=False)         # named itself
     assert alone.files == ["unpadded"] and numbers(alone[0]) == list(range(12))
