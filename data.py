@@ -1,11 +1,8 @@
-"""Clips: from videos, from the data sets of the paper, made up from noise, and from a cache.
+"""Clips: from videos, from the data sets of the paper, made up from noise, and from a cache of a teacher's work.
 
-The cache holds what a teacher makes of clips.
-
-Every data set here is a function of one number. In training, `clips[n]` for n = 0, 1, 2, ... is an endless
-stream in which the file, the window, the crop and the flip (or the whole made-up scene) depend on the seed
-and on n alone; train.py asks for n = step * batch + slot. So a resumed run, or a run on any number of
-processes with any number of workers, sees the same clips in the same order without storing sampler state.
+Every data set is a function of one number. In training, `clips[n]` for n = 0, 1, 2, ... is an endless stream: file,
+window, crop and flip, or the whole made-up scene, depend on the seed and on n alone. So a resumed run, or one on any
+number of processes and workers, sees the same clips in the same order. train.py asks for n = step * batch + slot.
 
 Clips are (3, T, H, W), float32, RGB in [-1, 1].
 """
@@ -43,8 +40,9 @@ from tqdm import tqdm
 SUFFIXES = tuple(".mp4 .m4v .mov .mkv .webm .avi .mpg .mpeg .ts .wmv .flv .3gp .ogv .gif".split())
 IMAGES = tuple(".jpg .jpeg .png .bmp .webp .tif .tiff".split())           # a folder of these is a video too
 BROKEN = (av.FFmpegError, OSError, ValueError, MemoryError)     # all that PyAV raises on damaged files
-# The default interpolation loses 2 of 255 levels.
+# The default loses 2 of 255 levels.
 EXACT = Interpolation.BILINEAR | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT
+MATRICES = (1, 4, 5, 6, 7, 9)       # that swscale undoes
 
 
 class BadVideo(ValueError):
@@ -57,19 +55,14 @@ def why(error):
 
 def open_video(path, **options):
     """A context manager. A colon in the name makes no address of it; a title in an unknown encoding does no harm."""
-    address = f"file:{path}"
     try:
-        return av.open(address, options=options)
+        return av.open(f"file:{path}", options=options)
     except UnicodeDecodeError:                                  # PyAV 18; later ones take any title, and no such word
-        return av.open(address, options=options, metadata_errors="ignore")
-
-
-MATRICES = (1, 4, 5, 6, 7, 9)       # that swscale undoes
+        return av.open(f"file:{path}", options=options, metadata_errors="ignore")
 
 
 def colours(frame):
-    """(matrix, primaries, transfer) of a frame by FFmpeg's numbers: what it says, else what players assume: BT.709 from
-    720 rows on, and of RGB; BT.601 below."""
+    """FFmpeg's (matrix, primaries, transfer) of a frame; untagged: BT.709 from 720 rows on and of RGB, else BT.601."""
     assumed = 1 if frame.height >= 720 or frame.format.is_rgb else 6
     matrix = frame.colorspace if frame.colorspace in MATRICES else assumed
     said, belong = (frame.color_primaries, frame.color_trc), {1: (1, 1), 9: (9, 14)}.get(matrix, (6, 6))
@@ -79,8 +72,7 @@ def colours(frame):
 def picture(frame, **how):
     """A decoded frame as (H, W, 3) uint8 RGB, upright; how: of PyAV's reformat, such as width and height before it.
 
-    The colours' matrix is undone; primaries and transfer stay what they are, since swscale's conversion of those moves
-    saturated colours by tens of levels.
+    Only the matrix is undone: swscale's conversion of primaries and transfer moves saturated colours by tens of levels.
     """
     matrix = None if frame.format.is_rgb else colours(frame)[0]
     matrix = 5 if matrix == 6 else matrix                                           # swscale's number of BT.601
@@ -96,8 +88,7 @@ def warn_once(line):
 
 
 def check_colours(path, frame, tagged=False):
-    """Warns, once for each file, of colours that `picture` does not undo; tagged: what is made of it says primaries and
-    transfer."""
+    """Warns, once a file, of colours that `picture` does not undo; tagged: what is made of it says its transfer."""
     _, primaries, transfer = colours(frame)
     if frame.colorspace not in (*MATRICES, 0, 2, 3):
         warn_once(f"{path}: its colours will be wrong: nothing here undoes matrix {frame.colorspace} (FFmpeg's number)")
@@ -126,10 +117,7 @@ def visible(names, suffixes):
 
 
 def image_files(path):
-    """The images that stand for a video, where `path` is a folder of them or is one; else None.
-
-    In the order of the numbers in their names, 2 before 10.
-    """
+    """The images of a folder in the order of the numbers in their names, 2 before 10; or of `path`, if it is one."""
     if not os.path.isdir(path):
         return [path] if str(path).lower().endswith(IMAGES) else None
     parts = lambda name: [int(part) if k % 2 else part for k, part in enumerate(re.split("([0-9]+)", name))]
@@ -160,9 +148,9 @@ def stamp_of(packet):
 def find_frames(path):
     """(time stamps of a file's frames in the order in which they are shown, time stamps of its key frames).
 
-    The packets are read but not decoded, so the stamps are exact in every container and at variable rates. Where stamps
-    do not tell frames apart there are no key frames: such a file is counted from its beginning. AVI stamps packets
-    in the order of decoding; the stamps of joined files jump back.
+    Packets are read but not decoded: stamps are exact in every container and at variable rates. Where stamps do not
+    tell frames apart there are no key frames, and frames are counted from the file's beginning: AVI stamps packets in
+    the order of decoding; the stamps of joined files jump back.
     """
     images = image_files(path)
     if images is not None:
@@ -172,9 +160,8 @@ def find_frames(path):
         stream, _ = video_stream(container)
         for packet in container.demux(stream):
             if packet.size:
-                stamp = stamp_of(packet)
-                shown += [stamp] * (not packet.is_discard)
-                keys += [stamp] * packet.is_keyframe
+                shown += [stamp_of(packet)] * (not packet.is_discard)
+                keys += [stamp_of(packet)] * packet.is_keyframe
                 order += [packet.dts] * (packet.dts is not None)
         by_packet = container.format.name == "avi" and stream.codec_context.has_b_frames
     if by_packet or None in shown + keys or len(set(shown)) < len(shown) or order != sorted(order):
@@ -184,7 +171,7 @@ def find_frames(path):
 
 def decode_from(path, start):
     """Yields a file's decoded frames from number `start` on; raises one of BROKEN where it is damaged."""
-    begin, passed, before = -math.inf, start, ()        # the first time stamp, frames to pass, stamps of key frames before
+    begin, passed, before = -math.inf, start, ()        # first time stamp, frames to pass, key frames before it
     if start:
         stamps, keys = find_frames(path)
         if start < len(stamps) and len(keys):
@@ -231,10 +218,7 @@ def read_image(path):
 
 
 def read_frames(path, start, frames):
-    """Yields frames from number `start` on, (H, W, 3) uint8 RGB, holding one at a time.
-
-    Raises one of BROKEN if the file ends early or is damaged there.
-    """
+    """Yields frames from number `start` on, (H, W, 3) uint8 RGB; raises one of BROKEN where they end or are damaged."""
     images = image_files(path)
     if images is not None:
         shape = None
@@ -261,25 +245,21 @@ def shuffled(n, *key):
 
 
 def find_videos(root, images=False):
-    """Paths relative to root, sorted, of all video files at any depth and of all folders that hold images but no video;
-    or, for `images`, of every image instead of its folder."""
+    """Sorted paths below root of all videos and of folders that hold images but no video, or of images themselves."""
     seen, videos = set(), []
     for folder, below, names in os.walk(root, followlinks=True):
-        # Folders whose names begin with . or @ are what systems and editors keep beside the files.
-        below[:] = sorted(name for name in below if name[0] not in ".@")
         real = os.path.realpath(folder)
-        if real in seen:                                        # a link that leads back
-            below.clear()
-            continue
+        # Not below links that lead back, nor below . and @, which are what systems keep beside the files.
+        below[:] = sorted(name for name in below if name[0] not in ".@" and real not in seen)
+        if real not in seen:
+            names = visible(names, SUFFIXES + IMAGES * images) or [""] * bool(visible(names, IMAGES))
+            videos += [os.path.relpath(os.path.join(folder, name), root) for name in names]
         seen.add(real)
-        found = visible(names, SUFFIXES + IMAGES * images) or [""] * bool(visible(names, IMAGES))
-        videos += [os.path.relpath(os.path.join(folder, name), root) for name in found]
     return sorted(videos)
 
 
 def part_of(path):
-    """A hash that tells a video from another, whatever its name: its size, or its images' sizes, and a piece from the
-    middle of the file or of the first image."""
+    """A hash of the size of a file, or sizes of its images, and of a piece from the middle of it, or of the first."""
     files = image_files(path) or [path]
     sizes = [os.path.getsize(file) for file in files]
     with open(files[0], "rb") as file:
@@ -292,7 +272,7 @@ class VideoClips(Dataset):
 
     A video is a file, or a folder of its frames as images; with one frame a clip, every image is one.
 
-    names    the videos of `root` to take, as relative paths, instead of all that are there
+    names    the videos of `root` to take, as relative paths, instead of all
     size     an int or (height, width): the largest crop of that shape, resized so that its short side fits exactly
     train    True: `clips[n]`, any n >= 0, is clip n of an endless stream. Every N clips go once through all N files
              in a new order. Window, crop and flip are drawn from (seed, n). A clip that cannot be decoded falls to
@@ -324,11 +304,11 @@ class VideoClips(Dataset):
         if lines and int(os.environ.get("RANK", 0)) == 0:       # all processes of a run find the same
             print(*lines, sep="\n", file=sys.stderr)
         if not self.files:
-            raise ValueError(f"no usable video in {root}: found {len(names)} and skipped them all; needed are "
-                             f"{frames} frames or more, in {' '.join(SUFFIXES)} or folders of images")
+            raise ValueError(f"no usable video in {root}: found {len(names)} and skipped them all; it takes {frames} "
+                             f"frames or more, in {' '.join(SUFFIXES)} or folders of images")
 
     def probe(self, name):
-        """(number of frames, what the file holds, in short), or why it cannot be used."""
+        """(number of frames, a hash of the file), or why it cannot be used."""
         path = os.path.join(self.root, name)
         try:
             count = count_frames(path)
@@ -358,7 +338,6 @@ class VideoClips(Dataset):
         return self.find(n)[1]
 
     def describe(self, n):
-        """The file that clip n is from."""
         return self.find(n)[0]
 
     def find(self, n):
@@ -374,7 +353,7 @@ class VideoClips(Dataset):
                 video = self.clip(i, window, y, x)
                 return self.files[i], video.flip(-1) if flip < 0.5 else video
             except BadVideo as error:
-                # Tried again in the next epoch, as a run that starts there would: what was read before decides nothing.
+                # Tried again in the next epoch: what was read before decides nothing.
                 warn_once(f"cannot decode {error}")
         raise RuntimeError(f"none of the {len(self)} videos in {self.root} can be decoded")
 
@@ -415,8 +394,7 @@ DATA_SETS = {
     "vidgen": ((256, 256), "https://huggingface.co/datasets/Fudan-FUXI/VIDGEN-1M"),
     "openvid": ((360, 640), "https://huggingface.co/datasets/nkp37/OpenVid-1M"),
 }
-# name: (address, SHA-256) of each of its archives.
-# DAVIS's test-dev archive, whose place is beside the one named here, is left out: no checksum of it is published.
+# name: (address, SHA-256) of each of its archives. No checksum of DAVIS's test-dev is published.
 ARCHIVES = {
     "davis": [("https://data.vision.ee.ethz.ch/csergi/share/davis/DAVIS-2017-trainval-480p.zip",
                "e3d0b5b77c3d031b000a19e0e25e3e2cac65d183755601bc2cf066df1a2aa492")],
@@ -440,15 +418,14 @@ def split_names(root, split):
 def find_clips(data, root=None, split=None):
     """(folder, names) of the videos that `data` means, for VideoClips; names None for all in the folder.
 
-    data     davis: the split test-dev where that is there, else val
-             ucf101: testlist01, the 3,783 clips of the paper
-             vidgen, openvid, or a video or folder
+    data     davis (its split test-dev where there is one, else val), ucf101 (testlist01, the 3,783 clips of the
+             paper), vidgen, openvid, or a video or folder
     root     the folder where a name is looked for, instead of data/<name>
     split    another list of the data set's, or a text file with a name a line
 
     Raises FileNotFoundError that says where to get the videos.
     """
-    folder = lists = str(root or (data if os.path.exists(data) else os.path.join("data", data)))
+    folder = lists = str(root or (data if os.path.exists(data) else f"data/{data}"))
     if data == "davis":
         if os.path.isdir(f"{folder}/DAVIS"):                    # what the archive unpacks into
             folder += "/DAVIS"
@@ -456,7 +433,7 @@ def find_clips(data, root=None, split=None):
         split = split or ("test-dev" if os.path.exists(f"{lists}/test-dev.txt") else "val")
     if not os.path.exists(folder):
         source = f"; get it from {DATA_SETS[data][1]}" if data in DATA_SETS else ""
-        source += ", or by --download" if data in ARCHIVES else ""
+        source += ", or by --download" * (data in ARCHIVES)
         raise FileNotFoundError(f"no videos called {data}: put them into the folder {folder}, "
                                 f"or name the folder that holds them{source}")
     if data == "ucf101":
@@ -468,24 +445,23 @@ def find_clips(data, root=None, split=None):
 
 
 def download(data, root=None):
-    """Fetches and unpacks the archives of davis (0.8 GB) or ucf101 (7 GB) into data/<name>, or `root`.
+    """Fetches and unpacks davis (0.8 GB) or ucf101 (7 GB) into data/<name>, or `root`.
 
     Raises ValueError for other data sets, and OSError where an archive cannot be had or its checksum is another.
     """
     if data not in ARCHIVES:
         there = DATA_SETS[data][1] if data in DATA_SETS else "elsewhere"
         raise ValueError(f"--download fetches {' and '.join(ARCHIVES)}; {data} is to be had from {there}")
-    root = root or os.path.join("data", data)
+    root = root or f"data/{data}"
     os.makedirs(root, exist_ok=True)
     for address, sha256 in ARCHIVES[data]:
         print(f"fetching {address} into {root}", flush=True)
         with tempfile.TemporaryDirectory(dir=root) as folder:
-            archive = os.path.join(folder, "archive.zip")
+            archive = f"{folder}/archive.zip"
             try:
                 torch.hub.download_url_to_file(address, archive, hash_prefix=sha256, progress=sys.stderr.isatty())
             except (OSError, RuntimeError) as error:            # the latter: of a wrong checksum
-                raise OSError(f"{address} could not be fetched ({why(error)}); "
-                              f"fetch it by hand and unpack it into {root}") from None
+                raise OSError(f"{address} could not be fetched ({why(error)}): unpack it by hand in {root}") from None
             shutil.unpack_archive(archive, root)
 
 
@@ -580,11 +556,11 @@ def film(image, points):
 
 
 class SyntheticClips(Dataset):
-    """Endless made-up video with the statistics of natural images: 1/f textures and dead leaves under a
-    panning camera, with objects that move by themselves and occlude what lies behind them.
+    """Endless made-up video with the statistics of natural images: 1/f textures and dead leaves under a panning camera,
+    with objects that move by themselves and occlude what lies behind them.
 
-    `clips[n]`, any n >= 0, is a (3, frames, size, size) clip in [-1, 1] that depends on `seed` and n only.
-    `length` only matters to code that walks the set from start to end; `distinct`: after so many they come again.
+    `clips[n]`, any n >= 0, is (3, frames, size, size) in [-1, 1], by `seed` and n only. `length`: for code that walks
+    the set from start to end; `distinct`: after so many they come again.
     """
 
     def __init__(self, frames=8, size=64, seed=0, length=1_000_000, distinct=None):
@@ -664,10 +640,9 @@ def check_shapes(a, b):
 
 
 def psnr(a, b, most=math.inf):
-    """PSNR in dB of each clip, (B,): the mean over frames of each frame's PSNR, with a peak of 1 in [0, 1].
+    """PSNR in dB of each clip, (B,): the mean of its frames', with a peak of 1 in [0, 1]; a, b: (B, 3, T, H, W) in [-1, 1].
 
-    a, b: (B, 3, T, H, W) in [-1, 1], clamped to it. most: what a frame counts for at most, in dB; equal frames are
-    infinite. ValueError if shapes differ.
+    most: what a frame counts for at most, in dB; equal frames are infinite. ValueError if shapes differ.
     """
     check_shapes(a, b)
     error = (frames_of(a) - frames_of(b)).square().mean((1, 2, 3))
@@ -696,16 +671,17 @@ def begin_worker(number):
 class CachedClips(Dataset):
     """Clips with the teacher's latents and features, from files that a teacher filled once.
 
-    `cache[n]`, any n >= 0, is a dict of tensors: entry m of `count`, all of which come once in every `count`
-    consecutive n, in a new order each time. Entry m holds clip m of a training stream (`video`, as uint8: what files
-    hold) and what else `put` was given, in `dtype`: one safetensors file, whole or missing, so that filling resumes.
+    `cache[n]`, any n >= 0, is a dict of tensors. Every `count` consecutive n are all entries, in a new order each time.
+    Entry m holds clip m of a training stream (`video`, as uint8: what files hold) and what else `put` was given, in
+    `dtype`: one safetensors file, whole or missing, so that filling resumes.
 
     settings (str -> anything JSON holds) says whose cache it is. Raises ValueError if the folder's manifest says
-    otherwise, or when an entry is damaged, which is then removed; OSError where the disk has no room or cannot be read.
+    otherwise, or when an entry is damaged, which is then removed; OSError where the disk has no room.
     """
 
     def __init__(self, folder, count, settings, dtype=torch.float16, blocks=(), seed=0):
-        self.folder, self.count, self.dtype, self.blocks, self.seed = Path(folder).absolute(), count, dtype, blocks, seed
+        self.folder, self.count, self.seed = Path(folder).absolute(), count, seed
+        self.dtype, self.blocks = dtype, blocks
         manifest = self.folder / "manifest.json"
         settings = settings | {"dtype": str(dtype)[6:], "entries": count, "blocks": list(blocks)}
         if not manifest.exists():
@@ -724,7 +700,7 @@ class CachedClips(Dataset):
         for key, value in settings.items():
             if self.made.get(key) != value:
                 raise ValueError(f"the cache {folder} was made with {key} {self.made.get(key)}, this run has {value}: "
-                                 f"delete it, or name another folder")
+                                 "delete it, or name another folder")
 
     def path(self, m):
         return self.folder / f"{m // 1000:05d}" / f"{m:08d}.safetensors"
@@ -743,7 +719,7 @@ class CachedClips(Dataset):
         """Makes what is missing of clips[m] for all m < count, this process the rank-th share of `world`.
 
         make([m, ...], clips (B, 3, T, H, W)) returns a dict of tensors for each clip. Always the same `batch` clips go
-        together, whichever of them are missing: which clips share a batch shows in the last bit of what is made.
+        together: which clips share a batch shows in the last bit of what is made.
         """
         missing = {m for m in range(self.count) if not self.path(m).exists()}
         say(f"the cache {self.folder}: {self.count} entries, {len(missing)} to make")
@@ -751,7 +727,7 @@ class CachedClips(Dataset):
         groups = [range(m, min(m + batch, self.count)) for m in range(0, self.count, batch)]
         groups = [list(group) for group in groups if missing & set(group)][rank::world]
         loader = DataLoader(clips, batch_sampler=groups, num_workers=workers, worker_init_fn=begin_worker)
-        bar = tqdm(loader, desc="cache", unit="batch", disable=rank > 0 or None)            # None: off without a terminal
+        bar = tqdm(loader, desc="cache", unit="batch", disable=rank > 0 or None)    # None: without a terminal
         for group, video in zip(groups, bar):
             for m, v, tensors in zip(group, video, make(group, video)):
                 if m in missing:
