@@ -184,7 +184,8 @@ def share(mine):
 def progress(items, total, unit):
     """Passes items on, and shows how many there were: by a bar on a terminal, else by a line every 20 seconds."""
     lines = {"delay": 20, "mininterval": 20, "bar_format": "{n_fmt} of {total_fmt}\n"}
-    return tqdm(items, unit, total, leave=not sys.stderr.isatty(), disable=RANK > 0, **{} if sys.stderr.isatty() else lines)
+    look = {"leave": False} if sys.stderr.isatty() else lines
+    return tqdm(items, unit, total, disable=RANK > 0, **look)
 
 
 def load_students(args, device):
