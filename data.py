@@ -98,7 +98,6 @@ def check_colours(path, frame, tagged=False):
 
 
 def check_fields(path, frame):
-    """Warns, once for each file, of interlaced frames, whose two fields are 1/50 s apart, say."""
     if frame.interlaced_frame:
         warn_once(f"{path} is interlaced: its frames are taken as they are, two fields in one picture")
 
@@ -295,7 +294,7 @@ class VideoClips(Dataset):
             self.root, *names = os.path.split(self.root)
 
         with ThreadPoolExecutor(8) as pool:                     # opening waits for the disk, mostly
-            self.known = dict(zip(names, pool.map(self.probe, names)))
+            self.known = dict(zip(names, pool.map(self.probe, names)))      # {name: (frames, hash) or why not}
         self.skipped = {name: reason for name, reason in self.known.items() if isinstance(reason, str)}
         self.files = [name for name in self.known if name not in self.skipped]
         lines = [f"skipping {name}: {reason}" for name, reason in self.skipped.items()]
@@ -308,7 +307,6 @@ class VideoClips(Dataset):
                              f"frames or more, in {' '.join(SUFFIXES)} or folders of images")
 
     def probe(self, name):
-        """(number of frames, a hash of the file), or why it cannot be used."""
         path = os.path.join(self.root, name)
         try:
             count = count_frames(path)
@@ -317,7 +315,7 @@ class VideoClips(Dataset):
             return why(error)
 
     def subset(self, indices):
-        """Keeps these of `files` only, and returns itself: to hold some out."""
+        """Keeps these of `files` only, and returns itself."""
         self.files = [self.files[i] for i in indices]
         return self
 
@@ -327,7 +325,6 @@ class VideoClips(Dataset):
         return self.subset([i for i, name in enumerate(self.files) if self.known[name] not in taken])
 
     def fingerprint(self):
-        """A SHA-256 of the files' names and numbers of frames, and of a piece of each."""
         known = zip(*(self.known[name] for name in self.files))
         return hashlib.sha256(json.dumps([self.files, *known]).encode()).hexdigest()
 
@@ -341,7 +338,6 @@ class VideoClips(Dataset):
         return self.find(n)[0]
 
     def find(self, n):
-        """(name of the file, clip n)."""
         if not self.train:
             return self.files[n], self.clip(n, 0, 0.5, 0.5)
         epoch, place = divmod(n, len(self))
@@ -353,7 +349,6 @@ class VideoClips(Dataset):
                 video = self.clip(i, window, y, x)
                 return self.files[i], video.flip(-1) if flip < 0.5 else video
             except BadVideo as error:
-                # Tried again in the next epoch: what was read before decides nothing.
                 warn_once(f"cannot decode {error}")
         raise RuntimeError(f"none of the {len(self)} videos in {self.root} can be decoded")
 
@@ -437,7 +432,7 @@ def find_clips(data, root=None, split=None):
         raise FileNotFoundError(f"no videos called {data}: put them into the folder {folder}, "
                                 f"or name the folder that holds them{source}")
     if data == "ucf101":
-        # The release has a folder for each class, the mirror one for all. Lines for training end with a class's number.
+        # The mirror has one folder for all classes. Lines for training end with a class's number.
         there = {os.path.basename(name): name for name in find_videos(folder)}
         names = [re.sub(r"\s+\d+$", "", name) for name in split_names(folder, split or "testlist01")]
         return folder, [there.get(os.path.basename(name), name) for name in names]
@@ -640,9 +635,9 @@ def check_shapes(a, b):
 
 
 def psnr(a, b, most=math.inf):
-    """PSNR in dB of each clip, (B,): the mean of its frames', with a peak of 1 in [0, 1]; a, b: (B, 3, T, H, W) in [-1, 1].
+    """PSNR in dB of each clip, (B,): the mean of its frames', with a peak of 1 in [0, 1].
 
-    most: what a frame counts for at most, in dB; equal frames are infinite. ValueError if shapes differ.
+    a, b: (B, 3, T, H, W) in [-1, 1]. most: what a frame counts for at most, in dB; equal frames are infinite.
     """
     check_shapes(a, b)
     error = (frames_of(a) - frames_of(b)).square().mean((1, 2, 3))
@@ -740,7 +735,6 @@ class CachedClips(Dataset):
         barrier()
 
     def describe(self, n):
-        """The file of clip n."""
         epoch, place = divmod(n, self.count)
         return str(self.path(int(shuffled(self.count, self.seed, 5, epoch)[place])))
 
