@@ -123,10 +123,8 @@ def test_every_epoch_sees_every_file_once_in_its_own_order(tmp_path):
         write(tmp_path / f"{k}.mkv", [np.full((16, 16, 3), 40 * k, np.uint8)] * 2)
     clips = VideoClips(tmp_path, frames=1, size=16)
     assert len(clips) == 6
-    orders = [tuple(round((clips[n].mean().item() + 1) * 127.5 / 40) for n in range(6 * e, 6 * e + 6))
-              for e in range(5)]
-    assert all(sorted(order) == list(range(6)) for order in orders)
-    assert len(set(orders)) > 1
+    orders = {tuple(round((clips[6 * e + k].mean().item() + 1) * 127.5 / 40) for k in range(6)) for e in range(5)}
+    assert len(orders) > 1 and all(sorted(order) == list(range(6)) for order in orders)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -165,18 +163,9 @@ def test_centre_crop_and_resize(tmp_path):
         assert blue.abs().max() < 1e-3
 
 
-def test_downscaling_is_antialiased(tmp_path):
-    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
-    write(tmp_path / "v.mkv", [noise] * 2)
-    full, quarter = (VideoClips(tmp_path, 1, size, train=False)[0].std() for size in (64, 16))
-    # the mean of 4 x 4 pixels; sampling them keeps most of it
-    assert quarter < 0.4 * full
-
-
 def test_random_crop_and_flip(tmp_path):
     write(tmp_path / "v.mkv", [ramps(40, 80)] * 3)
-    clips = VideoClips(tmp_path, 2, 40)
-    lefts, flips = set(), 0
+    clips, lefts, flips = VideoClips(tmp_path, 2, 40), set(), 0
     for n in range(150):
         red, green, _ = ((clips[n] + 1) * 127.5).round()
         assert torch.equal(green[0, :, 0], 2.0 * torch.arange(40))   # the short side is whole, and upright
@@ -188,13 +177,16 @@ def test_random_crop_and_flip(tmp_path):
     assert min(lefts) == 0 and max(lefts) == 40 and 50 < flips < 100
 
 
-def test_values_fill_minus_one_to_one(tmp_path):
+def test_resizing_is_antialiased_and_fills_minus_one_to_one(tmp_path):
     edge = np.zeros((32, 32, 3), np.uint8)
     edge[8:24, 8:24] = 255
-    write(tmp_path / "v.mkv", [edge] * 2)
+    write(tmp_path / "edge.mkv", [edge] * 2)
     for size in (16, 32, 50):                                       # bicubic overshoots at edges
-        clip = VideoClips(tmp_path, 1, size)[0]
+        clip = VideoClips(tmp_path / "edge.mkv", 1, size)[0]
         assert clip.min() == -1 and clip.max() == 1
+    path = write(tmp_path / "v.mkv", [np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)] * 2)
+    full, quarter = (VideoClips(path, 1, size, train=False)[0].std() for size in (64, 16))
+    assert quarter < 0.4 * full                                     # the mean of 4 x 4 pixels; sampling keeps most
 
 
 def test_phones_turn_their_pictures(tmp_path):
@@ -267,8 +259,7 @@ def test_many_unusable_files_do_not_flood_the_screen(tmp_path, capfd):
     write(tmp_path / "good.mkv", greys(4))
     for k in range(40):
         (tmp_path / f"{k}.mp4").touch()
-    clips = VideoClips(tmp_path, 4, 16)
-    assert len(clips.skipped) == 40
+    assert len(VideoClips(tmp_path, 4, 16).skipped) == 40
     lines = capfd.readouterr().err.splitlines()
     assert len(lines) == 11 and "30 more" in lines[-1]
 
@@ -291,8 +282,7 @@ def test_a_file_that_breaks_while_decoding_gives_way_to_the_next(tmp_path, capfd
 
 
 def test_what_was_read_before_decides_nothing(folder, monkeypatch):
-    ("A file of which some windows can be decoded and others cannot: "
-     "the clip may not depend on when that was noticed.")
+    """Of a file some windows can be decoded and others cannot: a clip may not depend on when that was noticed."""
     read_frames = data.read_frames
 
     def damaged_opening(path, start, *args):
@@ -350,15 +340,11 @@ def test_nothing_to_read_is_one_clear_line(tmp_path):
     assert "\n" not in line and str(tmp_path) in line and ".webm" in line and "7 frames" in line and "found 2" in line
 
 
-def test_hidden_files_are_nobodys_video(tmp_path):
-    write(tmp_path / "clip.mkv", greys(3))
-    for hidden in ("._clip.mkv", ".clip.1234.mkv"):         # what macOS leaves on other disks, and half-written ones
-        shutil.copy(tmp_path / "clip.mkv", tmp_path / hidden)
-    assert VideoClips(tmp_path, 3, 16).files == ["clip.mkv"]
-
-
-def test_one_file_is_a_folder_of_one(tmp_path):
+def test_one_file_is_a_folder_of_one_and_hidden_files_are_nobodys_video(tmp_path):
     path = write(tmp_path / "v.mkv", greys(6))
+    for hidden in ("._v.mkv", ".v.1234.mkv"):               # what macOS leaves on other disks, and half-written ones
+        shutil.copy(path, tmp_path / hidden)
+    assert VideoClips(tmp_path, 3, 16).files == ["v.mkv"]
     (tmp_path / "empty.mp4").touch()
     clips = VideoClips(path, 6, 16, train=False)
     assert clips.files == ["v.mkv"] and numbers(clips[0]) == list(range(6)) and not clips.skipped
@@ -611,6 +597,8 @@ def test_a_complete_cache_is_only_read(tmp_path):
     clips = SyntheticClips(2, 16)
     make = lambda numbers, video: [{"latents": torch.full((1, 1), float(m))} for m in numbers]
     data.CachedClips(tmp_path, 5, {}).fill(clips, make, 2)
-    before = {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in tmp_path.rglob("*.*")}
-    data.CachedClips(tmp_path, 5, {}).fill(clips, None, 3)                  # makes nothing, so needs no teacher
-    assert {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in tmp_path.rglob("*.*")} == before
+    state = lambda: {path: path.stat().st_mtime_ns for path in (tmp_path, *tmp_path.rglob("*"))}    # folders, too
+    before = state()
+    cache = data.CachedClips(tmp_path, 5, {})
+    cache.fill(clips, None, 3)                                              # makes nothing, so needs no teacher
+    assert sorted(cache[n]["latents"].item() for n in range(5)) == [0, 1, 2, 3, 4] and state() == before
