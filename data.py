@@ -728,9 +728,9 @@ class CachedClips(Dataset):
                 if m in missing:
                     self.put(m, v, tensors)
             if rank == 0 and group == groups[0]:
-                size = len(missing) * self.path(m).stat().st_size
-                say(f"the cache needs {size / 1e9:.2f} GB for these")
-                if size > shutil.disk_usage(self.folder).free:
+                size = self.path(m).stat().st_size
+                say(f"{self.count} entries of {size / 1e6:.2f} MB")
+                if len(missing) * size > shutil.disk_usage(self.folder).free:
                     raise OSError(f"the disk of the cache {self.folder} has no room for them")
         barrier()
 
