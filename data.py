@@ -706,7 +706,7 @@ class CachedClips(Dataset):
         for name, t in tensors.items():
             entry[name] = t.to(self.dtype if t.ndim else torch.float32).cpu().contiguous()
             if not entry[name].isfinite().all():
-                raise ValueError(f"{name} of clip {m} does not fit into {self.dtype}: try --cache-dtype bfloat16")
+                raise ValueError(f"{name} of clip {m} does not fit into {self.dtype}: go without --cache")
         self.path(m).parent.mkdir(exist_ok=True)
         write_file(self.path(m), save(entry))
 
