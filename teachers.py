@@ -14,6 +14,7 @@ Clips are taken whole, without tiles, but for dc's above 32 frames, which its re
 `python teachers.py` prints the table: parameters, compression, clips, blocks and their shapes, licences.
 """
 import argparse
+import json
 import re
 import sys
 from dataclasses import dataclass
@@ -256,11 +257,14 @@ TINY = VideoDCAEConfig(latent_channels=32, widths=(48, 96, 128), encoder_depths=
 # ----------------------------------------------------------------------------------------------------------
 # the interface
 
+IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)         # mean and standard deviation of pixels in [0, 1]
+
+
 class Teacher(nn.Module):
     """A frozen video VAE.
 
-    `name`, `latent_channels`, `compression` = (d_t, d_h, d_w), and `images`: whether a clip has d_t k + 1 frames, so
-    that a single frame is a clip (else d_t k). A kind of teacher adds
+    `name`, `latent_channels`, `compression` = (d_t, d_h, d_w), and `images`, its students' `drop_first`: True where a
+    clip has d_t k + 1 frames, so that a single frame is a clip, else False (d_t k) or h3's 5. A kind of teacher adds
         posterior(video)    (B, 3, T, H, W) in [-1, 1] -> mean and log-variance, each (B, C, t, h, w); None for the
                             latter if the encoder is deterministic. ValueError for a clip that does not fit.
         decode(latents)     (B, C, t, h, w) -> video (B, 3, T, H, W), not clamped
@@ -271,8 +275,8 @@ class Teacher(nn.Module):
         super().__init__()
         self.name, self.vae, self.images = name, vae, images
         self.latent_channels, self.compression = latent_channels, compression
-        self.frame_step = compression[0]            # a clip's frames are k of these, or k and one
-        self.smallest = 1                           # height and width of the latents at least
+        self.frame_step, self.frame_extra = compression[0], int(images)     # a clip has k of the one and the other
+        self.fewest = self.smallest = 1             # frames, and height and width of the latents, at least
 
     @property
     def dtype(self):
@@ -281,14 +285,14 @@ class Teacher(nn.Module):
     def check_clip(self, frames, height, width):
         """Raises ValueError, naming the nearest sizes that fit, unless the clip is one this teacher can encode."""
         _, d_h, d_w = self.compression
-        for what, value, step, extra, least in (("frames", frames, self.frame_step, int(self.images), 1),
+        for what, value, step, extra, least in (("frames", frames, self.frame_step, self.frame_extra, self.fewest),
                                                 ("height", height, d_h, 0, self.smallest * d_h),
                                                 ("width", width, d_w, 0, self.smallest * d_w)):
             if value < least or (value - extra) % step:
                 below = (value - extra) // step * step + extra
                 nearest = dict.fromkeys(str(max(v, least)) for v in (below, below + step) if v > 0)
                 raise ValueError(f"the {self.name} teacher cannot take {what} = {value}: it needs {step}k"
-                                 f"{' + 1' if extra else ''}, for example {' or '.join(nearest)}")
+                                 f"{f' + {extra}' if extra else ''}, for example {' or '.join(nearest)}")
 
     def encode(self, video, sample=True, generator=None):
         """(B, 3, T, H, W) in [-1, 1] -> latents (B, C, t, h, w): a sample of the posterior, or its mean.
@@ -382,11 +386,15 @@ class LTXTeacher(DiffusersTeacher):
 
     def __init__(self, name, vae):
         super().__init__(name, vae)
-        release = {4: "ltx2", 5: "ltx23"}.get(len(vae.config.decoder_layers_per_block))     # one class, two encoders
-        if name not in ("ltx", release):
-            raise ValueError(f"this VAE is not the {name} teacher's" + f" but the {release} teacher's" * bool(release))
+        config, release = vae.config, ("ltx",)          # one class, several encoders
+        if "LTXVideo095DownBlock3D" in config.down_block_types:
+            release = ("ltx095",)
+        elif "decoder_spatial_padding_mode" in config:
+            release = ("ltx23", "ltx25") if len(config.decoder_layers_per_block) > 4 else ("ltx2",)
+        if name not in release:
+            raise ValueError(f"this VAE is not the {name} teacher's but the {' or '.join(release)} teacher's")
         # Reflection needs something to mirror: a second row and column.
-        self.smallest = 2 if vae.config.get("decoder_spatial_padding_mode") == "reflect" else 1
+        self.smallest = 2 if config.get("decoder_spatial_padding_mode") == "reflect" else 1
 
     def conditioning(self, latents):
         """The decoder's timestep for each clip, or None; fixes the noise that the decoder may draw."""
@@ -408,6 +416,81 @@ class LTXTeacher(DiffusersTeacher):
             temb = temb if temb is None else temb * decoder.timestep_scale_multiplier
             x = decoder.mid_block(decoder.conv_in(latents, **causal), temb, **causal)
             yield from run_blocks(x, decoder.up_blocks, temb, **causal)
+
+
+class LTX25Teacher(LTXTeacher):
+    """LTX-2.5: LTX-2.3's encoder with LTX2VideoDiffusionDecoderModel's decoder, which makes video of noise: as released
+    in one step, and here of the same noise for every clip. Its attention needs 7x7 latents and 17 frames at least.
+    Features are those of its four stages before the noise: mid, up1 and up2 are on the grids of the student's."""
+
+    def __init__(self, name, vae):
+        super().__init__(name, vae)
+        self.smallest = max(vae.decoder.det_stages[0][0].attn.kernel_size[1:])
+        last = vae.decoder.diff_blocks[0].attn.kernel_size[0]
+        self.fewest = -(-(last - 1) // self.frame_step) * self.frame_step + 1
+
+    def decode(self, latents):
+        noise = [torch.Generator().manual_seed(0) for _ in latents]
+        return self.vae.decoder(latents.to(self.dtype), noise, num_inference_steps=1)
+
+    def blocks(self, latents):
+        decoder, rate = self.vae.decoder, 1
+        ghosts = latents[:, :, -1:].expand(-1, -1, decoder.trailing_pad_latent_frames, -1, -1)      # cut off again
+        x = decoder.conv_in(torch.cat([latents, ghosts], 2).movedim(1, -1))
+        for name, stage, upsample in zip(("mid", "up0", "up1", "up2"), decoder.det_stages, decoder.upsamples):
+            mask = stage[0].attn.build_block_mask(x)
+            for block in stage:
+                x = block(x, mask)
+            yield name, x[:, :rate * (latents.shape[2] - 1) + 1].movedim(-1, 1)
+            x, rate = upsample(x), rate * upsample.stride[0]
+
+
+class H3Teacher(DiffusersTeacher):
+    """MiniMax H3's VAE, AutoencoderKLMiniMaxH3: a causal encoder of 17 frames at a time, a ViT as the decoder.
+
+    Clips have 17 k + 5 frames and 5 k + 2 latents: the first of each 5 stands for one frame. The ViT sees 7 latents at
+    a time, cross-faded over 5 frames. Video is in [-1, 1] here, in ImageNet's statistics inside. Above 256 pixels a
+    side it goes in tiles, blended over 64, as released; whole frames would give other numbers, since each tile has
+    attention, norms and positions of its own. Features are the tokens a third and two thirds into the ViT, untiled.
+    """
+    def __init__(self, name, vae):
+        super().__init__(name, vae)
+        vae.enable_tiling()
+        self.images, self.window = vae.tokens_chunk_size, vae.tokens_chunk_size + vae.token_overlap
+        self.frame_step, self.frame_extra = vae.config.clip_length, vae.frame_overlap
+        self.fewest = self.frame_step + self.frame_extra
+
+    def posterior(self, video):
+        mean, std = video.new_tensor(IMAGENET).view(2, 3, 1, 1, 1)
+        return super().posterior((video.add(1).div(2) - mean) / std)
+
+    def decode(self, latents):
+        if latents.shape[2] < 3:
+            raise ValueError(f"the {self.name} teacher cannot decode {latents.shape[2]} latents: it needs 3 at least")
+        video = super().decode(latents)
+        mean, std = video.new_tensor(IMAGENET).view(2, 3, 1, 1, 1)
+        return (video * std + mean).mul(2).sub(1)
+
+    def blocks(self, latents):
+        decoder, group, (_, _, t, h, w) = self.vae.decoder, self.images, latents.shape
+        missing = -(t + self.vae.config.token_drop) % group         # its decode, too, repeats the last latent
+        latents = torch.cat([latents, latents[:, :, -1:].expand(-1, -1, missing, -1, -1)], 2)
+        windows = latents.unfold(2, self.window, group).movedim((2, -1), (1, 3))        # (B, n, C, 7, h, w)
+        z = self.vae.post_quant_conv(windows.flatten(0, 1).to(self.vae.post_quant_conv.weight.dtype))
+        x = decoder.proj_in(z.flatten(2).transpose(1, 2))
+        n, registers = x.shape[1], decoder.register_tokens.expand(len(x), -1, -1)
+        x = torch.cat([x, registers.to(x.dtype), torch.zeros_like(x[:, :1])], 1)
+        axes = [torch.arange(0.5, size, device=x.device) / size * 2 - 1 for size in z.shape[2:]]
+        places = torch.stack(torch.meshgrid(*axes, indexing="ij"), -1).flatten(0, 2)
+        rotary = decoder.rope(F.pad(places, (0, 0, 0, x.shape[1] - n)).expand(len(x), -1, -1))
+        depth = len(decoder.transformer_blocks)
+        names = {depth // 3: "mid", 2 * depth // 3: "up0"}
+        for i, block in enumerate(decoder.transformer_blocks, start=1):
+            x = block(x, rotary)
+            if i in names:
+                tokens = x[:, :n].transpose(1, 2).unflatten(2, (-1, h, w)).unflatten(0, windows.shape[:2])
+                own = tokens[:, :, :, :group].transpose(1, 2).flatten(2, 3)
+                yield names[i], torch.cat([own, tokens[:, -1, :, group:]], 2)[:, :, :t]
 
 
 class HunyuanTeacher(DiffusersTeacher):
@@ -509,16 +592,20 @@ RELEASES = {
     "wan21": ("AutoencoderKLWan", "Wan-AI/Wan2.1-T2V-1.3B-Diffusers", "vae", "Apache 2.0"),
     "wan22": ("AutoencoderKLWan", "Wan-AI/Wan2.2-TI2V-5B-Diffusers", "vae", "Apache 2.0"),
     "ltx2": ("AutoencoderKLLTX2Video", "Lightricks/LTX-2", "vae", "LTX-2 Community"),
-    # LTX-2.5's encoder is 2.3's byte for byte, its decoder of the same shape: weights="Lightricks/LTX-2.5-Diffusers"
+    # LTX-2.5's encoder is 2.3's byte for byte, its vae's decoder of the same shape: weights=ltx25's repository
     "ltx23": ("AutoencoderKLLTX2Video", "diffusers/LTX-2.3-Diffusers", "vae", "LTX-2 Community"),
     "hunyuan15": ("AutoencoderKLHunyuanVideo15", "hunyuanvideo-community/HunyuanVideo-1.5-Diffusers-480p_t2v", "vae",
                   "Tencent Hunyuan Community"),
     "qwen": ("AutoencoderKLQwenImage", "Qwen/Qwen-Image", "vae", "Apache 2.0"),
+    "ltx095": ("AutoencoderKLLTXVideo", "Lightricks/LTX-Video-0.9.5", "vae", "LTX-Video Open Weights"),
+    "ltx25": ("LTX2VideoDiffusionDecoderModel", "Lightricks/LTX-2.5-Diffusers", "vae", "LTX-2 Community"),
+    "h3": ("AutoencoderKLMiniMaxH3", "MiniMaxAI/MiniMax-H3", "vae", "MiniMax H3 Community"),
     "tiny": (None, None, "model.safetensors", "MIT, in this repository"),
 }
 TEACHERS = tuple(RELEASES)
 KINDS = {"ltx": LTXTeacher, "hunyuan": HunyuanTeacher, "cog": CogTeacher, "wan21": WanTeacher, "wan22": WanTeacher,
-         "ltx2": LTXTeacher, "ltx23": LTXTeacher, "hunyuan15": Hunyuan15Teacher, "qwen": QwenTeacher}
+         "ltx2": LTXTeacher, "ltx23": LTXTeacher, "hunyuan15": Hunyuan15Teacher, "qwen": QwenTeacher,
+         "ltx095": LTXTeacher, "ltx25": LTX25Teacher, "h3": H3Teacher}
 # where the released configuration is not diffusers' default
 CONFIGURATIONS = {
     "wan22": dict(base_dim=160, decoder_base_dim=256, z_dim=48, is_residual=True, in_channels=12, out_channels=12,
@@ -530,7 +617,15 @@ CONFIGURATIONS = {
                   upsample_type=("spatiotemporal", "spatiotemporal", "temporal", "spatial"),
                   upsample_factor=(2, 2, 1, 2), upsample_residual=(False,) * 4, decoder_causal=False,
                   decoder_spatial_padding_mode="zeros", spatial_compression_ratio=32, temporal_compression_ratio=8),
+    "ltx095": dict(block_out_channels=(128, 256, 512, 1024, 2048), down_block_types=("LTXVideo095DownBlock3D",) * 4,
+                   layers_per_block=(4, 6, 6, 2, 2), spatio_temporal_scaling=(True,) * 4,
+                   downsample_type=("spatial", "temporal", "spatiotemporal", "spatiotemporal"),
+                   decoder_block_out_channels=(256, 512, 1024), decoder_layers_per_block=(5,) * 4,
+                   decoder_spatio_temporal_scaling=(True,) * 3, decoder_inject_noise=(False,) * 4,
+                   upsample_residual=(True,) * 3, upsample_factor=(2,) * 3, timestep_conditioning=True,
+                   spatial_compression_ratio=32, temporal_compression_ratio=8),
 }
+CONFIGURATIONS["ltx25"] = CONFIGURATIONS["ltx23"]
 TINY_WEIGHTS = Path(__file__).resolve().parent / "assets" / "tiny_teacher" / "model.safetensors"
 WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
 
@@ -539,10 +634,12 @@ def load_weights(module, path):
     """Fills `module` from a safetensors file of exactly its keys and shapes, finite values; else ValueError."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
-    if not Path(path).is_file():
+    index = path.with_name(f"{path.name}.index.json")
+    files = shards(index) if index.is_file() else [path]
+    if not all(file.is_file() for file in files):
         raise FileNotFoundError(f"no teacher weights at {path}")
     try:
-        state = load_file(path)
+        state = {key: tensor for file in files for key, tensor in load_file(file).items()}
     except SafetensorError as error:
         raise ValueError(f"{path} is no whole safetensors file: {error}") from None
     ours = module.state_dict()
@@ -564,7 +661,7 @@ def load_teacher(name, weights=None, device="cpu", dtype=torch.float32):
     """A frozen teacher in evaluation mode.
 
     weights: None for the released ones (from the hub, cached; tiny's are in the repository), a .safetensors file, a
-             folder (as on the hub, or the pipeline's around it), another hub id ("Lightricks/LTX-Video-0.9.5"), or
+             folder (as on the hub, or the pipeline's around it), another hub id ("Lightricks/LTX-Video-0.9.1"), or
              "random" for the right shapes without a download (seeded: every process gets the same).
     Raises ValueError or OSError, one line each, if the name is unknown, or the weights cannot be found, read or fitted.
     """
@@ -573,7 +670,10 @@ def load_teacher(name, weights=None, device="cpu", dtype=torch.float32):
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(0)      # the CPU's only: GPUs' generators are not restored
         teacher = build(name, find_weights(name, weights))
-    return teacher.to(device, dtype).eval().requires_grad_(False)
+    teacher, pinned = teacher.to(device), getattr(teacher.vae, "_keep_in_fp32_modules", None) or ()     # h3's
+    for key, p in teacher.named_parameters():
+        p.data = p.data.to(torch.float32 if set(pinned) & set(key.split(".")) else dtype)
+    return teacher.eval().requires_grad_(False)
 
 
 def find_weights(name, weights):
@@ -592,8 +692,19 @@ def find_weights(name, weights):
             raise FileNotFoundError(f"no teacher weights at {weights}: name a file, a folder or a hub id")
     if name == "dc":
         return from_hub(repo, inside)
-    from_hub(repo, f"{inside}/{WEIGHTS_FILE}")
-    return from_hub(repo, f"{inside}/config.json").parent
+    for folder in ("diffusion_decoder", inside)[name != "ltx25":]:
+        try:
+            from_hub(repo, f"{folder}/{WEIGHTS_FILE}")
+        except OSError:
+            for file in shards(from_hub(repo, f"{folder}/{WEIGHTS_FILE}.index.json")):
+                from_hub(repo, f"{folder}/{file.name}")
+        config = from_hub(repo, f"{folder}/config.json")
+    return config.parent
+
+
+def shards(index):
+    """The files of weights that an index names, beside it."""
+    return sorted({index.with_name(name) for name in json.loads(index.read_text())["weight_map"].values()})
 
 
 def build(name, path):
@@ -611,19 +722,28 @@ def build(name, path):
     except AttributeError:
         raise OSError(f"the {name} teacher needs a newer diffusers, with {RELEASES[name][0]}: "
                       f"pip install -U diffusers") from None
-    if path is None or path.is_file():
-        vae = kind(**CONFIGURATIONS.get(name, {}))
-    else:
-        folder = next((f for f in (path, path / "vae") if (f / "config.json").is_file()), None)
-        if folder is None:
-            raise FileNotFoundError(f"no config.json in {path} nor in its folder vae: not a diffusers VAE")
-        config = kind.load_config(folder)
-        if config.get("_class_name", kind.__name__) != kind.__name__:
-            raise ValueError(f"{folder} holds an {config['_class_name']}; the {name} teacher is an {kind.__name__}")
-        vae, path = kind.from_config(config), folder / WEIGHTS_FILE
-    if path is not None:
-        load_weights(vae, path)
+    if path is not None and path.is_dir() and not (path / "config.json").is_file():
+        path = path / "vae"
+    vae = build_part(diffusers.AutoencoderKLLTX2Video if name == "ltx25" else kind, path, CONFIGURATIONS.get(name, {}))
+    if name == "ltx25":         # the decoder is in the pipeline's other folder
+        vae.decoder = build_part(kind, path and path.parent / "diffusion_decoder", {}).decoder
     return KINDS[name](name, vae)
+
+
+def build_part(kind, path, options):
+    """A part of a diffusers pipeline by its folder, by a file of weights and options, or with random weights."""
+    if path is None or path.is_file():
+        part = kind(**options)
+    else:
+        if not (path / "config.json").is_file():
+            raise FileNotFoundError(f"no config.json in {path}: this is not a diffusers {kind.__name__}")
+        config = kind.load_config(path)
+        if config.get("_class_name", kind.__name__) != kind.__name__:
+            raise ValueError(f"{path} holds an {config['_class_name']}, not an {kind.__name__}")
+        part, path = kind.from_config(config), path / WEIGHTS_FILE
+    if path is not None:
+        load_weights(part, path)
+    return part
 
 
 def from_hub(repo, file):

@@ -40,10 +40,21 @@ SMALL_DIFFUSERS = {
     "hunyuan15": dict(latent_channels=4, block_out_channels=(8, 8, 16, 16, 16), layers_per_block=1),
     "qwen": dict(base_dim=8, z_dim=4, num_res_blocks=1),
 }
+SMALL_DIFFUSERS["ltx095"] = CONFIGURATIONS["ltx095"] | dict(
+    latent_channels=8, block_out_channels=(8, 8, 16, 16, 16), layers_per_block=(1,) * 5, timestep_conditioning=False,
+    decoder_block_out_channels=(8, 16, 32), decoder_layers_per_block=(1,) * 4)
 SMALL_DIFFUSERS["ltx 0.9.1"] = SMALL_DIFFUSERS["ltx"] | dict(
     decoder_block_out_channels=(8, 16, 32), decoder_layers_per_block=(1,) * 4,
     decoder_spatio_temporal_scaling=(True,) * 3, upsample_residual=(True,) * 3, upsample_factor=(2,) * 3,
     timestep_conditioning=True, decoder_inject_noise=(True,) * 4)
+
+
+SMALL_H3 = dict(latent_channels=4, block_out_channels=(8,) * 6, layers_per_block=1, norm_num_groups=4,
+                decoder_num_layers=3, decoder_num_attention_heads=2, decoder_attention_head_dim=16, decoder_ffn_mult=2,
+                decoder_num_register_tokens=2)
+SMALL_DIFFUSION = dict(latent_channels=8, decoder_head_dim=16, decoder_stage_channels=(128, 64, 32, 32, 16),
+                       decoder_stage_depths=(2, 1, 1, 1, 1), decoder_stage_kernels=((3, 1, 1),) * 3 + ((3, 3, 3),),
+                       decoder_stage5_kernel=(11, 3, 3), decoder_t_emb_dim=32)
 
 
 def golden_weights(shapes):
@@ -74,7 +85,14 @@ def dc():
 def small_vae(name, **changes):
     diffusers = pytest.importorskip("diffusers")
     torch.manual_seed(0)
-    return getattr(diffusers, RELEASES[name.split()[0]][0])(**SMALL_DIFFUSERS[name] | changes)
+    kind = getattr(diffusers, RELEASES[name.split()[0]][0])
+    return kind(**(SMALL_H3 if name == "h3" else SMALL_DIFFUSERS[name]) | changes)
+
+
+def diffusion_decoder():
+    diffusers = pytest.importorskip("diffusers")
+    torch.manual_seed(0)
+    return diffusers.LTX2VideoDiffusionDecoderModel(**SMALL_DIFFUSION).eval()
 
 
 @lru_cache
@@ -87,15 +105,33 @@ def of_diffusers(name):
 
 
 @lru_cache
+def h3():
+    vae = small_vae("h3")
+    for key, p in vae.decoder.named_parameters():
+        if "scale" in key or "register" in key:
+            torch.nn.init.normal_(p)                    # zero to begin with, and then no block does anything
+    return frozen(TEACHER_KINDS["h3"]("h3", vae))
+
+
+@lru_cache
+def ltx25():
+    vae = small_vae("ltx23")
+    vae.decoder = diffusion_decoder().decoder
+    return frozen(TEACHER_KINDS["ltx25"]("ltx25", vae))
+
+
+@lru_cache
 def tiny():
     return load_teacher("tiny")
 
 
+OTHERS = {"h3": h3, "ltx25": ltx25}     # whose decoders have no mid_block and up_blocks
 KINDS = {"dc": dc, "tiny": tiny} | {name: partial(of_diffusers, name) for name in SMALL_DIFFUSERS}
 ltx = KINDS["ltx"]
 LATENTS = {"dc": (1, 16, 1, 1, 2), "tiny": (1, 32, 1, 2, 3), "ltx": (1, 8, 2, 1, 2), "ltx 0.9.1": (2, 8, 2, 1, 2),
            "hunyuan": (1, 4, 5, 2, 3), "cog": (2, 4, 5, 2, 3), "wan21": (1, 4, 3, 2, 3), "wan22": (2, 4, 3, 1, 2),
-           "ltx2": (1, 8, 2, 2, 2), "ltx23": (1, 8, 2, 2, 1), "hunyuan15": (1, 4, 3, 1, 2), "qwen": (2, 4, 3, 2, 3)}
+           "ltx2": (1, 8, 2, 2, 2), "ltx23": (1, 8, 2, 2, 1), "hunyuan15": (1, 4, 3, 1, 2), "qwen": (2, 4, 3, 2, 3),
+           "ltx095": (1, 8, 2, 1, 2)}
 
 
 def noise(*shape, seed=0):
@@ -170,10 +206,12 @@ def test_says_what_its_latents_are(name, compression, channels, images):
     ("wan22", (13, 64, 72), ("width = 72", "64 or 80")), ("ltx23", (9, 40, 64), ("ltx23", "height = 40", "32 or 64")),
     ("hunyuan15", (4, 64, 64), ("hunyuan15", "frames = 4", "4k + 1", "1 or 5")),
     ("qwen", (1, 64, 60), ("qwen", "width = 60", "56 or 64")),
+    ("h3", (23, 64, 64), ("h3", "frames = 23", "17k + 5", "22 or 39")), ("h3", (22, 40, 32), ("height = 40",)),
+    ("h3", (5, 32, 32), ("frames = 5", "example 22")), ("ltx25", (9, 32, 32), ("ltx25", "8k + 1", "example 17")),
     ("ltx", (0, 64, 64), ("frames = 0", "example 1")), ("ltx", (9, 20, 64), ("height = 20", "example 32")),
 ])
 def test_a_clip_that_does_not_fit_gets_the_nearest_that_do(name, clip, says):
-    teacher = KINDS[name]()
+    teacher = (KINDS | OTHERS)[name]()
     with pytest.raises(ValueError) as error:
         teacher.check_clip(*clip)
     one_line(error, *says)
@@ -224,6 +262,9 @@ BUILT = {
     "ltx23": ((318936897, 407169072), (128, (8, 32, 32), True)),
     "hunyuan15": ((389324544, 871309571), (32, (4, 16, 16), True)),
     "qwen": ((53595872, 73295331), (16, (4, 8, 8), True)),
+    "ltx095": ((694098881, 552814641), (128, (8, 32, 32), True)),
+    "ltx25": ((318936897, 417133616), (128, (8, 32, 32), True)),
+    "h3": ((180335536, 2423530496), (24, (4, 16, 16), 5)),
     "tiny": ((1205152, 3597980), (32, (4, 8, 8), False)),
 }
 
@@ -305,13 +346,71 @@ def test_features_are_what_a_full_decode_passes_through(name):
         hook.remove()
     features = teacher.features(latents, tuple(blocks))
     assert set(features) == set(blocks)
-    assert len(blocks) == {"dc": 7, "tiny": 4, "ltx2": 4, "ltx 0.9.1": 4, "hunyuan15": 6}.get(name, 5)
+    assert len(blocks) == {"dc": 7, "tiny": 4, "ltx2": 4, "ltx 0.9.1": 4, "ltx095": 4, "hunyuan15": 6}.get(name, 5)
     assert {len(chunks) for chunks in seen.values()} == {{"cog": 2, "wan21": 3, "wan22": 3, "qwen": 3}.get(name, 1)}
     for block in blocks:
         seen[block] = torch.cat(seen[block], 2)
         if block == "mid" and name in ("dc", "tiny"):       # the hook sees it without its shortcut
             seen[block] = seen[block] + latents.repeat_interleave(seen[block].shape[1] // latents.shape[1], 1)
         assert torch.equal(features[block], seen[block]), block
+
+
+@torch.no_grad()
+def test_h3_is_diffusers_own_in_another_range_of_pixels():
+    teacher, vae = h3(), h3().vae
+    mean, std = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]]).view(2, 3, 1, 1, 1)
+    for frames in (22, 39):
+        video = noise(2, 3, frames, 32, 48).clamp(-1, 1)
+        want, (ours, logvar) = vae.encode((video.add(1).div(2) - mean) / std).latent_dist, teacher.posterior(video)
+        assert torch.equal(ours, want.mean) and torch.equal(logvar, want.logvar)
+        assert torch.equal(teacher.decode(ours), (vae.decode(ours).sample * std + mean).mul(2).sub(1))
+        assert teacher.decode(ours).shape == video.shape
+    for t in range(1, 13):
+        latents, seen = noise(2, 4, t, 2, 3), {}
+        if t < 3:
+            with pytest.raises(ValueError, match=f"h3 teacher cannot decode {t} latents: it needs 3 at least"):
+                teacher.decode(latents)
+            continue
+        hooks = hooked(dict(enumerate(vae.decoder.transformer_blocks)),
+                       lambda i, tokens: seen.setdefault(i, []).append(tokens[:, :42].unflatten(1, (7, 2, 3))))
+        assert teacher.decode(latents).shape[2] == CONFIGS["h3"].frames(t)
+        windows, ran = [dict(seen), seen.clear()][0], ("mid", "up0")
+        features = teacher.features(latents, ran)
+        for i, name in enumerate(ran):      # of each window the first 5, and of the last one all
+            want = torch.cat([*(window[:, :5] for window in windows[i]), windows[i][-1][:, 5:]], 1)[:, :t]
+            torch.testing.assert_close(features[name], want.movedim(-1, 1))
+        assert list(seen) == [0, 1]         # two of three
+        seen.clear()
+        teacher.features(latents, "mid")
+        assert list(seen) == [0]
+        for hook in hooks:
+            hook.remove()
+
+
+@torch.no_grad()
+def test_ltx25_decodes_by_diffusion_in_one_step_of_noise_that_is_always_the_same():
+    teacher, own, seen = ltx25(), diffusion_decoder(), {}
+    own.decoder = teacher.vae.decoder
+    video = noise(2, 3, 17, 32, 64).clamp(-1, 1)
+    latents = teacher.encode(video)
+    draw = lambda: torch.Generator().manual_seed(0)
+    decoded = teacher.decode(latents)
+    assert torch.equal(decoded, own.decode(latents, generator=[draw(), draw()], num_inference_steps=1).sample)
+    assert torch.equal(teacher.decode(latents[:1]), own.decode(latents[:1], generator=draw()).sample)
+    torch.testing.assert_close(teacher.decode(latents[1:]), decoded[1:])
+    assert decoded.shape == video.shape
+    names, stages = ("mid", "up0", "up1", "up2"), teacher.vae.decoder.det_stages
+    hooks = hooked({name: stage[-1] for name, stage in zip(names, stages)}, seen.__setitem__)
+    teacher.decode(latents)
+    whole, config = [dict(seen), seen.clear()][0], CONFIGS["ltx25"]
+    for name, x in teacher.features(latents, names).items():        # without what was repeated behind the end
+        assert torch.equal(x, whole[name].movedim(-1, 1)[:, :, :x.shape[2]]), name
+        assert name == "up0" or x.shape[2:] == config.feature_shape(name, latents.shape)[2:]
+    seen.clear()
+    teacher.features(latents, ("up0",))
+    assert list(seen) == ["mid", "up0"]
+    for hook in hooks:
+        hook.remove()
 
 
 @torch.no_grad()
@@ -424,6 +523,42 @@ def test_folders_as_on_the_hub(tmp_path, name, inside):
     assert not teacher.training and not any(p.requires_grad for p in teacher.parameters())
 
 
+@torch.no_grad()
+def test_h3_comes_in_shards_and_keeps_its_precision(tmp_path, monkeypatch):
+    hub, asked = pytest.importorskip("huggingface_hub"), set()
+    h3().vae.save_pretrained(tmp_path / "vae", max_shard_size="100KB")
+    assert len(list((tmp_path / "vae").glob("*-of-*.safetensors"))) > 1
+
+    def download(repo, file, local_files_only=False):
+        asked.add((repo, file))
+        if not (tmp_path / file).is_file():
+            raise FileNotFoundError(file)
+        return str(tmp_path / file)
+    monkeypatch.setattr(hub, "hf_hub_download", download)
+    for teacher in (load_teacher("h3", tmp_path), load_teacher("h3")):
+        assert all(torch.equal(p, q) for p, q in zip(teacher.vae.parameters(), h3().vae.parameters()))
+    assert asked >= {("MiniMaxAI/MiniMax-H3", f"vae/{file.name}") for file in (tmp_path / "vae").iterdir()}
+    half, latents = load_teacher("h3", tmp_path, dtype=torch.bfloat16), noise(1, 4, 7, 2, 2)
+    assert {key.split(".")[0] for key, p in half.vae.named_parameters() if p.dtype == torch.bfloat16} == {
+        "post_quant_conv", "decoder"} and half.vae.decoder.norm_out.weight.dtype == torch.float32
+    assert all(torch.equal(p, q) for p, q in zip(half.vae.encoder.parameters(), h3().vae.encoder.parameters()))
+    torch.testing.assert_close(half.decode(latents).float(), h3().decode(latents), atol=0.1, rtol=0.1)
+    half.features(latents, ("up0",))
+
+
+@torch.no_grad()
+def test_ltx25_is_of_two_folders(tmp_path, monkeypatch):
+    hub, latents = pytest.importorskip("huggingface_hub"), noise(1, 8, 3, 1, 1)
+    small_vae("ltx23").save_pretrained(tmp_path / "vae")
+    monkeypatch.setattr(hub, "hf_hub_download", lambda repo, file, local_files_only=False: str(tmp_path / file))
+    with pytest.raises(FileNotFoundError) as error:
+        load_teacher("ltx25", tmp_path)
+    one_line(error, "diffusion_decoder")
+    diffusion_decoder().save_pretrained(tmp_path / "diffusion_decoder")
+    for weights in (tmp_path, tmp_path / "vae", None):
+        torch.testing.assert_close(load_teacher("ltx25", weights).decode(latents), ltx25().decode(latents))
+
+
 def test_an_ltx_folder_that_is_not_whole_is_one_line(tmp_path):
     with pytest.raises(FileNotFoundError) as error:
         load_teacher("ltx", tmp_path)
@@ -437,8 +572,9 @@ def test_an_ltx_folder_that_is_not_whole_is_one_line(tmp_path):
 @pytest.mark.parametrize("name, other, says", [
     ("ltx", "hunyuan", ("AutoencoderKLHunyuanVideo", "AutoencoderKLLTXVideo")),
     # latents of one shape that mean different things
-    ("ltx2", "ltx23", ("not the ltx2 teacher's but the ltx23 teacher's",)),
+    ("ltx2", "ltx23", ("not the ltx2 teacher's but the ltx23 or ltx25 teacher's",)),
     ("ltx23", "ltx2", ("not the ltx23 teacher's but the ltx2 teacher's",)),
+    ("ltx", "ltx095", ("not the ltx teacher's but the ltx095 teacher's",)),
 ])
 def test_a_folder_of_another_vae_is_one_line(tmp_path, name, other, says):
     small_vae(other).save_pretrained(tmp_path)
