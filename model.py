@@ -50,7 +50,7 @@ class TurboVAEDConfig:
     resnets: tuple                       # resnets in mid, up0, up1, up2, up3
     up: tuple                            # (time, space) factors of up0 ... up3; None: the block does not upsample
     patch: int                           # what is left to upsample after up3, in space: 1, 2 or 4
-    drop_first: bool                     # a time upsampler drops its first frame(s), so that one latent is one image
+    drop_first: bool                     # True: the clip's first latent stands for one frame; n: the first of every n
     separable: tuple = ("mid", "up0")    # blocks of depthwise separable convolutions, upsampler's included (Figure 2)
     kernel: int = 5                      # of the depthwise convolutions: 3, 5 or 7 (Table 5)
     upsampling: str = "decoupled"        # or "pixel_shuffle_3d", "interpolate" (Table 1)
@@ -75,6 +75,8 @@ class TurboVAEDConfig:
             raise ValueError(f"separable names blocks among {BLOCKS}, got {self.separable}")
         if self.kernel not in range(1, 32, 2):
             raise ValueError(f"kernel must be odd and below 32, got {self.kernel}")
+        if not isinstance(self.drop_first, bool) and self.drop_first not in range(2, 100):
+            raise ValueError(f"drop_first is True, False or a number of latents from 2 to 99, got {self.drop_first!r}")
         if self.upsampling not in UPSAMPLING:
             raise ValueError(f"upsampling must be one of {UPSAMPLING}, got {self.upsampling!r}")
 
@@ -85,16 +87,16 @@ class TurboVAEDConfig:
         return math.prod(f[0] for f in self.up if f), space, space
 
     def frames(self, t):
-        """Frames that `t` latent frames decode to: d_t (t - 1) + 1 where first frames are dropped, else d_t t."""
-        d_t = self.compression[0]
-        return d_t * t - (d_t - 1 if self.drop_first else 0)
+        """Frames that `t` latent frames decode to: one for each that `drop_first` means, d_t for each other."""
+        return self.feature_shape(BLOCKS[-1], (1, 0, t, 1, 1))[2]
 
     def feature_shape(self, block, latent_shape):
         """Shape of a block's output for latents of shape (B, C, t, h, w)."""
         B, _, t, h, w = latent_shape
         depth = BLOCKS.index(block)
+        firsts = int(self.drop_first) if isinstance(self.drop_first, bool) else -(-t // self.drop_first)
         for r_t, r_s in (f for f in self.up[:depth] if f):
-            t, h, w = r_t * t - (r_t - 1 if self.drop_first else 0), r_s * h, r_s * w
+            t, h, w = r_t * t - (r_t - 1) * firsts, r_s * h, r_s * w
         return B, self.widths[depth], t, h, w
 
 
@@ -120,7 +122,9 @@ CONFIGS["wan22"] = replace(CONFIGS["hunyuan"], latent_channels=48, widths=(768, 
                            resnets=(5, 4, 5, 4, 5), patch=2)
 CONFIGS["ltx2"] = replace(CONFIGS["ltx"], widths=(768, 768, 384, 192, 64), resnets=(2, 2, 3, 2, 3))
 CONFIGS["hunyuan15"] = replace(CONFIGS["hunyuan"], latent_channels=32, widths=(1024, 1024, 512, 64, 32), patch=2)
-CONFIGS["ltx23"] = CONFIGS["ltx2"]      # 22.9 % of a decoder of 407.2 M
+CONFIGS["ltx23"] = CONFIGS["ltx25"] = CONFIGS["ltx2"]       # 22.9 % of a decoder of 407.2 M, 22.3 % of one of 417.1 M
+CONFIGS["ltx095"] = CONFIGS["ltx"]
+CONFIGS["h3"] = replace(CONFIGS["wan22"], latent_channels=24, drop_first=5)     # 7 % of a ViT's arithmetic (2,424 M)
 CONFIGS["qwen"] = CONFIGS["wan21"]      # Qwen-Image's encoder, and so its latents, are Wan 2.1's
 
 PUBLISHED = {"ltx": "Turbo-VAED-LTX.pth", "dc": "Turbo-VAED-DC.pth",
@@ -132,7 +136,7 @@ SHIPPED = Path(__file__).resolve().parent / "assets" / "tiny_student.safetensors
 # ---------- Layers. Their attribute names are those of the published checkpoints' keys.
 
 class Context:
-    """Where a layer's frames stand in their clip, which may come in chunks, and the earlier frames that it keeps.
+    """Where a layer's frames stand in their clip, which may come in chunks, and what it keeps of earlier frames.
 
     A layer that looks n frames ahead gives its frames n late, and keeps those that it needs again. `kept` is a queue:
     each place in a layer takes its frames from the front and puts the next ones at the end.
@@ -296,6 +300,7 @@ class Upsampler(nn.Module):
         super().__init__()
         self.factors, self.upsampling = factors, upsampling
         self.drop = factors[0] - 1 if drop_first else 0
+        self.group = factors[0] * drop_first if drop_first > 1 else None        # upsampled frames, with those to drop
         self.pixels = 1 if upsampling == "interpolate" else factors[0] * factors[1] ** 2   # that a shuffle makes of one
         self.conv = conv(width, width * self.pixels)
 
@@ -307,13 +312,36 @@ class Upsampler(nn.Module):
             x = self.conv(x, context)
             shuffle = decoupled_pixel_shuffle if self.upsampling == "decoupled" else pixel_shuffle_3d
             x = shuffle(x, r_t, r_s).contiguous(memory_format=layout(x))
-        x = x[:, :, self.drop:] if self.drop and context.first else x
+        x = self.drop_frames(x, context) if self.drop else x
         return self.conv(x, context) if self.upsampling == "interpolate" else x
+
+    def drop_frames(self, x, context):
+        """x without first frames. In a stream the place where x begins in its group is kept."""
+        if not (context.first or self.group):
+            return x
+        start = 0 if context.first else context.kept.pop(0)
+        pieces = [x[:, :, piece] for piece in self.left(x.shape[2], start)]
+        if self.group and not context.last:
+            context.kept.append((start + x.shape[2]) % self.group)
+        return torch.cat(pieces, dim=2) if len(pieces) > 1 else pieces[0]
+
+    def left(self, n, start=0):
+        """Slices of n upsampled frames that are not dropped; the first of the n is number `start` of its group."""
+        group = self.group or sys.maxsize
+        return [slice(max(0, i + self.drop), i + group) for i in range(-start, max(1, n), group)]
 
     def reach(self, r, axis):
         if self.upsampling == "interpolate":
-            return -(-self.conv.reach(r, axis) // self.factors[axis])
-        return self.conv.reach(-(-r // self.factors[axis]), axis)
+            return self.inputs(self.conv.reach(r, axis), axis)
+        return self.conv.reach(self.inputs(r, axis), axis)
+
+    def inputs(self, r, axis):
+        """How many inputs r outputs in a row come from, at most. The first of a group is one output, others are r_t."""
+        factor = self.factors[axis]
+        if axis or not self.group:
+            return -(-r // factor)
+        groups, rest = divmod(r, self.group - self.drop)
+        return groups * self.group // factor + (-(-(rest + self.drop) // factor) if rest else 0)
 
 
 class Block(nn.Module):
@@ -363,7 +391,8 @@ class TurboVAED(nn.Module):
         self.mid_block = Block(widths[0], widths[0], config.resnets[0], conv[0])
         self.up_blocks = nn.ModuleList()
         for i, factors in enumerate(config.up, start=1):
-            upsampler = factors and Upsampler(widths[i], factors, conv[i], config.upsampling, config.drop_first)
+            drop_first = config.feature_shape(BLOCKS[i - 1], (1, 0, config.drop_first, 1, 1))[2]    # in its own frames
+            upsampler = factors and Upsampler(widths[i], factors, conv[i], config.upsampling, drop_first)
             self.up_blocks.append(Block(widths[i - 1], widths[i], config.resnets[i], conv[i], upsampler))
         for i in range(config.patch // 2):
             setattr(self, f"upsampler2d_{i + 1}", Upsampler2d(widths[-1] // 4 ** i))
@@ -433,9 +462,14 @@ class TurboVAED(nn.Module):
         """Raise ValueError unless these are latents of this student, in its precision."""
         if latents.ndim != 5 or latents.shape[1] != self.config.latent_channels or not latents.numel():
             raise ValueError(f"latents must be (B, {self.config.latent_channels}, t, h, w), got {tuple(latents.shape)}")
-        own = self.conv_in.conv.weight.dtype
+        own = self.dtype
         if latents.dtype != own and not torch.is_autocast_enabled(latents.device.type):
             raise ValueError(f"the student is {own}, the latents are {latents.dtype}: convert either with .to(dtype)")
+
+    # what diffusers' hooks ask of a model
+    dtype = property(lambda self: self.conv_in.conv.weight.dtype)
+    device = property(lambda self: self.conv_in.conv.weight.device)
+    get_memory_footprint = lambda self: sum(p.nbytes for p in self.parameters())
 
     def layers(self):
         """What forward runs through before `out`, one after the other."""
@@ -541,25 +575,27 @@ class TurboVAED(nn.Module):
         self.to(dtype=dtype).eval().requires_grad_(False)
         if next(self.parameters()).is_cuda:
             self.channels_last()
-        self.compiles = dict(dynamic=False, mode=None if compile is True else compile) if compile else None
-        self.compile_again()
+        self.compiles = self._compiled_call_impl = None
+        if compile:
+            self.compile(dynamic=False, mode=None if compile is True else compile)
         return self
 
-    def compile_again(self):
-        self._compiled_call_impl = None
-        if self.compiles:
-            dynamo = torch._dynamo.config
-            dynamo.recompile_limit = max(dynamo.recompile_limit, 64)        # sizes, where PyTorch would stop at 8
-            self.compile(**self.compiles)
+    def compile(self, **options):
+        """nn.Module's, for more sizes than the 8 that PyTorch stops at; copies of the student are compiled as well."""
+        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
+        self.compiles = options
+        super().compile(**options)
 
     def __setstate__(self, state):
         """A copy, or what comes out of a pickle, is compiled if the original was."""
         super().__setstate__(state)
-        self.compile_again()
+        self._compiled_call_impl = None
+        if self.compiles is not None:
+            self.compile(**self.compiles)
 
     def clone_if_cuda_graph(self, x):
         """x in memory of its own: what comes out of a CUDA graph is overwritten when that is replayed."""
-        return x.clone() if self.compiles and self.compiles["mode"] else x
+        return x.clone() if self.compiles and self.compiles.get("mode") and torch.is_tensor(x) else x
 
     def save_pretrained(self, path, metadata=None):
         """Write weights and configuration to one .safetensors file and return its path.
@@ -714,27 +750,30 @@ class Stream:
 # ---------- In a pipeline: whose latents a student decodes, and a student in the place of a VAE's decoder.
 
 # diffusers' classes of the teachers' VAEs
-VAES = {"AutoencoderKLLTXVideo": ("ltx",), "AutoencoderKLHunyuanVideo": ("hunyuan",),
+VAES = {"AutoencoderKLLTXVideo": ("ltx", "ltx095"), "AutoencoderKLHunyuanVideo": ("hunyuan",),
         "AutoencoderKLCogVideoX": ("cog",), "AutoencoderKLWan": ("wan21", "wan22"),
         "AutoencoderKLLTX2Video": ("ltx2", "ltx23"), "AutoencoderKLHunyuanVideo15": ("hunyuan15",),
-        "AutoencoderKLQwenImage": ("qwen",)}
+        "AutoencoderKLQwenImage": ("qwen",), "AutoencoderKLMiniMaxH3": ("h3",),
+        "LTX2VideoDiffusionDecoderModel": ("ltx25",)}
+SAME_LATENTS = {"qwen": ("wan21",), "ltx23": ("ltx25",), "ltx25": ("ltx23",)}      # qwen's students know images only
+IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)     # mean and standard deviation: H3's VAE gives such pixels
 
 
 def check_fit(student, what, teachers, channels, compression, images, who="the student"):
     """Raise ValueError unless `student` decodes the latents of `what`, which are of one of `teachers` (if not empty).
 
-    They have so many channels and that (d_t, d_h, d_w), or None for not known, and drop first frames if `images`.
+    They have so many channels and that (d_t, d_h, d_w), or None for not known, and `images` as drop_first.
     Returns what was assumed where latents of one shape may mean different things, or None.
     """
     config, teacher, wrong = student.config, student.metadata.get("teacher"), []
-    teachers = (*teachers, *["wan21"] * ("qwen" in teachers))       # a student of clips decodes their images too
+    teachers = [*teachers, *(other for name in teachers for other in SAME_LATENTS.get(name, ()))]
     if channels not in (None, config.latent_channels):
         wrong.append(f"decodes {config.latent_channels} latent channels, not {channels}")
     if compression not in (None, config.compression):
         wrong.append(f"has compression {config.compression}, not {compression}")
     elif config.drop_first != images and config.compression[0] > 1:
-        wrong.append(f"{'drops' if config.drop_first else 'keeps'} first frames: 2 latent frames would be "
-                     f"{config.frames(2)} frames, not {replace(config, drop_first=images).frames(2)}")
+        wrong.append(f"{'drops' if config.drop_first else 'keeps'} first frames: 6 latent frames would be "
+                     f"{config.frames(6)} frames, not {replace(config, drop_first=images).frames(6)}")
     if teacher and teachers and teacher not in teachers:
         wrong.append(f"was made for latents of {teacher}, not {' or '.join(teachers)}")
     if wrong:
@@ -745,19 +784,27 @@ def check_fit(student, what, teachers, channels, compression, images, who="the s
     return f"{who} {said}: assumed are those of {what}"
 
 
+def teachers_of(vae):
+    """Names of the teachers whose latents a diffusers VAE has; empty where it is not known here."""
+    names = next((VAES[kind.__name__] for kind in type(vae).__mro__ if kind.__name__ in VAES), ())
+    if "ltx" in names:          # one class, latents of one shape, two encoders: the second came with 0.9.5
+        return names["LTXVideo095DownBlock3D" in vae.config.down_block_types:][:1]
+    if "ltx2" in names:         # the same: LTX-2.3's decoder has a block more
+        return names[len(vae.config.decoder_layers_per_block) > 4:][:1]
+    return names
+
+
 def check_vae(student, vae):
     """Raise ValueError unless `student` decodes this diffusers VAE's latents; warn of what is not known."""
     config = vae.config
-    kinds = next((VAES[kind.__name__] for kind in type(vae).__mro__ if kind.__name__ in VAES), ())
-    if "ltx23" in kinds:        # one class, latents of one shape, two encoders: LTX-2.3's decoder has a block more
-        kinds = kinds[len(config.decoder_layers_per_block) > 4:][:1]
     facts = {**vars(vae), **{name: value for name, value in config.items() if value}}
     time = facts.get("scale_factor_temporal") or facts.get("temporal_compression_ratio")
     space = (facts.get("scale_factor_spatial") or facts.get("spatial_compression_ratio")
              or 2 ** (len(facts.get("block_out_channels", ())) - 1))            # CogVideoX's does not say
     channels = facts.get("latent_channels") or facts.get("z_dim")
     compression = (time, space, space) if time and space >= 1 else None
-    assumed = check_fit(student, f"this {type(vae).__name__}", kinds, channels, compression, images=True)
+    images = facts.get("tokens_chunk_size", True)       # H3's
+    assumed = check_fit(student, f"this {type(vae).__name__}", teachers_of(vae), channels, compression, images)
     if assumed:
         warnings.warn(assumed, stacklevel=3)
     if config.get("timestep_conditioning"):
@@ -769,48 +816,63 @@ def check_vae(student, vae):
 def use_student(pipe_or_vae, student):
     """Put `student` in the place of the decoder of a diffusers pipeline or VAE, so that `pipe(...)` decodes through it.
 
-    Only `vae.decode` changes: it hands its latents to the `decode` of a copy of the student, in the latents' own
-    precision and on their device; after `vae.enable_tiling()` one latent frame at a time, which is exact too. Where
-    accelerate offloads the pipeline's models, it takes part. student None puts back what decoded before. Returns
-    pipe_or_vae.
+    Only `decode` changes, that of `pipe.vae` and, in LTX-2.5, of `pipe.diffusion_decoder`: to a StudentDecoder with a
+    copy of the student. student None puts back what decoded before. Returns pipe_or_vae.
 
     Raises ValueError if the student decodes other latents than this VAE's, TypeError if there is no VAE. Warns where
     the student's file does not say whose latents it decodes, and where the pipeline will mix noise into them.
     """
-    vae = getattr(pipe_or_vae, "vae", pipe_or_vae)
-    if not hasattr(vae, "decode") or not isinstance(student, TurboVAED | None):
+    parts = [pipe_or_vae, *(getattr(pipe_or_vae, name, None) for name in ("vae", "diffusion_decoder"))]
+    vaes = [getattr(part, "_orig_mod", part) for part in parts if hasattr(part, "decode")]      # under torch.compile
+    if not vaes or not isinstance(student, TurboVAED | None):
         raise TypeError(f"takes a pipeline or VAE and a TurboVAED, or None for its own decoder; "
                         f"not a {type(pipe_or_vae).__name__} and a {type(student).__name__}")
-    before = vars(vae).get("decode")
-    before = getattr(before, "before", before)          # another tool's decode, if there was one
-    if student is None:
-        vars(vae).pop("decode", None)
-        vars(vae).update({"decode": before} if before else {})
-        return pipe_or_vae
-    check_vae(student, vae)
-    student = placed = copy.deepcopy(student).eval()        # the caller's own keeps its precision and its place
+    for vae in vaes if student else ():
+        check_vae(student, vae)
+    for vae in vaes:
+        before = vars(vae).pop("decode", None)
+        before = before.before if isinstance(before, StudentDecoder) else before
+        if student or before:
+            vae.decode = StudentDecoder(vae, student, before) if student else before
+    return pipe_or_vae
+
+
+class StudentDecoder:
+    """A VAE's `decode` by a copy of a student. `before` is what another tool had put there.
+
+    It decodes in the latents' own precision and on their device; after `vae.enable_tiling()` one latent frame at a
+    time, which is exact too. Where the pipeline's models are offloaded, it takes part.
+    """
+
+    def __init__(self, vae, student, before):
+        self.vae, self.before, self.teachers = vae, before, teachers_of(vae)
+        self.student = self.placed = copy.deepcopy(student).eval()      # the caller's own keeps its precision and place
 
     @torch.no_grad()
-    def decode(z, *conditioning, return_dict=True, **more):      # a timestep, a generator: the student needs neither
-        nonlocal placed
-        hook = getattr(vae, "_hf_hook", None)       # accelerate's, where models are offloaded; as diffusers' own decode
+    def __call__(self, z, *conditioning, return_dict=True, **more):     # a timestep, a generator: not needed
+        h3, t, hook = "h3" in self.teachers, z.shape[2], getattr(self.vae, "_hf_hook", None)
+        if h3:          # whose pipeline leaves precision to the VAE, and whose tiling is on from the beginning
+            z = z.to(self.vae.post_quant_conv.weight.dtype)
+        if "cog" in self.teachers and t % 2 == 0:
+            warnings.warn(f"CogVideoX's VAE makes {4 * t} frames of {t} latents, its student {4 * t - 3}")
+        if not torch.compiler.is_compiling():
+            if hook:                            # as diffusers' own decode calls it
+                hook.pre_forward(self.placed)
+            if self.placed.dtype != z.dtype:    # always from the precision that it came in
+                self.placed = copy.deepcopy(self.student).to(z.device, z.dtype)
+            self.placed.to(z.device)
+            if z.is_cuda:
+                self.placed.channels_last()
+        video = self.placed.decode(z, chunk=1 if getattr(self.vae, "use_tiling", False) and not h3 else None)
         if hook:
-            hook.pre_forward(placed)
-        if placed.conv_in.conv.weight.dtype != z.dtype:     # always from the precision that it came in
-            placed = copy.deepcopy(student).to(z.device, z.dtype)
-        placed.to(z.device)
-        if z.is_cuda:
-            placed.channels_last()
-        video = placed.decode(z, chunk=1 if getattr(vae, "use_tiling", False) else None)
-        if hook:
-            placed.to("cpu")
-        if not return_dict:
+            self.placed.to("cpu")
+        if h3:
+            mean, std = video.new_tensor(IMAGENET).view(2, 3, 1, 1, 1)
+            video = (video.add(1).div(2) - mean) / std
+        if not return_dict or any(given is False for given in conditioning):
             return (video,)
         from diffusers.models.autoencoders.vae import DecoderOutput
         return DecoderOutput(sample=video)
-
-    vae.decode, decode.before = decode, before
-    return pipe_or_vae
 
 
 # ---------- Checkpoints.
@@ -832,15 +894,17 @@ def find_checkpoint(path, config):
             return candidate
     if file.is_dir():
         raise FileNotFoundError(f"{path}: this folder holds no {' nor '.join(names)}; name a file")
-    if not published or not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", str(path)) or file.suffix in (".pth", ".pt"):
-        raise FileNotFoundError(f"{path}: no such file or folder; a hub id of published students needs "
-                                f"config= one of {', '.join(PUBLISHED)}")
-    try:
-        from huggingface_hub import hf_hub_download
-        return Path(hf_hub_download(str(path), published))
-    except Exception as error:      # a dozen classes, from no network to no such repository: all mean "not there"
-        raise FileNotFoundError(f"{path}: no such file or folder, and the hub did not give {published}: "
-                                f"{summary(error)}") from None
+    if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", str(path)) or file.suffix in (".safetensors", ".pth", ".pt"):
+        raise FileNotFoundError(f"{path}: no such file or folder")
+    hint = "" if published else f"; for published students pass config= one of {', '.join(PUBLISHED)}"
+    for name in reversed(names):
+        try:
+            from huggingface_hub import hf_hub_download
+            return Path(hf_hub_download(str(path), name))
+        except Exception as error:      # a dozen classes, from no network to no such repository: all mean "not there"
+            reason = summary(error)
+    raise FileNotFoundError(f"{path}: no such file or folder, nor did the hub give its {' or '.join(names)}: "
+                            f"{reason}{hint}")
 
 
 def read_checkpoint(file):
@@ -1072,7 +1136,7 @@ def main():
         _, d_h, d_w = config.compression
         if size % d_h:
             parser.error(f"--size must be a multiple of {d_h} for {name}, got {size}")
-        t = next(t for t in range(1, 18) if config.frames(t) >= 16)
+        t = 1 if name == "qwen" else next(t for t in range(1, 18) if config.frames(t) >= 16)      # its clips are images
         flops = count_flops(config, (1, config.latent_channels, t, size // d_h, size // d_w))
         with torch.device("meta"):
             parameters = count_parameters(TurboVAED(config))

@@ -34,11 +34,12 @@ from magihuman import MagiHuman         # noqa: E402
 FIXTURES = Path(__file__).parent / "fixtures"
 KEYS = json.loads((FIXTURES / "student_state_dict.json").read_text())
 PUBLISHED_NAMES = ("ltx", "dc", "hunyuan", "cog")
-# parameters, and GFLOP for each of 17 frames (16 where no first frame is dropped) of 512x512
+# parameters, and GFLOP for each of 17 frames (16 where no first frame is dropped, 1 of an image) of 512x512
 FAMILY = {"ltx": (41896023, 47.803), "dc": (45831383, 78.030), "hunyuan": (40687811, 388.076),
           "cog": (40687811, 388.076), "wan21": (20212771, 201.332), "wan22": (100333451, 287.747),
           "ltx2": (93190423, 72.246), "ltx23": (93190423, 72.246), "hunyuan15": (160399371, 387.556),
-          "qwen": (20212771, 201.332), "tiny": (583083, 11.855)}
+          "qwen": (20212771, 378.171), "tiny": (583083, 11.855), "ltx095": (41896023, 47.803),
+          "ltx25": (93190423, 72.246), "h3": (99835787, 287.448)}
 # of configurations that are one network, the first
 NETWORKS = list({config: name for name, config in reversed(CONFIGS.items())}.values())
 
@@ -96,7 +97,7 @@ def one_line(kind, *parts):
 def test_parameters_and_arithmetic_are_as_the_readme_has_them(name):
     config, (parameters, gigaflop) = CONFIGS[name], FAMILY[name]
     _, d_h, d_w = config.compression
-    t = next(t for t in range(1, 18) if config.frames(t) >= 16)
+    t = 1 if name == "qwen" else next(t for t in range(1, 18) if config.frames(t) >= 16)
     assert count_parameters(on_meta(config)) == parameters
     flops = count_flops(config, (1, config.latent_channels, t, 512 // d_h, 512 // d_w))
     assert round(flops / config.frames(t) / 1e9, 3) == gigaflop
@@ -166,6 +167,27 @@ def test_size_of_the_video_and_of_the_features(name, compression, t):
     assert all(features[b].shape == config.feature_shape(b, latents.shape) for b in BLOCKS)
     video, features = on_meta(config)(latents, return_features=("mid", "up1"))
     assert set(features) == {"mid", "up1"} and video.shape[2] == config.frames(t)
+
+
+def test_of_every_five_of_h3s_latents_the_first_is_one_frame(tmp_path):
+    config, shape = narrow("h3"), lambda t: (1, 4, t, 1, 2)
+    for t in range(1, 13):
+        video, features = on_meta(config)(torch.empty(shape(t), device="meta"), return_features=True)
+        assert video.shape[2] == config.frames(t) == 4 * t - 3 * -(-t // 5)
+        assert all(features[b].shape == config.feature_shape(b, shape(t)) for b in BLOCKS)
+    assert config.frames(62) == 209
+    model, latents = rough(config), torch.randn(shape(14))
+    model = TurboVAED.from_pretrained(model.save_pretrained(tmp_path)).eval()
+    assert model.config == config and asdict(config)["drop_first"] == 5
+    firsts = model(latents)[:, :, [0, 17, 34]]           # each changes with its own group's first latent
+    latents[:, :, 5] += 1
+    assert not torch.allclose(model(latents)[:, :, 17], firsts[:, :, 1])
+    for chunk, tile in ((1, None), (4, None), (5, None), (None, (1, 1))):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")             # tiles of one latent have seams
+            assert model.decode(latents, chunk, tile).shape == model(latents).shape
+        if chunk:
+            torch.testing.assert_close(model.decode(latents, chunk), model(latents), atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("shape", [(1, 4, 2, 2, 2), (3, 2, 2, 2), (1, 1, 3, 2, 2, 2), (1, 3, 0, 2, 2)])
@@ -258,7 +280,7 @@ def test_a_configuration_that_cannot_be_is_refused_in_one_line(change, says):
         replace(MICRO, **change)
 
 
-@pytest.mark.parametrize("name", TurboVAEDConfig.__dataclass_fields__.keys() - {"drop_first"})
+@pytest.mark.parametrize("name", TurboVAEDConfig.__dataclass_fields__)
 def test_a_file_with_a_configuration_that_cannot_be_is_refused_in_one_line(tmp_path, name):
     state = seeded(MICRO).state_dict()
     for value in ([None], {}, -1, 1.5, None, 10 ** 30, [[1] * 5]):
@@ -377,7 +399,7 @@ def test_every_student_streams_what_it_decodes_whole(name):
 
 
 @pytest.mark.parametrize("upsampling", ["decoupled", "pixel_shuffle_3d", "interpolate"])
-@pytest.mark.parametrize("drop_first", [True, False])
+@pytest.mark.parametrize("drop_first", [True, False, 2, 5])
 def test_every_upsampler_streams(upsampling, drop_first):
     for change in ({}, {"kernel": 1}, {"kernel": 7, "separable": BLOCKS}, {"up": ((3, 2), None, (2, 1), (4, 1))}):
         check_streams(rough(replace(MICRO, upsampling=upsampling, drop_first=drop_first, **change)), range(1, 13), n=1)
@@ -432,7 +454,7 @@ def test_a_chunk_that_cannot_be_the_next_changes_nothing():
                        torch.cat(list(model.stream(latents.split(3, dim=2))), dim=2))
 
 
-@pytest.mark.parametrize("name", [name for name in NETWORKS if name != "hunyuan15"])       # in time it is hunyuan
+@pytest.mark.parametrize("name", [name for name in NETWORKS if name not in ("hunyuan15", "h3")])     # hunyuan in time
 def test_frames_come_as_soon_as_they_can_be_known_and_as_late_as_said(name):
     """What latents not yet seen could change is found by making them not-a-number."""
     model = rough(narrow(name))
@@ -446,15 +468,27 @@ def test_frames_come_as_soon_as_they_can_be_known_and_as_late_as_said(name):
     assert come + stream.flush().shape[2] == model.config.frames(t)
 
 
+def test_h3s_frames_are_as_late_as_said_at_most_and_in_one_of_five_places():
+    model, late = rough(narrow("h3", resnets=(0, 0, 1, 0, 1))), []
+    for t in range(model.streamer().delay + 1, model.streamer().delay + 6):
+        latents, stream = torch.randn(1, 4, t + 1, 1, 1), model.streamer()
+        come = sum(stream(x).shape[2] for x in latents[:, :, :t].split(1, dim=2))
+        latents[:, :, t:] = torch.nan
+        assert come == model(latents)[0, 0, :, 0, 0].isfinite().sum()
+        late.append(next(n for n in range(t) if model.config.frames(t - n) <= come))
+    assert max(late) == stream.delay
+
+
 def test_how_late_the_students_are():
     assert {name: on_meta(config).streamer().delay for name, config in CONFIGS.items()} == {
         "ltx": 20, "dc": 41, "hunyuan": 51, "cog": 51, "wan21": 37, "wan22": 52, "ltx2": 28, "ltx23": 28,
-        "hunyuan15": 51, "qwen": 37, "tiny": 13}
+        "hunyuan15": 51, "qwen": 37, "tiny": 13, "ltx095": 20, "ltx25": 28, "h3": 54}
 
 
-def test_a_stream_keeps_as_much_after_many_frames_as_after_few():
+@pytest.mark.parametrize("name", ["hunyuan", "h3"])
+def test_a_stream_keeps_as_much_after_many_frames_as_after_few(name):
     """And no layer's frames ever become more than a chunk's and those that it looks ahead, the end included."""
-    model, most = rough(narrow("hunyuan")), {}
+    model, most = rough(narrow(name)), {}
     latents, lengths = torch.randn(1, 4, 2, 1, 1), []
     stream = model.streamer()
     for i, (layer, ahead, rate, context) in enumerate(stream.steps):
@@ -464,7 +498,8 @@ def test_a_stream_keeps_as_much_after_many_frames_as_after_few():
         stream.steps[i] = (watched, ahead, rate, context)
     for n in range(90):
         stream(latents)
-        lengths.append(sum(x.untyped_storage().nbytes() for *_, context in stream.steps for x in context.kept))
+        lengths.append(sum(x.untyped_storage().nbytes() for *_, context in stream.steps for x in context.kept
+                           if torch.is_tensor(x)))             # h3's keep a place in the group besides
     assert lengths[30] == lengths[-1] > 0
     assert stream.flush().shape[2] > 0
     assert len(most) == len(stream.steps) and max(most.values()) <= 0
@@ -557,7 +592,7 @@ def test_a_pixel_depends_on_as_many_latents_as_said(name):
 @pytest.mark.parametrize("name", NETWORKS)
 def test_121_frames_of_720p_fit_in_8_gb(name):
     model = on_meta(CONFIGS[name]).half()
-    t = next(t for t in range(1, 32) if model.config.frames(t) >= 120)
+    t = next(t for t in range(1, 99) if model.config.frames(t) >= 120)
     shape = (-(-size // d) for size, d in zip((720, 1280), model.config.compression[1:]))
     with Live() as live:
         video = model.decode(torch.empty(1, model.config.latent_channels, t, *shape,
@@ -624,6 +659,14 @@ def test_the_middle_of_a_stream_is_compiled_once_for_all_streams(graphs):
     assert graphs() == 2                        # the other one is of the whole clip
 
 
+def test_a_stream_of_groups_is_compiled_once_for_each_place_in_them(graphs):
+    model, chunks = rough(replace(MICRO, resnets=(0,) * 5, drop_first=3)), torch.randn(1, 3, 40, 1, 1).split(1, dim=2)
+    want = model(torch.cat(chunks, dim=2))
+    got = torch.cat(list(model.optimize_for_inference(compile="default").stream(chunks)), dim=2)
+    torch.testing.assert_close(got, want, atol=1e-5, rtol=0)
+    assert graphs() == 3
+
+
 def test_copies_of_what_is_optimized_are_compiled_with_weights_of_their_own(graphs):
     model, latents = rough(replace(MICRO, resnets=(0, 0, 1, 0, 0))).optimize_for_inference(), torch.randn(1, 3, 2, 2, 2)
     copied = pickle.loads(pickle.dumps(copy.deepcopy(model)))
@@ -632,6 +675,9 @@ def test_copies_of_what_is_optimized_are_compiled_with_weights_of_their_own(grap
     torch.nn.init.zeros_(model.conv_out.conv.weight)
     assert torch.equal(copied(latents), want) and graphs() == 1       # one graph, its weights are what it is given
     assert copied._compiled_call_impl is not None
+    plain = seeded(MICRO)
+    plain.compile(fullgraph=True)               # nn.Module's own way
+    assert copy.deepcopy(plain)._compiled_call_impl is not None
     torch.testing.assert_close(torch.cat([stream(latents), stream.flush()], dim=2), want, atol=1e-5, rtol=0)
     model.optimize_for_inference(compile=False)(latents[..., :1])
     assert graphs() == 1 and model.compiles is None
@@ -880,6 +926,23 @@ def test_a_hub_id_fetches_the_published_file(tmp_path, monkeypatch):
         TurboVAED.from_pretrained("hustvl/Turbo-VAED", config="dc")
 
 
+def test_a_student_that_somebody_shares_comes_from_the_hub_or_its_cache(tmp_path, monkeypatch):
+    constants, say = pytest.importorskip("huggingface_hub").constants, []
+    repo = tmp_path / "models--someone--their-student"
+    model = seeded(MICRO)
+    model.save_pretrained(repo / "snapshots" / "abc", {"teacher": "wan21"})
+    (repo / "refs").mkdir()
+    (repo / "refs" / "main").write_text("abc")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    loaded = TurboVAED.from_pretrained("someone/their-student")
+    assert loaded.config == MICRO and torch.equal(loaded.conv_out.conv.weight, model.conv_out.conv.weight)
+    label, loaded = model_file.choose_student("someone/their-student", say=say.append)
+    assert (label, loaded.metadata["teacher"], say) == ("someone/their-student", "wan21", [])
+    with one_line(FileNotFoundError, "someone/else", "student.safetensors", "config="):
+        TurboVAED.from_pretrained("someone/else")
+
+
 # ---------- A file to carry away.
 
 def test_imports_pytorch_safetensors_and_the_standard_library_only(tmp_path):
@@ -987,7 +1050,7 @@ def test_a_student_of_other_latents_is_refused_in_one_line():
     for target, student, parts in (
             (vae, on_meta(CONFIGS["ltx"]), ("128", "AutoencoderKLWan", "16", "(8, 32, 32)", "(4, 8, 8)")),
             (vae, hunyuan, ("hunyuan", "wan21 or wan22")),                             # of the very same shape
-            (vae, on_meta(CONFIGS["tiny"]), ("keeps first frames", "8 frames, not 5")),
+            (vae, on_meta(CONFIGS["tiny"]), ("keeps first frames", "24 frames, not 21")),
             (ltx, on_meta(CONFIGS["dc"]), ("AutoencoderKLLTXVideo", "(4, 32, 32), not (8, 32, 32)"))):
         with one_line(ValueError, *parts):
             use_student(target, student)
@@ -1023,20 +1086,24 @@ def test_what_was_assumed_of_a_student_is_said(tmp_path):
     ("AutoencoderKLQwenImage", "qwen", ("qwen", "wan21"), ("hunyuan",)),
     ("AutoencoderKLWan", "wan21", ("wan21",), ("qwen", "hunyuan")),
     ("AutoencoderKLHunyuanVideo15", "hunyuan15", ("hunyuan15",), ("wan22",)),
-    ("AutoencoderKLLTX2Video", "ltx2", ("ltx2",), ("ltx23",)),
-    ("AutoencoderKLLTX2Video", "ltx23", ("ltx23",), ("ltx2", "ltx"))])
+    ("AutoencoderKLLTXVideo", "ltx", ("ltx",), ("ltx095",)), ("AutoencoderKLLTXVideo", "ltx095", ("ltx095",), ("ltx",)),
+    ("AutoencoderKLLTX2Video", "ltx2", ("ltx2",), ("ltx23", "ltx25")),
+    ("AutoencoderKLLTX2Video", "ltx23", ("ltx23", "ltx25"), ("ltx2", "ltx")),
+    ("LTX2VideoDiffusionDecoderModel", "ltx25", ("ltx25", "ltx23"), ("ltx2",)),
+    ("AutoencoderKLMiniMaxH3", "h3", ("h3",), ("wan22",))])
 def test_a_vae_takes_students_of_its_own_latents_only(kind, config, fits, others):
     """Latents of one shape, and for LTX-2 and 2.3 of one class, from different encoders. Qwen-Image's encoder is Wan
     2.1's, so Wan's students decode its images; a student trained on images has never seen motion."""
     diffusers = pytest.importorskip("diffusers")
     from teachers import CONFIGURATIONS
     with torch.device("meta"):
-        vae = getattr(diffusers, kind)(**CONFIGURATIONS.get(config, {}))
+        vae = getattr(diffusers, kind)(**CONFIGURATIONS.get(config, {}) if "Decoder" not in kind else {})
     student = on_meta(CONFIGS[config])
     for teacher in fits:
         student.metadata["teacher"] = teacher
         with warnings.catch_warnings():
             warnings.simplefilter("error")
+            warnings.filterwarnings("ignore", "this VAE's pipelines mix noise")     # ltx095's
             assert use_student(vae, student) is vae
     for teacher in others:
         student.metadata["teacher"] = teacher
@@ -1070,6 +1137,133 @@ def small_vae(**options):
                              widths=(32, 32, 32, 32, 16)))
     student.metadata["teacher"] = "ltx"
     return vae, student
+
+
+def test_a_vae_with_a_student_is_copied_pickled_and_compiled_with_it():
+    vae, student = small_vae()
+    latents, video = torch.randn(1, 8, 2, 1, 2), torch.randn(1, 3, 9, 32, 64)
+    own, want = vae.eval().decode(latents).sample, student(latents)
+    for twin in (copy.deepcopy(use_student(vae, student)), pickle.loads(pickle.dumps(vae))):
+        whole = []
+        twin.decode.student.register_forward_hook(lambda *_: whole.append(True))
+        twin.enable_tiling()                                            # a flag of its own
+        torch.testing.assert_close(twin.decode(latents).sample, want, atol=1e-5, rtol=0)
+        assert not whole and not vae.use_tiling
+        use_student(twin, None).disable_tiling()
+        assert torch.equal(twin.decode(latents).sample, own) and torch.equal(vae.decode(latents).sample, want)
+    for given in ((False,), (None, False), (latents, None, False)):
+        assert isinstance(vae.decode(latents, *given), tuple)
+    through = vae(video).sample
+    for before in (True, False):
+        use_student(vae, None)
+        torch.compiler.reset()
+        compiled = torch.compile(vae if before else use_student(vae, student), fullgraph=True, backend="eager")
+        use_student(compiled, student)
+        torch.testing.assert_close(compiled(video).sample, through)
+        decode = torch.compile(vae.decode, fullgraph=True, backend="eager")
+        torch.testing.assert_close(decode(latents).sample, want)
+        use_student(compiled, None)
+        assert "decode" not in vars(vae)
+        torch.testing.assert_close(compiled(video).sample, vae(video).sample)
+        torch.testing.assert_close(vae.decode(latents).sample, own)
+
+
+# (modular pipeline, its decode block, teacher, shape of the latents that it takes, what else)
+SIZES = dict(height=64, width=64, num_frames=17, dtype=torch.float32)
+BLOCKS_THAT_DECODE = [("wan", "WanVaeDecoderStep", "wan21", (1, 4, 3, 2, 2), {}),
+                      ("hunyuan_video1_5", "HunyuanVideo15VaeDecoderStep", "hunyuan15", (1, 4, 3, 2, 2), {}),
+                      ("ltx", "LTXVaeDecoderStep", "ltx", (1, 8, 3, 2, 2), SIZES),
+                      ("ltx2", "LTX2VaeDecoderStep", "ltx23", (1, 12, 8), SIZES),
+                      ("ltx2", "LTX2DiffusionVaeDecoderStep", "ltx25", (1, 12, 8), SIZES),
+                      ("minimax_h3", "MiniMaxH3VideoDecodeStep", "h3", (1, 4, 7, 2, 2), {})]
+
+
+def modular(pipeline, block, name, **managed):
+    """(the block as a pipeline with small random parts, what it decodes with, a student of its latents)."""
+    pytest.importorskip("diffusers")
+    from importlib import import_module
+
+    from test_teachers import diffusion_decoder, small_vae
+    block = getattr(import_module(f"diffusers.modular_pipelines.{pipeline}.decoders"), block)()
+    pipe = block.init_pipeline(**managed)
+    part = "diffusion_decoder" if name == "ltx25" else "vae"
+    decoder = diffusion_decoder() if name == "ltx25" else small_vae(name, **(
+        dict(latents_mean=(0.1, 0.2, -0.1, 0.5), latents_std=(1.0, 2.0, 0.5, 1.5)) if name in ("wan21", "h3") else {}))
+    pipe.update_components(**{part: decoder.eval()})
+    config = CONFIGS[name]
+    student = seeded(replace(config, latent_channels=8 if "ltx" in name else 4, resnets=(1,) * 5,
+                             widths=(8, 8, 8, 8, 4 * config.patch ** 2)))
+    student.metadata["teacher"] = name
+    return pipe, decoder, student
+
+
+@pytest.mark.parametrize("pipeline, block, name, shape, more", BLOCKS_THAT_DECODE)
+def test_modular_pipelines_decode_through_the_student_and_back(pipeline, block, name, shape, more):
+    pipe, decoder, student = modular(pipeline, block, name)
+    latents, videos = torch.randn(shape), []
+    given = lambda: {"generator": torch.Generator().manual_seed(0)} if name == "ltx25" else {}
+    run = lambda: pipe(latents=latents, output_type="pt", output="videos", **more, **given())
+    own = run()
+    student.register_forward_hook(lambda module, inputs, video: videos.append(video))
+    assert use_student(pipe, student) is pipe
+    frames = run()
+    (video,) = videos
+    torch.testing.assert_close(frames, video.add(1).div(2).clamp(0, 1).transpose(1, 2), atol=1e-6, rtol=0)
+    assert frames.shape == own.shape and not torch.allclose(frames, own, atol=1e-2)
+    use_student(pipe, None)
+    assert torch.equal(run(), own) and "decode" not in vars(decoder)
+
+
+@pytest.mark.parametrize("with_vae", [True, False])
+def test_the_pipeline_of_the_diffusion_decoder_decodes_through_the_student(with_vae):
+    diffusers = pytest.importorskip("diffusers")
+    _, decoder, student = modular(*BLOCKS_THAT_DECODE[4][:3])
+    vae = modular(*BLOCKS_THAT_DECODE[3][:3])[1] if with_vae else None
+    pipe = diffusers.LTX2VideoDiffusionDecodePipeline(diffusion_decoder=decoder, vae=vae, scheduler=None)
+    latents = torch.randn(1, 8, 3, 2, 2)
+    run = lambda: pipe(latents, output_type="pt", denormalize=False, generator=torch.Generator().manual_seed(0)).frames
+    own = run()
+    use_student(pipe, student)
+    want = pipe.video_processor.postprocess_video(student(latents), output_type="pt")
+    torch.testing.assert_close(run(), want, atol=1e-5, rtol=0)
+    assert not with_vae or torch.equal(vae.decode(latents).sample, student(latents))
+    use_student(pipe, None)
+    assert torch.equal(run(), own) and not any("decode" in vars(part) for part in (decoder, vae) if part)
+
+
+def test_a_components_manager_makes_room_for_the_student_and_it_leaves(monkeypatch):
+    """Without a GPU: the other model claims to be on the device where the student runs."""
+    pytest.importorskip("accelerate")
+    _, decoder, student = modular(*BLOCKS_THAT_DECODE[4][:3])
+    from diffusers.modular_pipelines.components_manager import custom_offload_with_hook
+    asked, moved = [], []
+
+    def strategy(hooks, model_id, model, execution_device):
+        asked.append((model_id, type(model), model.get_memory_footprint(), [hook.model_id for hook in hooks]))
+        return hooks
+    hook = custom_offload_with_hook("decoder", decoder, "cpu", offload_strategy=strategy)       # a name, so never equal
+    hook.add_other_hook(SimpleNamespace(model=SimpleNamespace(device="cpu", modules=list), model_id="other",
+                                        offload=lambda: moved.append("other")))
+    use_student(decoder, student)
+    to = TurboVAED.to
+    monkeypatch.setattr(TurboVAED, "to", lambda self, *where: moved.append(str(where[0])) or to(self, *where))
+    decoder.decode(torch.randn(1, 8, 3, 2, 2))
+    assert asked == [("decoder", TurboVAED, sum(p.nbytes for p in student.parameters()), ["other"])]
+    assert moved == ["other", "cpu", "cpu", "cpu"]             # by the hook, to the latents, and off
+
+
+def test_cogvideox_with_an_even_number_of_latents_is_told():
+    diffusers = pytest.importorskip("diffusers")
+    vae = diffusers.AutoencoderKLCogVideoX(latent_channels=4, block_out_channels=(8, 8, 8, 16), layers_per_block=1,
+                                           norm_num_groups=4)
+    student = seeded(narrow("cog"))
+    student.metadata["teacher"] = "cog"
+    use_student(vae, student)
+    with pytest.warns(UserWarning, match="makes 8 frames of 2 latents, its student 5"):
+        assert vae.decode(torch.randn(1, 4, 2, 1, 1)).sample.shape[2] == 5
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        vae.decode(torch.randn(1, 4, 3, 1, 1))
 
 
 def test_the_callers_own_student_keeps_its_precision():
