@@ -191,7 +191,8 @@ def random_clip(student, name, frames, size):
     decoded = student.config.frames
     if decoded(1) > frames:
         raise ValueError(f"--frames {frames}: {name} decodes {decoded(1)} or more")
-    return random_latents(student, next(t for t in itertools.count(1) if decoded(t + 1) > frames), size)
+    t = 1 if name == "qwen" else next(t for t in itertools.count(1) if decoded(t + 1) > frames)     # qwen's are images
+    return random_latents(student, t, size)
 
 
 def paper_speed(where, name, height, width):

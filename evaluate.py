@@ -211,7 +211,7 @@ def load_fitting_teacher(args, students, device):
 
 def clip_shape(args, teacher):
     """(frames, height, width) of a clip: what was asked for, else the paper's for that data set and teacher."""
-    frames = args.frames or (17 if teacher.images else 16)
+    frames = args.frames or max(17 if teacher.images else 16, teacher.fewest)
     usual = DATA_SETS.get(args.data, [[128 if teacher.name == "tiny" else 256] * 2])[0]
     # The usual sides are rounded down to multiples of the teacher's compression: 360 is no multiple of 32.
     height, width = args.size or (side // d * d for side, d in zip(usual, teacher.compression[1:]))

@@ -438,7 +438,8 @@ class LTX25Teacher(LTXTeacher):
         ghosts = latents[:, :, -1:].expand(-1, -1, decoder.trailing_pad_latent_frames, -1, -1)      # cut off again
         x = decoder.conv_in(torch.cat([latents, ghosts], 2).movedim(1, -1))
         for name, stage, upsample in zip(("mid", "up0", "up1", "up2"), decoder.det_stages, decoder.upsamples):
-            mask = stage[0].attn.build_block_mask(x)
+            stage = stage if not x.is_meta else ()          # where there is no FlexAttention; shapes stay
+            mask = stage and stage[0].attn.build_block_mask(x)
             for block in stage:
                 x = block(x, mask)
             yield name, x[:, :rate * (latents.shape[2] - 1) + 1].movedim(-1, 1)
@@ -775,17 +776,15 @@ def main():
         with torch.device("meta"), torch.no_grad():     # shapes only: nothing is computed
             teacher = build(name, None)
             d_t, d_h, d_w = teacher.compression
-            frames = 16 + int(teacher.images)
+            frames = max(17 if teacher.images is True else 16, teacher.fewest)
             try:
-                teacher.check_clip(frames, size, size)
+                latents = teacher.encode(torch.empty(1, 3, frames, size, size), sample=False)
             except ValueError as error:
                 parser.error(str(error))
-            t = (frames - 1) // d_t + 1
-            shapes = [(block, tuple(x.shape[1:])) for block, x in
-                      teacher.blocks(torch.empty(1, teacher.latent_channels, t, size // d_h, size // d_w))]
+            shapes = [(block, tuple(x.shape[1:])) for block, x in teacher.blocks(latents)]
         parts = f"encoder {millions(teacher.vae.encoder)} M, decoder {millions(teacher.vae.decoder)} M parameters"
         print(f"{name}: {parts}; {teacher.latent_channels} latent channels at {d_t}x{d_h}x{d_w}; "
-              f"{teacher.frame_step}k{' + 1' * teacher.images} frames, sizes /{d_h}")
+              f"{teacher.frame_step}k{f' + {teacher.frame_extra}' if teacher.images else ''} frames, sizes /{d_h}")
         print(f"    weights: {repo or 'assets/tiny_teacher'}; licence: {licence}")
         print(f"    blocks for {frames}x{size}x{size}: "
               + ", ".join(f"{b} {'x'.join(map(str, shape))}" for b, shape in shapes))

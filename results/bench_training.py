@@ -36,7 +36,7 @@ def bench_features(args, device, dtype):
     rows = []
     for name in args.config or TEACHERS:
         teacher = find_teacher(name, device, dtype)
-        (height, width), (d_t, d_h, d_w), frames = args.size, teacher.compression, 16 + int(teacher.images)
+        (height, width), (d_t, d_h, d_w), frames = args.size, teacher.compression, 17 if teacher.images else 16
         h, w, blocks = -(-height // d_h), -(-width // d_w), aligned_blocks(teacher)
         latents = torch.randn(1, teacher.latent_channels, (frames - 1) // d_t + 1, h, w, device=device, dtype=dtype)
         runs = {"decode": partial(teacher.decode, latents),
@@ -127,7 +127,7 @@ def bench_steps(args, device, dtype):
     rows, (height, width) = [], args.size
     for name in args.config or ["ltx"]:
         teacher = find_teacher(name, device)
-        frames = 16 + int(teacher.images)
+        frames = max(17 if teacher.images else 16, teacher.fewest)
         teacher.check_clip(frames, height, width)
         video = torch.rand(args.batch, 3, frames, height, width, device=device) * 2 - 1
         with tempfile.TemporaryDirectory() as folder:

@@ -69,8 +69,8 @@ def whole(model, latents):
         return model(latents).add(1).div(2).clamp(0, 1).movedim(1, -1).flatten(0, 1)
 
 
-@pytest.mark.parametrize("name", ["wan21", "hunyuan15", "dc"])
-@pytest.mark.parametrize("shape", [(1, 4, 5, 2, 3), (2, 4, 3, 1, 2), (1, 4, 1, 2, 2)])
+@pytest.mark.parametrize("name", ["wan21", "hunyuan15", "dc", "h3"])
+@pytest.mark.parametrize("shape", [(1, 4, 7, 2, 3), (2, 4, 3, 1, 2), (1, 4, 1, 2, 2)])
 def test_one_latent_frame_at_a_time_gives_the_images_of_the_whole(nodes, name, shape):
     model, latents = student_of(name), 3 * torch.randn(shape)
     images = through(nodes, model, latents)
