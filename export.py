@@ -148,10 +148,12 @@ class TwinUpsampler(Upsampler):
         if self.upsampling == "interpolate":
             x = F.interpolate(x, scale_factor=r_s, mode="nearest") if r_s > 1 else x
             frames = [frame for frame in frames_of(x) for _ in range(r_t)]
-            return self.conv(torch.cat(frames[self.drop:]) if r_t > 1 else x)
+            frames = [frame for piece in self.left(len(frames)) for frame in frames[piece]]
+            return self.conv(torch.cat(frames) if r_t > 1 else x)
         x = self.conv(x)
         x = x.reshape(r_t * len(x), -1, *x.shape[2:])
-        x = take(x, self.drop, len(x))
+        pieces = [take(x, piece.start, min(piece.stop, len(x))) for piece in self.left(len(x))]
+        x = torch.cat(pieces) if len(pieces) > 1 else pieces[0]
         return F.pixel_shuffle(x, r_s) if r_s > 1 else x
 
 
