@@ -69,7 +69,8 @@ FIRST_TWO = PAPER | dict(micro_batch=1, align=["mid", "up0"])
 RECIPES = {             # the paper has students for the first four teachers
     "ltx": PAPER, "dc": PAPER | dict(frames=16), "hunyuan": FIRST_TWO, "cog": FIRST_TWO,
     "wan21": FIRST_TWO, "wan22": FIRST_TWO, "ltx2": PAPER | dict(micro_batch=1), "ltx23": PAPER | dict(micro_batch=1),
-    "hunyuan15": FIRST_TWO, "qwen": FIRST_TWO | dict(frames=1, micro_batch=4),
+    "hunyuan15": FIRST_TWO, "qwen": FIRST_TWO | dict(frames=1, micro_batch=4), "ltx095": PAPER,
+    "ltx25": PAPER | dict(micro_batch=1, align=["mid", "up1"]), "h3": FIRST_TWO | dict(frames=22),
     # No LPIPS, which is a download. AdamW alone leaves the student grey for hundreds of steps, hence Muon.
     "tiny": COMMON | dict(
         frames=16, size=64, batch=4, micro_batch=4, steps=2000, lr=2e-3, muon_lr=0.02, schedule="cosine",

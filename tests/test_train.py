@@ -839,17 +839,18 @@ def test_two_processes_scan_once_and_stop_together(videos, tmp_path):
     assert step > 0 and checkpoint(tmp_path / "out")["step"] == step
 
 
-@pytest.mark.parametrize("name, stage2", [("ltx23", "off"), ("hunyuan15", "off"), ("qwen", "1"), ("wan22", "1")])
+@pytest.mark.parametrize("name, stage2", [("ltx23", "off"), ("hunyuan15", "off"), ("qwen", "1"), ("wan22", "1"),
+                                          ("ltx095", "off"), ("ltx25", "off"), ("h3", "1")])
 def test_two_steps_of_a_teachers_recipe_at_reduced_width(tmp_path, here, monkeypatch, name, stage2):
     """What the recipe aligns, heads and all, on random weights; qwen's clips are single images."""
     pytest.importorskip("diffusers")
-    from test_teachers import KINDS
-    teacher, recipe = KINDS[name](), train.RECIPES[name]
+    from test_teachers import KINDS, OTHERS
+    teacher, recipe = (KINDS | OTHERS)[name](), train.RECIPES[name]
     monkeypatch.setattr(train, "load_teacher", lambda *args: teacher)
     monkeypatch.setitem(train.CONFIGS, name, replace(train.CONFIGS[name], latent_channels=teacher.latent_channels,
                                                      widths=(16, 16, 16, 16, 16), resnets=(1, 1, 1, 1, 1)))
-    frames = min(recipe["frames"], teacher.compression[0] + 1)
-    here(tmp_path, "--teacher", name, "--data", "synthetic", "--size", 32, "--frames", frames,
+    frames = max(min(recipe["frames"], teacher.compression[0] + 1), teacher.fewest)
+    here(tmp_path, "--teacher", name, "--data", "synthetic", "--size", 64, "--frames", frames,
          "--lpips-weight", 0, "--steps", 2, "--eval-every", 2, "--batch", 2, "--micro-batch", 2, "--val-clips", 1,
          "--stage2", stage2)
     assert list(map(math.isfinite, log(tmp_path).values())) == [True, True] and log(tmp_path, "distill")[2] > 0
