@@ -386,11 +386,11 @@ class LTXTeacher(DiffusersTeacher):
 
     def __init__(self, name, vae):
         super().__init__(name, vae)
-        config, release = vae.config, ("ltx",)          # one class, several encoders
-        if "LTXVideo095DownBlock3D" in config.down_block_types:
-            release = ("ltx095",)
-        elif "decoder_spatial_padding_mode" in config:
+        config = vae.config
+        if "decoder_spatial_padding_mode" in config:        # of each class two encoders, whose latents have one shape
             release = ("ltx23", "ltx25") if len(config.decoder_layers_per_block) > 4 else ("ltx2",)
+        else:
+            release = ("ltx095",) if "LTXVideo095DownBlock3D" in config.down_block_types else ("ltx",)
         if name not in release:
             raise ValueError(f"this VAE is not the {name} teacher's but the {' or '.join(release)} teacher's")
         # Reflection needs something to mirror: a second row and column.
@@ -419,9 +419,9 @@ class LTXTeacher(DiffusersTeacher):
 
 
 class LTX25Teacher(LTXTeacher):
-    """LTX-2.5: LTX-2.3's encoder with LTX2VideoDiffusionDecoderModel's decoder, which makes video of noise: as released
-    in one step, and here of the same noise for every clip. Its attention needs 7x7 latents and 17 frames at least.
-    Features are those of its four stages before the noise: mid, up1 and up2 are on the grids of the student's."""
+    """LTX-2.5: LTX-2.3's encoder with LTX2VideoDiffusionDecoderModel's decoder, which makes video of noise, in one step
+    and here of the same for every clip. Its attention needs 7x7 latents and 17 frames at least. Features are those of
+    its four stages before the noise: mid, up1 and up2 are on the grids of the student's."""
 
     def __init__(self, name, vae):
         super().__init__(name, vae)
@@ -457,9 +457,8 @@ class H3Teacher(DiffusersTeacher):
     def __init__(self, name, vae):
         super().__init__(name, vae)
         vae.enable_tiling()
-        self.images, self.window = vae.tokens_chunk_size, vae.tokens_chunk_size + vae.token_overlap
-        self.frame_step, self.frame_extra = vae.config.clip_length, vae.frame_overlap
-        self.fewest = self.frame_step + self.frame_extra
+        self.images, self.frame_step = vae.tokens_chunk_size, vae.config.clip_length
+        self.frame_extra, self.fewest = vae.frame_overlap, self.frame_step + vae.frame_overlap
 
     def posterior(self, video):
         mean, std = video.new_tensor(IMAGENET).view(2, 3, 1, 1, 1)
@@ -473,25 +472,24 @@ class H3Teacher(DiffusersTeacher):
         return (video * std + mean).mul(2).sub(1)
 
     def blocks(self, latents):
-        decoder, group, (_, _, t, h, w) = self.vae.decoder, self.images, latents.shape
-        missing = -(t + self.vae.config.token_drop) % group         # its decode, too, repeats the last latent
+        decoder, first, t = self.vae.decoder, self.vae.post_quant_conv, latents.shape[2]
+        missing = -(t + self.vae.config.token_drop) % self.images           # decode, too, repeats the last latent
         latents = torch.cat([latents, latents[:, :, -1:].expand(-1, -1, missing, -1, -1)], 2)
-        windows = latents.unfold(2, self.window, group).movedim((2, -1), (1, 3))        # (B, n, C, 7, h, w)
-        z = self.vae.post_quant_conv(windows.flatten(0, 1).to(self.vae.post_quant_conv.weight.dtype))
+        windows = latents.unfold(2, self.images + self.vae.token_overlap, self.images).movedim((2, -1), (1, 3))
+        z = first(windows.flatten(0, 1).to(first.weight.dtype))             # (B times windows, C, 7, h, w)
         x = decoder.proj_in(z.flatten(2).transpose(1, 2))
         n, registers = x.shape[1], decoder.register_tokens.expand(len(x), -1, -1)
         x = torch.cat([x, registers.to(x.dtype), torch.zeros_like(x[:, :1])], 1)
         axes = [torch.arange(0.5, size, device=x.device) / size * 2 - 1 for size in z.shape[2:]]
         places = torch.stack(torch.meshgrid(*axes, indexing="ij"), -1).flatten(0, 2)
         rotary = decoder.rope(F.pad(places, (0, 0, 0, x.shape[1] - n)).expand(len(x), -1, -1))
-        depth = len(decoder.transformer_blocks)
-        names = {depth // 3: "mid", 2 * depth // 3: "up0"}
-        for i, block in enumerate(decoder.transformer_blocks, start=1):
-            x = block(x, rotary)
-            if i in names:
-                tokens = x[:, :n].transpose(1, 2).unflatten(2, (-1, h, w)).unflatten(0, windows.shape[:2])
-                own = tokens[:, :, :, :group].transpose(1, 2).flatten(2, 3)
-                yield names[i], torch.cat([own, tokens[:, -1, :, group:]], 2)[:, :, :t]
+        third = len(decoder.transformer_blocks) // 3
+        for name, start in (("mid", 0), ("up0", third)):
+            for block in decoder.transformer_blocks[start:start + third]:
+                x = block(x, rotary)
+            tokens = x[:, :n].transpose(1, 2).unflatten(2, z.shape[2:]).unflatten(0, windows.shape[:2])
+            own = tokens[:, :, :, :self.images].transpose(1, 2).flatten(2, 3)
+            yield name, torch.cat([own, tokens[:, -1, :, self.images:]], 2)[:, :, :t]
 
 
 class HunyuanTeacher(DiffusersTeacher):
@@ -618,12 +616,11 @@ CONFIGURATIONS = {
                   upsample_type=("spatiotemporal", "spatiotemporal", "temporal", "spatial"),
                   upsample_factor=(2, 2, 1, 2), upsample_residual=(False,) * 4, decoder_causal=False,
                   decoder_spatial_padding_mode="zeros", spatial_compression_ratio=32, temporal_compression_ratio=8),
-    "ltx095": dict(block_out_channels=(128, 256, 512, 1024, 2048), down_block_types=("LTXVideo095DownBlock3D",) * 4,
-                   layers_per_block=(4, 6, 6, 2, 2), spatio_temporal_scaling=(True,) * 4,
+    "ltx095": dict(block_out_channels=(128, 256, 512, 1024, 2048), decoder_block_out_channels=(256, 512, 1024),
+                   layers_per_block=(4, 6, 6, 2, 2), decoder_layers_per_block=(5,) * 4, timestep_conditioning=True,
+                   down_block_types=("LTXVideo095DownBlock3D",) * 4, spatio_temporal_scaling=(True,) * 4,
                    downsample_type=("spatial", "temporal", "spatiotemporal", "spatiotemporal"),
-                   decoder_block_out_channels=(256, 512, 1024), decoder_layers_per_block=(5,) * 4,
-                   decoder_spatio_temporal_scaling=(True,) * 3, decoder_inject_noise=(False,) * 4,
-                   upsample_residual=(True,) * 3, upsample_factor=(2,) * 3, timestep_conditioning=True,
+                   decoder_spatio_temporal_scaling=(True,) * 3, upsample_residual=(True,) * 3, upsample_factor=(2,) * 3,
                    spatial_compression_ratio=32, temporal_compression_ratio=8),
 }
 CONFIGURATIONS["ltx25"] = CONFIGURATIONS["ltx23"]
