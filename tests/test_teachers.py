@@ -357,7 +357,7 @@ def test_features_are_what_a_full_decode_passes_through(name):
 
 @torch.no_grad()
 def test_h3_is_diffusers_own_in_another_range_of_pixels():
-    teacher, vae = h3(), h3().vae
+    teacher, vae, seen = h3(), h3().vae, {}
     mean, std = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]]).view(2, 3, 1, 1, 1)
     for frames in (22, 39):
         video = noise(2, 3, frames, 32, 48).clamp(-1, 1)
@@ -365,26 +365,25 @@ def test_h3_is_diffusers_own_in_another_range_of_pixels():
         assert torch.equal(ours, want.mean) and torch.equal(logvar, want.logvar)
         assert torch.equal(teacher.decode(ours), (vae.decode(ours).sample * std + mean).mul(2).sub(1))
         assert teacher.decode(ours).shape == video.shape
-    for t in range(1, 13):
-        latents, seen = noise(2, 4, t, 2, 3), {}
-        if t < 3:
-            with pytest.raises(ValueError, match=f"h3 teacher cannot decode {t} latents: it needs 3 at least"):
-                teacher.decode(latents)
-            continue
-        hooks = hooked(dict(enumerate(vae.decoder.transformer_blocks)),
-                       lambda i, tokens: seen.setdefault(i, []).append(tokens[:, :42].unflatten(1, (7, 2, 3))))
+    for t in (1, 2):
+        with pytest.raises(ValueError, match=f"h3 teacher cannot decode {t} latents: it needs 3 at least"):
+            teacher.decode(noise(1, 4, t, 2, 3))
+    hooks = hooked(dict(zip(("mid", "up0", "the last"), vae.decoder.transformer_blocks)),
+                   lambda name, tokens: seen.setdefault(name, []).append(tokens[:, :42].unflatten(1, (7, 2, 3))))
+    for t in range(3, 13):
+        latents = noise(2, 4, t, 2, 3)
         assert teacher.decode(latents).shape[2] == CONFIGS["h3"].frames(t)
-        windows, ran = [dict(seen), seen.clear()][0], ("mid", "up0")
-        features = teacher.features(latents, ran)
-        for i, name in enumerate(ran):      # of each window the first 5, and of the last one all
-            want = torch.cat([*(window[:, :5] for window in windows[i]), windows[i][-1][:, 5:]], 1)[:, :t]
-            torch.testing.assert_close(features[name], want.movedim(-1, 1))
-        assert list(seen) == [0, 1]         # two of three
+        windows = dict(seen)
         seen.clear()
-        teacher.features(latents, "mid")
-        assert list(seen) == [0]
-        for hook in hooks:
-            hook.remove()
+        for name, x in teacher.features(latents, ("mid", "up0")).items():
+            want = torch.cat([*(tokens[:, :5] for tokens in windows[name]), windows[name][-1][:, 5:]], 1)[:, :t]
+            torch.testing.assert_close(x, want.movedim(-1, 1))          # of each window 5, and of the last one all
+        assert list(seen) == ["mid", "up0"]
+        seen.clear()
+    teacher.features(latents, "mid")
+    assert list(seen) == ["mid"]
+    for hook in hooks:
+        hook.remove()
 
 
 @torch.no_grad()
