@@ -232,13 +232,9 @@ class Objective:
 
 def last_layer_gradients(student, latents, *gradients, autocast=nullcontext):
     """The last convolution's weight gradient, for each of the gradients on the decoded video."""
-    inputs = []
-    handle = student.conv_out.register_forward_pre_hook(lambda module, args: inputs.append(args[0]))
-    with torch.no_grad(), autocast():
-        student.forward(latents)                    # not student(latents): a compiled one would not call the hook
-    handle.remove()
-    with autocast():                                # a region of its own: the first's cached weights have no graph
-        video, weight = student.conv_out(inputs[0]), student.conv_out.conv.weight
+    with autocast():
+        video = student.forward(latents)            # never compiled: that would be another graph for this alone
+    weight = student.conv_out.conv.weight
     return [torch.autograd.grad(video, weight, g.to(video.dtype), retain_graph=True)[0].float() for g in gradients]
 
 
