@@ -105,13 +105,14 @@ def make_heads(student_shapes, teacher_shapes, kind="pointwise"):
 
 def distillation_loss(student_features, teacher_features, heads, normalize=False):
     """Equation 4: the sum over blocks of the mean absolute difference between σ(student's features) and the
-    teacher's. normalize divides each block's teacher features, and so the difference, by their standard deviation in
-    the batch: needed where features are of a scale that would drown the other terms."""
+    teacher's. normalize divides each clip's teacher features, and so the difference, by their standard deviation:
+    needed where features are of a scale that would drown the other terms."""
     total = 0.0
     for name, target in teacher_features.items():
         target = target.float()
-        scale = target.std().clamp_min(1e-6) if normalize else 1.0
-        total = total + (heads[name](student_features[name]).float() - target / scale).abs().mean()
+        if normalize:                   # by the clip, so that a loss does not depend on how a batch is split
+            target = target / target.std((1, 2, 3, 4), keepdim=True).clamp_min(1e-6)
+        total = total + (heads[name](student_features[name]).float() - target).abs().mean()
     return total
 
 

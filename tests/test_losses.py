@@ -141,14 +141,18 @@ def test_distillation_is_nothing_for_a_perfect_student():
 
 
 @torch.no_grad()
-def test_normalized_distillation_does_not_depend_on_the_teachers_scale():
+def test_normalized_distillation_does_not_depend_on_the_teachers_scale_or_on_how_a_batch_is_split():
     student, teacher, heads = two_blocks()
-    normal = distillation_loss(student, teacher, heads, normalize=True).item()
+    loss = lambda teacher, clips=slice(None), normalize=True: distillation_loss(
+        {b: x[clips] for b, x in student.items()}, {b: x[clips] for b, x in teacher.items()}, heads, normalize).item()
     _, loud, _ = two_blocks(scale=1000.0)
-    assert distillation_loss(student, loud, heads, normalize=True).item() == pytest.approx(normal, rel=1e-4)
-    assert distillation_loss(student, loud, heads).item() > 100 * distillation_loss(student, teacher, heads).item()
-    by_hand = sum((heads[b](student[b]) - teacher[b] / teacher[b].std()).abs().mean().item() for b in teacher)
-    assert normal == pytest.approx(by_hand, rel=1e-5)
+    assert loss(loud) == pytest.approx(loss(teacher), rel=1e-4)
+    assert loss(loud, normalize=False) > 100 * loss(teacher, normalize=False)
+    teacher = {b: x * torch.tensor([1.0, 5.0]).view(2, 1, 1, 1, 1) for b, x in teacher.items()}
+    halves = [loss(teacher, [i]) for i in range(2)]
+    by_hand = [sum((heads[b](student[b])[i] - x[i] / x[i].std()).abs().mean().item() for b, x in teacher.items())
+               for i in range(2)]
+    assert halves == pytest.approx(by_hand, rel=1e-5) and loss(teacher) == pytest.approx(sum(halves) / 2, rel=1e-5)
 
 
 class StandIn(nn.Module):
