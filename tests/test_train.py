@@ -133,6 +133,12 @@ def test_a_stopped_run_resumes_bit_for_bit(whole, tmp_path):
     assert log(whole) == log(tmp_path)
 
 
+def test_the_loss_does_not_depend_on_the_micro_batch(whole, tmp_path):
+    for micro in 1, 4:
+        run(*command(tmp_path / str(micro), "--steps", 1, "--micro-batch", micro))
+        assert abs(log(tmp_path / str(micro))[1] / log(whole)[1] - 1) < 1e-5
+
+
 def test_two_processes_equal_one(whole, tmp_path):
     run(*command(tmp_path, "--steps", 8, "--eval-every", 4), launcher=TWO)
     one, two = log(whole), log(tmp_path)
