@@ -54,7 +54,7 @@ from teachers import TEACHERS, load_teacher
 INPUT = "the input"
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))      # torchrun's
 WRITTEN = "compare.png", "compare.mp4", "results.md", "results.json"
-SAME = "data root split latents dtype seed reference students chosen shape weights metrics".split()
+SAME = "data root split latents dtype seed reference students chosen shape teacher_sha256 metrics".split()
 WARM_UP, ROUNDS = 1, 5              # of the speed measurement
 # name: (heading, decimals)
 METRICS = {"psnr": ("PSNR (dB)", 2), "ssim": ("SSIM", 4), "lpips": ("LPIPS", 4), "temporal": ("temporal error", 2),
@@ -264,7 +264,7 @@ def read_latents(file):
         raise BadVideo(f"no safetensors file ({summary(error)})") from None
     latents = tensors.get("latents", next(iter(tensors.values())) if len(tensors) == 1 else torch.empty(0))
     if latents.ndim < 4 or latents.shape[:-4] not in ((), (1,)) or not latents.numel() * latents.is_floating_point():
-        raise BadVideo(f'holds {", ".join(tensors) or "no tensor"} ({latents.dtype}, {tuple(latents.shape)}), but '
+        raise BadVideo(f'holds {", ".join([*tensors][:3]) or "no tensor"} ({latents.dtype}, {tuple(latents.shape)}), but '
                        '"latents" are needed, floating-point, (C, t, h, w) or (1, C, t, h, w)')
     latents = latents.flatten(0, -4)
     for t, frame in enumerate(latents.unbind(1)):
@@ -395,6 +395,7 @@ def compare(args, device):
     settings = vars(args) | {
         "reference": reference, "students": [*students], "chosen": len(clips.names), "shape": [*shape],
         "weights": {name: weights_hash(network) for name, network in networks.items()}}
+    settings["teacher_sha256"] = settings["weights"][label]         # a student may have been trained on
     check_same(out, settings)
     metrics, without = load_metrics(args, device)
     latents_of = lambda batch: batch.to(teacher.dtype) if args.latents else teacher.encode(batch, sample=False)

@@ -178,7 +178,12 @@ def complete(given):
 
 
 def student_config(args):
-    return replace(CONFIGS[args.teacher], **args.student)
+    own, config = CONFIGS[args.teacher], replace(CONFIGS[args.teacher], **args.student)
+    for fact in ("latent_channels", "compression", "drop_first"):
+        if getattr(config, fact) != getattr(own, fact):
+            raise ValueError(f"--student: {fact} would be {getattr(config, fact)}; {args.teacher}'s latents need "
+                             f"{getattr(own, fact)}")
+    return config
 
 
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))        # as torchrun starts it
@@ -487,6 +492,8 @@ def open_run(given, out):
             raise ValueError(f"{out} was run with {flag} {before[name]}, not {value}")
         if name == "stage2" and start is not None:
             raise ValueError(f"stage 2 of {out} began at step {start}: --stage2 {value} comes too late")
+        if name == "steps" and value < saved["run"]["step"]:
+            raise ValueError(f"{out} is at step {saved['run']['step']} already: --steps {value} comes too late")
         tqdm.write(f"{flag} {value} from here on, {before[name]} before" + "; the cosine begins again, higher" * (
             before["schedule"] == "cosine" and name in ("steps", "minutes")))
     return argparse.Namespace(**before | settings), saved

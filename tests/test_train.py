@@ -673,6 +673,10 @@ def test_overwriting_keeps_the_old_run_until_the_new_one_begins(whole, staged, v
     before = {path.name: path.read_bytes() for path in out.iterdir()}
     with pytest.raises(ValueError, match="the cache .* was made with"):
         here(*staged_flags(out, staged / "cache", videos, "--overwrite", "--seed", 1))
+    with pytest.raises(ValueError, match="patch|compression would be"):
+        here(*staged_flags(out, staged / "cache", videos, "--overwrite", "--student", "patch=1"))
+    with pytest.raises(ValueError, match="comes too late"):
+        here(out, "--resume", "--steps", 1)
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
 
 
@@ -756,7 +760,7 @@ def test_a_held_out_video_that_cannot_be_decoded_gives_way_to_the_next(videos, m
 
     def clip(self, i, *place):
         if self.files[i] in bad:
-            raise data.BadVideo("damaged")
+            raise data.BadVideo(f"{self.files[i]}: damaged")
         return plain(self, i, *place)
 
     monkeypatch.setattr(data.VideoClips, "clip", clip)
