@@ -92,6 +92,7 @@ def check_colours(path, frame, tagged=False):
     _, primaries, transfer = colours(frame)
     if frame.colorspace not in (*MATRICES, 0, 2, 3):
         warn_once(f"{path}: its colours will be wrong: nothing here undoes matrix {frame.colorspace} (FFmpeg's number)")
+        return
     kind = {16: "PQ", 18: "HLG"}.get(transfer, "BT.2020" if primaries == 9 else None)
     if kind and not tagged:
         warn_once(f"{path} is {kind} video: its values are taken as they are, not converted to BT.709's")

@@ -287,6 +287,8 @@ def open_latents(args, channels):
         raise ValueError(f"no latents of {channels} channels in {args.latents}: examples/generate.py makes some")
     names = {n: files[n].name for n, x in latents.items() if x.shape == shape}
     skipped |= {files[n].name: f"of shape {tuple(latents[n].shape)}" for n in latents if n not in names}
+    for name, reason in skipped.items() if RANK == 0 else ():
+        print(f"skipping {name}: {reason}", file=sys.stderr)
     return Clips(latents, names, skipped)
 
 
@@ -794,6 +796,7 @@ def main():
     elif RANK == 0:             # one film is the first process's
         one_film(args, device)
     if WORLD > 1:
+        dist.barrier()              # one that leaves while another still works may abort
         dist.destroy_process_group()
 
 

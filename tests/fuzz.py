@@ -300,7 +300,8 @@ def package(r, log):
 
 
 LEFT_OUT = {"--download", "--compile", "--stream"}      # these take long
-FLAGS = {script: sorted(set(re.findall(r'\("(--[a-z0-9-]+)"', (ROOT / script).read_text())) - LEFT_OUT)
+FLAG = re.compile(r'(?:\("--|^ {12}\(")([a-z0-9-]+)",', re.MULTILINE)       # as the scripts name them
+FLAGS = {script: sorted({f"--{name}" for name in FLAG.findall((ROOT / script).read_text())} - LEFT_OUT)
          for script in ("evaluate.py", "export.py", "bench.py", "train.py")}
 SMALL = {
     "evaluate.py": "--clips 1 --size 32 --metrics psnr --lpips-weights no.pth --i3d no.pt --device cpu",

@@ -764,11 +764,11 @@ def test_a_stop_leaves_no_half_film(student, tmp_path):
 
 
 @pytest.mark.parametrize("args, message", [
-    (["--data", "davis"], "put them into the folder data/davis, .* or by --download"),
+    (["--data", "davis"], "put them into the folder data/davis.* or by --download"),
     (["--data", "synthetic", "--size", "64x32"], "made-up video is square"),
     (["--latents", "nowhere"], "no latents of 32 channels in nowhere"),
     (["--out", "file"], "nothing can be written to file"),
-    (["--student", "hustvl/Turbo-VAED"], "a hub id of published students needs config="),
+    (["--student", "hustvl/Turbo-VAED"], "for published students pass config="),
     (["--reconstruct", "a.mp4", "b.webm"], "films are .mp4, .mkv or .mov"),
     (["--reconstruct", "a.mp4", "a.mp4"], "would be written over"),
     (["--decode", "a.safetensors", "b.gif"], "films are .mp4, .mkv or .mov"),
