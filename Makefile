@@ -21,7 +21,7 @@ test: $(VENV)/ready
 	$(MAKE) -j2 test-slow test-rest
 
 # Two halves of about the same time, side by side.
-SLOW = tests/test_train.py tests/test_teachers.py tests/test_export.py
+SLOW = $(addprefix tests/test_, train.py teachers.py export.py bench.py data.py)
 test-slow: $(VENV)/ready
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -q --durations=5 $(SLOW)
 test-rest: $(VENV)/ready
