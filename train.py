@@ -525,11 +525,16 @@ def draw(out, run, columns):
     frames = [video[0, :, video.shape[2] // 2] for row in zip(*columns) for video in row]
     with atomically(out / "samples.png") as file:
         save_image(frames, file, nrow=len(columns), normalize=True, value_range=(-1, 1))
-    figure, axes = plt.subplots(2, 3, figsize=(13, 6))
-    for axis, name in zip(axes.flat, ("l1", "lpips", "distill", "discriminator", "psnr", "sharpness")):
-        lines = [line for line in run.lines + run.validations if name in line]
-        axis.plot([line["step"] for line in lines], [line[name] for line in lines])
-        axis.set_title(name)
+    titles = {"l1": "L1", "lpips": "LPIPS", "distill": "distillation", "discriminator": "discriminator",
+              "psnr": "PSNR in dB (dashed: teacher)", "sharpness": "sharpness (input: 1)"}
+    lines = run.lines + run.validations
+    shown = [name for name in titles if any(name in line for line in lines)]
+    figure, axes = plt.subplots(1, len(shown), figsize=(3.5 * len(shown), 3), layout="constrained", squeeze=False)
+    for axis, name in zip(axes[0], shown):
+        axis.plot(*zip(*[(line["step"], line[name]) for line in lines if name in line]))
+        axis.set(title=titles[name], xlabel="step")
+        if name == "psnr":
+            axis.axhline(run.validations[-1]["teacher_psnr"], color="grey", linestyle="--")
     with atomically(out / "curves.png") as file:
         plt.savefig(file)
     plt.close()
