@@ -11,11 +11,9 @@
     python train.py --student kernel=7 separable=mid,up0     # fields of its model.TurboVAEDConfig
 
 Stage 1 is Equation 5 without its adversarial term. Stage 2 adds the term when stage 1 has nearly converged.
-
 A run leaves in out/<teacher>/ (or --out): checkpoint.pt, student.safetensors (the moving average of the weights),
 best.safetensors, in stage 2 best_stage1.safetensors, log.jsonl, curves.png, samples.png (input, teacher, student) and
 args.json. The checkpoint is written first and holds log and students, so that all files agree.
-
 Clip, crop and noise are functions of (seed, step, slot): results depend neither on the number of processes nor on where
 a run was stopped. Ctrl-C and SIGTERM finish the step and save. Steps that are not finite are passed over.
 """
@@ -54,10 +52,10 @@ from teachers import TEACHERS, load_teacher
 # ---------------------------------------------------------------------------------------------------------------------
 # Recipes: what is not given on the command line. What has no flag is changed here.
 
-COMMON = dict(teacher_weights=None, student={}, val_data=None, val_clips=8, samples=None, minutes=None, warmup=100,
-              head="pointwise", cache=None, cache_crops=4, checkpointing=False, compile=None, seed=0, log_every=10,
-              dtype="auto", device="cuda" if torch.cuda.is_available() else "cpu",
-              workers=os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+COMMON = dict.fromkeys("teacher_weights val_data samples minutes cache compile".split()) | dict(
+    student={}, val_clips=8, warmup=100, head="pointwise", cache_crops=4, checkpointing=False, seed=0, log_every=10,
+    dtype="auto", device="cuda" if torch.cuda.is_available() else "cpu",
+    workers=os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 # Section 4.2: AdamW, learning rate 2e-4, betas 0.9 and 0.95, effective batch 32, 17 (dc: 16) frames at 256x256.
 # Weight decay and EMA as in the published code; 70,000 and 40,000 steps as a user's reproduction of ltx reports.
 PAPER = COMMON | dict(
@@ -65,12 +63,13 @@ PAPER = COMMON | dict(
     align=["mid", "up0", "up1"], lpips_weight=1.0, distill_weight=1.0, normalize=False, data="data/vidgen",
     eval_every=1000, stage2="auto", stage2_steps=40_000, stage2_lr=1.0,
     adversarial_weight=0.05, disc_lr=2e-4, disc_width=64)
-FIRST_TWO = PAPER | dict(micro_batch=1, align=["mid", "up0"])
+LARGE = PAPER | dict(micro_batch=1)
+FIRST_TWO = LARGE | dict(align=["mid", "up0"])
 RECIPES = {             # the paper has students for the first four teachers
     "ltx": PAPER, "dc": PAPER | dict(frames=16), "hunyuan": FIRST_TWO, "cog": FIRST_TWO,
-    "wan21": FIRST_TWO, "wan22": FIRST_TWO, "ltx2": PAPER | dict(micro_batch=1), "ltx23": PAPER | dict(micro_batch=1),
-    "hunyuan15": FIRST_TWO, "qwen": FIRST_TWO | dict(frames=1, micro_batch=4), "ltx095": PAPER,
-    "ltx25": PAPER | dict(micro_batch=1, align=["mid", "up1"]), "h3": FIRST_TWO | dict(frames=22),
+    "wan21": FIRST_TWO, "wan22": FIRST_TWO, "ltx2": LARGE, "ltx23": LARGE, "ltx095": PAPER,
+    "hunyuan15": FIRST_TWO, "qwen": FIRST_TWO | dict(frames=1, micro_batch=4),
+    "ltx25": LARGE | dict(align=["mid", "up1"]), "h3": FIRST_TWO | dict(frames=22),
     # No LPIPS, which is a download. AdamW alone leaves the student grey for hundreds of steps, hence Muon.
     "tiny": COMMON | dict(
         frames=16, size=64, batch=4, micro_batch=4, steps=2000, lr=2e-3, muon_lr=0.02, schedule="cosine",
@@ -86,7 +85,9 @@ MAX_DROP = 0.3                              # dB of PSNR that stage 2 may cost b
 DISC_FLOOR = 1.0                            # the discriminator pauses while its hinge loss is below
 BAD_STEPS = 5                               # so many steps in a row that are not finite end a run
 SAVE_MINUTES = 10                           # between checkpoints, at most
+POSTERIOR, FRAMES, DISCRIMINATOR = 4, 6, 7  # what a clip's random numbers are for; data.py has the others
 STUDENTS = "student.safetensors", "best.safetensors", "best_stage1.safetensors"
+FILES = *STUDENTS, *"checkpoint.pt log.jsonl args.json curves.png samples.png".split()         # of a run
 PRESETS = json.loads((Path(__file__).parent / "assets" / "presets.json").read_text())
 
 
@@ -109,16 +110,16 @@ def parse_args(argv=None):
                                 usage="%(prog)s [--teacher NAME] [options]; --help explains each",
                                 argument_default=argparse.SUPPRESS,
                                 epilog="Defaults: the recipe at the top of train.py, or with --resume the run's own.")
-    whole, positive, weight, text = number(int, 1), number(float, 1e-12), number(float, 0), {}
+    whole, positive, weight = number(int, 1), number(float, 1e-12), number(float, 0)
     either, flag = {"action": argparse.BooleanOptionalAction}, {"action": "store_true"}
     for name, takes, what in (
             ("teacher", {"choices": TEACHERS}, "whose decoder to distil (default: tiny)"),
-            ("teacher-weights", text, 'a folder or file instead of the released weights, or "random"'),
+            ("teacher-weights", str, 'a folder or file instead of the released weights, or "random"'),
             ("student", {"nargs": "+", "action": "extend", "type": student_change}, "FIELD=VALUE of the student"),
             ("preset", {"choices": [*PRESETS, "list"], "metavar": "NAME|list"}, "a row of the paper's tables"),
-            ("data", text, 'a folder of videos, of any depth, or "synthetic" for made-up video'),
+            ("data", str, 'a folder of videos, of any depth, or "synthetic" for made-up video'),
             ("samples", whole, "train on so many videos, or made-up clips, only"),
-            ("val-data", text, "validate on this folder; else on held-out files of --data, or held-out made-up clips"),
+            ("val-data", str, "validate on this folder; else on held-out files of --data, or held-out made-up clips"),
             ("val-clips", whole, "clips to validate on, at most"),
             ("frames", whole, "frames of a clip"),
             ("size", whole, "height and width of a clip in pixels"),
@@ -126,7 +127,7 @@ def parse_args(argv=None):
             ("micro-batch", whole, "clips a process takes at once"),
             ("steps", whole, "optimiser steps, both stages together, at most"),
             ("minutes", positive, "of training in all, if --steps take longer; a cosine then follows the clock"),
-            ("stage2", {"type": lambda word: word if word in ("auto", "off") else number(int, 0)(word)},
+            ("stage2", lambda word: word if word in ("auto", "off") else number(int, 0)(word),
              "auto, off, or the step at which stage 2 begins; auto: when validations improve no longer"),
             ("stage2-steps", whole, "length of stage 2, with --stage2 auto; so early before --steps it begins anyway"),
             ("lr", positive, "AdamW's learning rate"),
@@ -138,17 +139,17 @@ def parse_args(argv=None):
             ("lpips-weight", weight, "α1 of Equation 5; 0 turns LPIPS off"),
             ("distill-weight", weight, "α2 of Equation 5; 0 turns the distillation loss off"),
             ("normalize", either, "divide the teacher's features by their deviation in Equation 4"),
-            ("cache", text, "a folder for what the teacher makes of each clip, computed before the first step"),
+            ("cache", str, "a folder for what the teacher makes of each clip, computed before the first step"),
             ("cache-crops", whole, "crops of each video in the cache; made-up video counts as 512 videos"),
             ("checkpointing", flag, "compute the student's blocks twice: less memory, more time"),
             ("seed", number(int, 0, 2 ** 32 - 2), "of weights, clips and samples"),
             ("workers", number(int, 0), "loader processes of each process (default: the machine's cores, shared)"),
             ("dtype", {"choices": ("auto", "float32", "bfloat16", "float16")}, "of autocast; auto: by the device"),
-            ("device", text, "(default: cuda where there is a GPU)"),
+            ("device", str, "(default: cuda where there is a GPU)"),
             ("compile", either, "torch.compile the student and the teacher (default: on GPUs)"),
             ("eval-every", whole, "steps between validations, pictures and checkpoints"),
             ("log-every", whole, "steps between lines of log.jsonl"),
-            ("out", text, "the run's folder (default: out/<teacher>)"),
+            ("out", str, "the run's folder (default: out/<teacher>)"),
             ("resume", flag, "go on from the folder's checkpoint.pt"),
             ("overwrite", flag, "start anew where the folder holds a run already")):
         p.add_argument(f"--{name}", help=what, **(takes if isinstance(takes, dict) else {"type": takes}))
@@ -179,7 +180,7 @@ def complete(given):
 
 def student_config(args):
     own, config = CONFIGS[args.teacher], replace(CONFIGS[args.teacher], **args.student)
-    for fact in ("latent_channels", "compression", "drop_first"):
+    for fact in "latent_channels compression drop_first".split():
         if getattr(config, fact) != getattr(own, fact):
             raise ValueError(f"--student: {fact} would be {getattr(config, fact)}; {args.teacher}'s latents need "
                              f"{getattr(own, fact)}")
@@ -187,6 +188,7 @@ def student_config(args):
 
 
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))        # as torchrun starts it
+say = tqdm.write if RANK == 0 else lambda line: None        # leaves a progress bar whole
 
 
 def reduce(tensor, operation=dist.ReduceOp.SUM):
@@ -240,39 +242,23 @@ def find_data(args):
         held_out = copy.copy(others).subset(list(taken))
         unchanged["held-out videos"] = [*held_out.files, held_out.fingerprint()]
         rest = train if made_up else copy.copy(train).without(others if args.val_data else held_out)
-        if not len(rest) and args.val_data:
+        if len(rest):
+            train = rest
+        elif args.val_data:
             raise ValueError(f"no video is left to train on: all of {args.data} is in --val-data {args.val_data}")
-        train, name = (rest, name) if len(rest) else (train, "the one video there is, trained on too")
+        else:
+            name, unchanged["held-out videos"] = "the one video there is, trained on too", []
     if not made_up:
         if args.samples:
-            train = copy.copy(train).subset(sorted(shuffled(len(train), 0, 7)[:args.samples].tolist()))
+            train.subset(sorted(shuffled(len(train), 0, 7)[:args.samples].tolist()))
         unchanged["videos"] = train.fingerprint()
-    return train, clips, name, unchanged
+    return train, [clip[None] for clip in clips], name, unchanged
 
 
 def slots(args, step):
     """Yields the numbers, step * batch + slot, of this process's clips, micro-batch by micro-batch, from a step on."""
-    micro = args.micro_batch
-    for n in count(step * args.batch + RANK * micro, micro * WORLD):
-        yield list(range(n, n + micro))
-
-
-POSTERIOR, FRAMES, DISCRIMINATOR = 4, 6, 7      # what a clip's random numbers are for; data.py has the others
-
-
-class Indexed:
-    """Clips with their numbers, and with the frames that LPIPS sees."""
-
-    def __init__(self, clips, args):
-        self.clips, self.args = clips, args
-
-    def __getitem__(self, n):
-        clip = self.clips[n]
-        item = {"n": n} | (clip if isinstance(clip, dict) else {"video": clip})
-        if self.args.lpips_weight:
-            order = np.random.default_rng((self.args.seed, FRAMES, n)).permutation(self.args.frames)
-            item["frames"] = torch.from_numpy(order[:LPIPS_FRAMES])
-        return item
+    for n in count(step * args.batch + RANK * args.micro_batch, WORLD * args.micro_batch):
+        yield list(range(n, n + args.micro_batch))
 
 
 @contextmanager
@@ -281,7 +267,7 @@ def loader_errors():
     try:
         yield
     except (OSError, ValueError, RuntimeError) as error:
-        message = str(error).strip()
+        message = str(error)
         if "killed by signal" in message or "exited unexpectedly" in message:
             raise MemoryError("out of memory: a loader process was killed") from None
         if "DataLoader worker" in message:
@@ -297,18 +283,14 @@ def end_workers():
 
 
 class Muon(torch.optim.Optimizer):
-    """Muon (Jordan et al. 2024): steps along the momentum with all its singular values made about 1: weak directions,
-    colour say, are learned as fast as strong ones, brightness. A convolution's weight counts as the matrix (output
-    channels) x (input channels and positions), which torch.optim.Muon does not accept."""
+    """Muon (Jordan et al. 2024): steps along the momentum with all its singular values made about 1. So colour, a weak
+    direction, is learned as fast as brightness. Unlike torch.optim.Muon it takes the weights of convolutions."""
 
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
             for p in group["params"]:
-                state = self.state[p]
-                if "momentum" not in state:
-                    state["momentum"] = torch.zeros_like(p)
-                average = state["momentum"].lerp_(p.grad, 1 - MOMENTUM)
+                average = self.state[p].setdefault("momentum", torch.zeros_like(p)).lerp_(p.grad, 1 - MOMENTUM)
                 x = p.grad.lerp(average, MOMENTUM).flatten(1)           # Nesterov's look ahead
                 rows, columns = x.shape
                 x = x.T if rows > columns else x
@@ -317,17 +299,17 @@ class Muon(torch.optim.Optimizer):
                     a = x @ x.T
                     x = 3.4445 * x + (2.0315 * a @ a - 4.7750 * a) @ x
                 x = x.T if rows > columns else x
-                p.mul_(1 - group["lr"] * group["weight_decay"])
+                p.mul_(1 - group["lr"] * WEIGHT_DECAY)
                 p.add_(x.reshape(p.shape), alpha=-group["lr"] * max(1, rows / columns) ** 0.5)
 
 
-def make_optimizers(module, lr, muon_lr, weight_decay):
+def make_optimizers(module, lr, muon_lr):
     """AdamW with the paper's betas; with a muon_lr, Muon takes the weights that mix channels (not depthwise ones)."""
-    trained = [p for p in module.parameters() if p.requires_grad]
-    mixing = [p for p in trained if muon_lr and p.ndim > 1 and p.shape[1] > 1]
-    rest = [p for p in trained if p not in set(mixing)]
-    adamw = torch.optim.AdamW(rest, lr, betas=(0.9, 0.95), weight_decay=weight_decay, fused=True)
-    return [adamw, Muon(mixing, dict(lr=muon_lr, weight_decay=weight_decay))] if mixing else [adamw]
+    mixing, rest = [], []
+    for p in module.parameters():
+        (mixing if muon_lr and p.ndim > 1 and p.shape[1] > 1 else rest).append(p)
+    adamw = torch.optim.AdamW(rest, lr, betas=(0.9, 0.95), weight_decay=WEIGHT_DECAY, fused=True)
+    return [adamw, Muon(mixing, {"lr": muon_lr})] if mixing else [adamw]
 
 
 def clip_noise(seed, purpose, numbers, like):
@@ -335,6 +317,12 @@ def clip_noise(seed, purpose, numbers, like):
     seeds = [int(np.random.default_rng((seed, purpose, n)).integers(2 ** 62)) for n in numbers]
     return torch.stack([torch.randn(like.shape[1:], generator=torch.Generator(like.device).manual_seed(s),
                                     device=like.device) for s in seeds]).to(like.dtype)
+
+
+def lpips_frames(args, numbers):
+    """(B, LPIPS_FRAMES): which frames of the clips `numbers` LPIPS sees."""
+    orders = [np.random.default_rng((args.seed, FRAMES, n)).permutation(args.frames) for n in numbers]
+    return torch.from_numpy(np.stack(orders)[:, :LPIPS_FRAMES])
 
 
 @torch.no_grad()
@@ -348,10 +336,10 @@ def run_teacher(teacher, batch, numbers, blocks, seed):
 
 
 @torch.no_grad()
-def fill_cache(args, teacher, clips, unchanged, device, autocast, say):
+def fill_cache(args, teacher, clips, unchanged, device, autocast):
     """A CachedClips of --cache-crops crops of each clip, of which this process makes its share of what is missing."""
     settings = {"weights": unchanged["teacher's weights"], "files": unchanged["videos"], "precision": args.dtype} \
-        | {key: getattr(args, key) for key in ("teacher", "frames", "size", "cache_crops", "seed")}
+        | {key: getattr(args, key) for key in "teacher frames size cache_crops seed".split()}
     made_up = args.data == "synthetic"
     entries = min((512 if made_up else len(clips)) * args.cache_crops, made_up and args.samples or 2 ** 62)
     cache = from_rank0(lambda: CachedClips(args.cache, entries, settings, blocks=args.align, seed=args.seed))
@@ -372,8 +360,6 @@ def fill_cache(args, teacher, clips, unchanged, device, autocast, say):
 
 def prepare(module, device, compiles):
     """Lays a network's convolutions out as is fast on GPUs, and compiles it, or what is used of a teacher."""
-    if module is None:
-        return
     if device.type == "cuda":
         channels_last(module)
     if compiles and hasattr(module, "vae"):
@@ -396,9 +382,9 @@ def converged(validations):
 
 
 def guard(validations):
-    """What the adversarial weight is multiplied by: halved at each validation of stage 2 whose PSNR lies more than
-    MAX_DROP below stage 1's last, multiplied by 1.25, up to 1, at each of the others."""
-    factor, floor = 1.0, -math.inf
+    """The adversarial weight's factor. A validation of stage 2 halves it where the PSNR lies more than MAX_DROP below
+    stage 1's last, else multiplies it by 1.25, up to 1."""
+    factor = 1.0
     for line in validations:
         if line["stage"] == 1:
             floor = line["psnr"] - MAX_DROP
@@ -407,14 +393,14 @@ def guard(validations):
     return factor
 
 
-def best_step(validations):
-    """The step of the best student. In stage 1 it has the highest PSNR. In stage 2 it competes with those whose PSNR is
+def best_line(validations):
+    """The best student's validation: in stage 1 that of highest PSNR. In stage 2 it competes with those whose PSNR is
     within MAX_DROP of stage 1's last, by LPIPS or, without it, by whose sharpness is nearest to the input's."""
     stage1 = [line for line in validations if line["stage"] == 1]
     floor = stage1[-1]["psnr"] - MAX_DROP
     rivals = [line for line in validations if line["stage"] == 2 and line["psnr"] >= floor]
     distance = lambda line: line.get("val_lpips", abs(math.log(max(line["sharpness"], 1e-6))))
-    return min([max(stage1, key=lambda line: line["psnr"]), *rivals], key=distance)["step"]
+    return min([max(stage1, key=lambda line: line["psnr"]), *rivals], key=distance)
 
 
 def stage_bounds(args, run):
@@ -459,19 +445,8 @@ class Run:
 
 
 # What --resume may change. Videos, weights and a cache are compared by what they hold.
-MAY_CHANGE = {"data", "val_data", "teacher_weights", "cache", "steps", "minutes", "stage2", "stage2_steps",
-              "micro_batch", "checkpointing", "workers", "device", "compile", "eval_every", "log_every"}
-
-
-def read_checkpoint(path):
-    """What a run saved. ValueError where nothing usable is."""
-    try:
-        saved = torch.load(path, map_location="cpu", weights_only=True)
-        Run(**saved["run"]), saved["args"], saved["unchanged"]
-        return saved
-    except Exception as error:
-        raise ValueError(f"nothing to resume: {path} is missing, damaged or of another version of train.py "
-                         f"({type(error).__name__})") from None
+MAY_CHANGE = ("data val_data teacher_weights cache steps minutes stage2 stage2_steps micro_batch checkpointing workers "
+              "device compile eval_every log_every").split()
 
 
 def open_run(given, out):
@@ -482,20 +457,23 @@ def open_run(given, out):
             raise ValueError(f"{out} holds a run already: --resume goes on, --overwrite starts anew, or another --out")
         check_writable(out)
         return complete(settings), None
-    saved = read_checkpoint(out / "checkpoint.pt")
-    before, start = saved["args"], saved["run"]["stage2_start"]
+    try:
+        saved = torch.load(out / "checkpoint.pt", map_location="cpu", weights_only=True)
+        before, run, _ = saved["args"], Run(**saved["run"]), saved["unchanged"]
+    except Exception as error:
+        raise ValueError(f"nothing to resume: {out}/checkpoint.pt is missing, damaged or of another version of "
+                         f"train.py ({type(error).__name__})") from None
     for name, value in settings.items():
         flag = f"--{name.replace('_', '-')}"
         if value == before[name]:
             continue
         if name not in MAY_CHANGE or name == "cache" and not before["cache"]:
             raise ValueError(f"{out} was run with {flag} {before[name]}, not {value}")
-        if name == "stage2" and start is not None:
-            raise ValueError(f"stage 2 of {out} began at step {start}: --stage2 {value} comes too late")
-        if name == "steps" and value < saved["run"]["step"]:
-            raise ValueError(f"{out} is at step {saved['run']['step']} already: --steps {value} comes too late")
-        tqdm.write(f"{flag} {value} from here on, {before[name]} before" + "; the cosine begins again, higher" * (
-            before["schedule"] == "cosine" and name in ("steps", "minutes")))
+        if name == "stage2" and run.stage == 2:
+            raise ValueError(f"stage 2 of {out} began at step {run.stage2_start}: --stage2 {value} comes too late")
+        if name == "steps" and value < run.step:
+            raise ValueError(f"{out} is at step {run.step} already: --steps {value} comes too late")
+        say(f"{flag} {value} from here on, {before[name]} before")
     return argparse.Namespace(**before | settings), saved
 
 
@@ -518,9 +496,7 @@ def measure(decode, latents, clips, who, lpips=None):
 
 def draw(out, run, columns):
     """samples.png: a clip a row, its middle frame in each of the columns of clips. curves.png: what the log has."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure
     from torchvision.utils import save_image
     frames = [video[0, :, video.shape[2] // 2] for row in zip(*columns) for video in row]
     with atomically(out / "samples.png") as file:
@@ -529,15 +505,15 @@ def draw(out, run, columns):
               "psnr": "PSNR in dB (dashed: teacher)", "sharpness": "sharpness (input: 1)"}
     lines = run.lines + run.validations
     shown = [name for name in titles if any(name in line for line in lines)]
-    figure, axes = plt.subplots(1, len(shown), figsize=(3.5 * len(shown), 3), layout="constrained", squeeze=False)
-    for axis, name in zip(axes[0], shown):
+    figure = Figure((3.5 * len(shown), 3), layout="constrained")
+    for i, name in enumerate(shown, 1):
+        axis = figure.add_subplot(1, len(shown), i)
         axis.plot(*zip(*[(line["step"], line[name]) for line in lines if name in line]))
         axis.set(title=titles[name], xlabel="step")
         if name == "psnr":
             axis.axhline(run.validations[-1]["teacher_psnr"], color="grey", linestyle="--")
     with atomically(out / "curves.png") as file:
-        plt.savefig(file)
-    plt.close()
+        figure.savefig(file)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -558,20 +534,18 @@ def set_precision(args, device):
     return autocast, nullcontext if args.dtype == "float16" else autocast, compiles
 
 
-def make_student(args, teacher, clip):
-    """A student with the heads that lead to the teacher's features of a clip."""
+def make_student(args, teacher, latents):
+    """A student with the heads that lead to the teacher's features of these latents."""
     torch.manual_seed(args.seed)
-    student = TurboVAED(student_config(args)).to(clip.device)
+    student = TurboVAED(student_config(args)).to(latents.device)
     student.checkpointing = args.checkpointing
-    latents = teacher.encode(clip, sample=False)
     shapes = {name: f.shape for name, f in teacher.features(latents, args.align).items()}
     heads = make_heads({name: student.config.feature_shape(name, latents.shape) for name in shapes}, shapes, args.head)
-    return StudentWithHeads(student, heads, args.normalize).to(clip.device)
+    return StudentWithHeads(student, heads, args.normalize).to(latents.device)
 
 
 def pass_over(run, values, micros, describe, bad_steps):
-    """Names the first of the values that is not finite, and the clips of this process's micro-batches where it is.
-    RuntimeError at the last of BAD_STEPS in a row."""
+    """Names the value that is not finite, and this process's clips with it. RuntimeError after BAD_STEPS in a row."""
     name = next(name for name, value in values.items() if not math.isfinite(value))
     clips = [describe(n) for numbers, terms in micros if not math.isfinite(terms.get(name, math.nan)) for n in numbers]
     bad = f"step {run.step}: {name} is {values[name]}, clips {', '.join(dict.fromkeys(clips)) or 'of another process'}"
@@ -583,7 +557,7 @@ def pass_over(run, values, micros, describe, bad_steps):
 def log_line(args, run):
     """A line of the log: means of the terms over the steps since the line before."""
     before, sums, run.sums = run.lines[-1], run.sums, Counter()
-    seconds, steps = max(run.seconds - 60 * before["minutes"], 1e-9), sums.pop("steps", 0)
+    seconds, steps = run.seconds - 60 * before["minutes"], sums.pop("steps", 0)
     line = {"step": run.step, "stage": run.stage, "minutes": run.seconds / 60, "skipped": sums.pop("skipped", 0),
             "samples_per_s": args.batch * (run.step - before["step"]) / seconds,
             "waiting": sums.pop("waiting", 0) / seconds}
@@ -592,30 +566,27 @@ def log_line(args, run):
 
 def price(args, run, line):
     """What a run takes, by a line of its log."""
-    rate = line["samples_per_s"]
-    hours = min((args.steps - run.step) * args.batch / rate, 60 * (args.minutes or math.inf)) / 3600
-    return (f"at {rate:.3g} samples a second, as measured over the first steps, this run takes {hours:.3g} hours on "
-            f"{WORLD} x {args.device}; it waits for clips {line['waiting']:.0%} of the time"
-            + ": more --workers or --cache help" * (line["waiting"] > 0.2))
+    seconds = min((args.steps - run.step) * args.batch / line["samples_per_s"], 60 * (args.minutes or math.inf))
+    return (f"at {line['samples_per_s']:.3g} samples a second, as measured over the first steps, this run takes "
+            f"{timedelta(seconds=round(seconds))} (h:mm:ss) on {WORLD} x {args.device}; it waits for clips "
+            f"{line['waiting']:.0%} of the time" + ": more --workers or --cache help" * (line["waiting"] > 0.2))
 
 
 def main(given):
     """A whole run with these settings (see `parse_args`). ValueError, OSError or RuntimeError where it cannot go on."""
     atexit.register(end_workers)
-    say = tqdm.write if RANK == 0 else lambda line: None
     if WORLD > 1:
-        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(days=7))         # a validation or a cache may take long
+        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo",
+                                timeout=timedelta(days=7))                  # a validation or a cache may take long
     out = Path(given.get("out") or f"out/{given.get('teacher', 'tiny')}")
     args, saved = from_rank0(lambda: open_run(given, out))
-    device, accumulate = find_device(args.device), args.batch // (args.micro_batch * WORLD)
-    if args.batch != accumulate * args.micro_batch * WORLD:
+    device, (accumulate, rest) = find_device(args.device), divmod(args.batch, args.micro_batch * WORLD)
+    if rest:
         raise ValueError(f"--batch {args.batch} cannot be divided by --micro-batch {args.micro_batch} x {WORLD}")
     if isinstance(args.stage2, int) and args.stage2 >= args.steps:
         raise ValueError(f"--stage2 {args.stage2} lies behind the run's --steps {args.steps}")
     autocast, safe_autocast, compiles = set_precision(args, device)
-    # clips first: the teacher's weights may be a download
-    clips, held_out, val_name, unchanged = from_rank0(lambda: find_data(args))
+    clips, held_out, val_name, unchanged = from_rank0(lambda: find_data(args))          # before weights are fetched
     teacher = load_teacher(args.teacher, args.teacher_weights, device)
     teacher.check_clip(args.frames, args.size, args.size)
     unchanged["teacher's weights"] = weights_hash(teacher.vae)
@@ -623,32 +594,39 @@ def main(given):
         if saved and saved["unchanged"][what] != value:
             raise ValueError(f"{out} had other {what}: bring them back, or start anew with --overwrite")
     prepare(teacher, device, compiles)
-    held_out = [clip[None] for clip in held_out]
     val_latents = [teacher.encode(clip.to(device), sample=False) for clip in held_out]
     with safe_autocast():
-        teacher_videos, teacher_values = measure(teacher.decode, val_latents, held_out, f"{args.teacher} teacher")
-    teacher_psnr = teacher_values["psnr"]
-    model = make_student(args, teacher, held_out[0].to(device))
+        teacher_videos, ceiling = measure(teacher.decode, val_latents, held_out, f"{args.teacher} teacher")
+    model = make_student(args, teacher, val_latents[0])
     student = model.student
     ema = copy.deepcopy(student).requires_grad_(False).eval()
     torch.manual_seed(args.seed + 1)
     discriminator = PatchDiscriminator(args.disc_width).to(device)
     lpips = LPIPS().to(device) if args.lpips_weight else None
-    for module, compiled in ((ema, False), (student, compiles), (discriminator, compiles), (lpips, compiles)):
-        prepare(module, device, compiled)
+    prepare(ema, device, False)
+    for module in filter(None, (student, discriminator, lpips)):
+        prepare(module, device, compiles)
     objective = Objective(lpips, args.lpips_weight, args.distill_weight)
-    optimizers = make_optimizers(model, args.lr, args.muon_lr, WEIGHT_DECAY)
+    optimizers = make_optimizers(model, args.lr, args.muon_lr)
     optimizers.append(torch.optim.AdamW(discriminator.parameters(), args.disc_lr, betas=(0.5, 0.9),
                                         weight_decay=WEIGHT_DECAY, fused=True))
     scaler = torch.amp.GradScaler(device.type, enabled=args.dtype == "float16")
-    run, parts = Run(), (model, ema, discriminator, *optimizers, scaler)
+    run = Run(lines=[{"step": 0, "minutes": 0.0, "held_out": unchanged["held-out videos"][:-1]}])
+    parts = model, ema, discriminator, *optimizers, scaler
     if saved:
         run = Run(**saved["run"])
         for part, state in zip(parts, saved["parts"]):
             part.load_state_dict(state)
 
+    def average(**about):
+        """(metadata, weights) of the student as it is now."""
+        metadata = {"teacher": args.teacher, "step": str(run.step), **about}
+        return metadata, {name: tensor.cpu().clone() for name, tensor in ema.state_dict().items()}
+
     def save():
         """Writes the checkpoint, then what follows from it: students and log."""
+        if run.step and not run.validations:                  # stopped early: there is a student all the same
+            run.students["student.safetensors"] = average()
         buffer = io.BytesIO()
         torch.save({"args": vars(args), "unchanged": unchanged, "run": vars(run),
                     "parts": [part.state_dict() for part in parts]}, buffer)
@@ -659,7 +637,7 @@ def main(given):
             shadow.load_state_dict(weights)
             shadow.save_pretrained(out / name, metadata=metadata)
         log_file.truncate(0)
-        for line in sorted(run.lines + run.validations, key=lambda line: (line["step"], "psnr" in line)):
+        for line in sorted(run.lines + run.validations, key=lambda line: line["step"]):
             print(json.dumps(line), file=log_file, flush=True)
 
     def validate():
@@ -668,47 +646,48 @@ def main(given):
             return run.validations
         with safe_autocast():
             videos, values = measure(ema, val_latents, held_out, f"student at step {run.step}", lpips)
-        line = {"step": run.step, "stage": run.stage, "teacher_psnr": teacher_psnr, "minutes": run.seconds / 60}
-        run.validations.append(line | values)
-        metadata = {"teacher": args.teacher, "step": str(run.step), "psnr": f"{values['psnr']:.2f}"}
-        new = metadata, {name: tensor.cpu().clone() for name, tensor in ema.state_dict().items()}
-        best = new if best_step(run.validations) == run.step else run.students["best.safetensors"]
-        run.students |= {"student.safetensors": new, "best.safetensors": best}
+        run.validations.append({"step": run.step, "stage": run.stage, "teacher_psnr": ceiling["psnr"],
+                                "minutes": run.seconds / 60, **values})
+        run.students["student.safetensors"] = new = average(psnr=f"{values['psnr']:.2f}")
+        if best_line(run.validations) is run.validations[-1]:
+            run.students["best.safetensors"] = new
         save()
         draw(out, run, (held_out, teacher_videos, videos))
-        say(f"step {run.step}: PSNR {values['psnr']:.2f} dB ({values['psnr'] / teacher_psnr:.1%} of the teacher's), "
+        say(f"step {run.step}: PSNR {values['psnr']:.2f} dB ({values['psnr'] / ceiling['psnr']:.1%} of the teacher's), "
             f"sharpness {values['sharpness']:.0%} of the input's, {run.seconds / 60:.1f} min")
         return run.validations
     if args.cache:
-        clips = fill_cache(args, teacher, clips, unchanged, device, safe_autocast, say)
+        clips = fill_cache(args, teacher, clips, unchanged, device, safe_autocast)
         teacher = None                                        # its memory is the student's now
-    if not saved:
-        run.lines.append({"step": 0, "minutes": 0.0, "held_out": unchanged["held-out videos"][:-1]})
     if RANK == 0:
         for path in (*map(out.joinpath, STUDENTS), *out.glob(".[abcs]*.[0-9]*.*")):         # half written ones, too
             path.unlink(missing_ok=True)
+        others = sorted({path.name for path in out.glob("[!.]*")} - {*FILES})
+        if others and "overwrite" in given:
+            say(f"{out} still has what was made of the run before: {', '.join(others)}")
         with atomically(out / "args.json") as file:
             file.write_text(json.dumps(vars(args), indent=1))
         log_file = open(out / "log.jsonl", "a")
         save()
-        say(f"teacher {args.teacher}: {teacher_psnr:.2f} dB on {val_name}; student: "
+        say(f"teacher {args.teacher}: {ceiling['psnr']:.2f} dB on {val_name}; student: "
             f"{sum(p.numel() for p in student.parameters()) / 1e6:.2f} M parameters; {args.steps} steps of "
             f"{args.batch} = {args.micro_batch}x{WORLD}x{accumulate} clips of {args.frames}x{args.size}x{args.size}; "
             f"{args.data}; {device.type}, {args.dtype}")
     saved = None                                              # its memory is the run's now
-    loader = iter(DataLoader(Indexed(clips, args), batch_sampler=slots(args, run.step), num_workers=args.workers,
-                             pin_memory=device.type == "cuda", worker_init_fn=begin_worker))
+    batches = zip(slots(args, run.step), DataLoader(
+        clips, batch_sampler=slots(args, run.step), num_workers=args.workers, pin_memory=device.type == "cuda",
+        worker_init_fn=begin_worker))
     parallel = torch.nn.parallel.DistributedDataParallel(model) if WORLD > 1 else model
     signals = []
 
     def on_signal(number, frame):
-        if signals and WORLD == 1:                            # a second Ctrl-C; torchrun sends its own
-            raise KeyboardInterrupt
         signals.append(number)
+        if len(signals) == 2 and WORLD == 1:                  # a second Ctrl-C; torchrun sends its own
+            raise KeyboardInterrupt                           # a third one must not disturb what cleans up
 
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, on_signal)
-    bar = tqdm(total=args.steps, initial=run.step, unit="step", disable=RANK > 0 or not sys.stderr.isatty())
+    bar = tqdm(total=args.steps, initial=run.step, unit="step", disable=RANK > 0 or None)
     first_step, bad_steps, saved_at, told_at = run.step, 0, *[time.time()] * 2
     while True:
         # All processes agree on what is next; a signal may reach any of them.
@@ -728,23 +707,27 @@ def main(given):
             save()
             saved_at = time.time()
         warmup = set_rates(optimizers, args, run, used)
+        rate, before = optimizers[0].param_groups[0]["lr"], run.lines[-1].get("lr")
+        if run.step == first_step and before:
+            say(f"step {run.step}: the learning rate is {rate:.3g} from here on, {before:.3g} before")
         weight = args.adversarial_weight * guard(run.validations) * warmup * run.adaptive_weight
         objective.adversarial_weight, objective.discriminator = weight, discriminator if stage2 else None
         # The gradient of L = L_1 + α1 L_lpips + α2 L_distill + α3 L_kl + α4 L_adv, in micro-batches.
-        began, micros, at_last_layer = time.time(), [], []
+        began, micros, at_last_layer = time.perf_counter(), [], []
         for i in range(accumulate):
-            asked = time.time()
+            asked = time.perf_counter()
             with loader_errors():
-                batch = next(loader)
-            run.sums["waiting"] += time.time() - asked
-            numbers = batch.pop("n").tolist()
+                numbers, batch = next(batches)
+            run.sums["waiting"] += time.perf_counter() - asked
+            batch = batch if args.cache else {"video": batch}
             batch = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
             with safe_autocast():
                 latents, features, kl = run_teacher(teacher, batch, numbers, args.align, args.seed)
+            frames = lpips_frames(args, numbers).to(device)
             noise = clip_noise(args.seed, DISCRIMINATOR, numbers, batch["video"]) if stage2 else None
             with parallel.no_sync() if WORLD > 1 and i + 1 < accumulate else nullcontext():
                 terms, on_video = objective.backward(
-                    parallel, latents, features, batch["video"], kl.mean(), batch.get("frames"), noise,
+                    parallel, latents, features, batch["video"], kl.mean(), frames, noise,
                     scale=lambda loss: scaler.scale(loss / accumulate), autocast=autocast)
             micros.append((numbers, terms))
             if stage2 and (run.step - start) % 10 == 0:
@@ -761,12 +744,11 @@ def main(given):
         values = reduce(torch.cat([means, torch.stack(norms)])).div(WORLD).tolist()
         values = dict(zip([*terms, "grad_norm", "disc_grad_norm"], values))
         finite, pauses = all(map(math.isfinite, values.values())), values.get("discriminator", DISC_FLOOR) < DISC_FLOOR
-        for optimizer in optimizers[:-1] if pauses else optimizers:
-            if finite:
-                optimizer.step()
-        scaler.update()
         for optimizer in optimizers:
+            if finite and not (pauses and optimizer is optimizers[-1]):
+                optimizer.step()
             optimizer.zero_grad()
+        scaler.update()
         run.step += 1
         with torch.no_grad():                                 # early on it forgets sooner, or it would keep the start
             keep = min(EMA, (1 + run.step) / (10 + run.step))
@@ -783,10 +765,10 @@ def main(given):
             if scale <= 1 or not math.isfinite(values["loss"]):         # else a smaller scale mends it
                 bad_steps += 1
                 pass_over(run, values, micros, clips.describe, bad_steps)
-        run.seconds += time.time() - began
+        run.seconds += time.perf_counter() - began
         bar.update()
         if run.step % args.log_every == 0 or run.step % args.eval_every == 0 or run.step == end:
-            line = log_line(args, run) | {"lr": optimizers[0].param_groups[0]["lr"], "weight": weight}
+            line = log_line(args, run) | {"lr": rate, "weight": weight}
             if run.lines[-1]["step"] < first_step + 20 <= run.step:
                 say(price(args, run, line))
             run.lines.append(line)
@@ -799,12 +781,17 @@ def main(given):
             run.validations, saved_at = from_rank0(validate), time.time()
     bar.close()
     if stopped:
+        signals += [0]                                        # a second Ctrl-C does not end this
         from_rank0(save)
         say(f"stopped by {signal.Signals(int(stopped)).name} at step {run.step}; --resume goes on from there, in {out}")
         sys.exit(128 + int(stopped))
     from_rank0(validate)
-    say(f"{run.step - first_step} steps, to step {run.step}; the student is in {out}/student.safetensors, the best one "
-        f"in best.safetensors; --resume goes on, with more --steps, --stage2-steps or --minutes")
+    last, best = run.validations[-1], best_line(run.validations)
+    better = (f"; better is that of step {best['step']}: PSNR {best['psnr']:.2f} instead of {last['psnr']:.2f} dB, "
+              f"sharpness {best['sharpness']:.0%} instead of {last['sharpness']:.0%}, to be had by "
+              f"evaluate.py --student {out}/best.safetensors") * (best is not last)
+    say(f"{run.step - first_step} steps, to step {run.step}; the student is in {out}/student.safetensors{better}; "
+        f"--resume goes on, with more --steps, --stage2-steps or --minutes")
 
 
 if __name__ == "__main__":
