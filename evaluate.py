@@ -1,6 +1,4 @@
-"""How good and how fast are a teacher and its students?
-
-Gives the rows of the paper's Tables 3 and 4, and pictures to look at.
+"""How good and how fast are a teacher and its students? The rows of the paper's Tables 3 and 4, and pictures.
 
     python evaluate.py                                     # the newest student under out/, on made-up video
     python evaluate.py --data davis                        # Table 4: DAVIS-2017 in data/davis (--download fetches it)
@@ -26,8 +24,8 @@ import statistics
 import sys
 import time
 import warnings
-from collections import Counter
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from datetime import timedelta
 from fractions import Fraction
 from heapq import heappop, heappush
@@ -40,22 +38,22 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
-from safetensors.torch import load_file
+from safetensors import safe_open
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from data import (BROKEN, CLIPS_PER_SCENE, DATA_SETS, EXACT, HELD_OUT_SEED, BadVideo, SyntheticClips, VideoClips,
                   check_colours, check_fields, check_shapes, colours, download, find_clips, frames_of, open_video,
                   picture, psnr, video_stream, why)
-from model import (CONFIGS, atomically, channels_last, check_fit, check_writable, choose_student, find_device, number,
-                   parse_size, run_command, summary, text_table, weights_hash)
+from model import (CONFIGS, atomically, channels_last, check_fit, check_writable, choose_student, count_parameters,
+                   find_device, number, parse_size, run_command, summary, text_table, weights_hash)
 from teachers import TEACHERS, load_teacher
 
 INPUT = "the input"
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))      # torchrun's
 WRITTEN = "compare.png", "compare.mp4", "results.md", "results.json"
 SAME = "data root split latents dtype seed reference students chosen shape teacher_sha256 metrics".split()
-WARM_UP, ROUNDS = 1, 5              # of the speed measurement
+ROUNDS = 5          # of the speed measurement, after one to warm up
 # name: (heading, decimals)
 METRICS = {"psnr": ("PSNR (dB)", 2), "ssim": ("SSIM", 4), "lpips": ("LPIPS", 4), "temporal": ("temporal error", 2),
            "fvd": ("rFVD", 2)}
@@ -69,10 +67,8 @@ ALEXNET = "alexnet-owt-7be5be79.pth"        # torchvision's name; its checksum b
 # metrics
 
 def ssim(a, b):
-    """SSIM of each clip, (B,): the mean over frames of torchmetrics' SSIM.
-
-    The window is Gaussian, with sigma 1.5. Frames are reflected at their borders; scikit-image leaves the border out.
-
+    """SSIM of each clip, (B,): the mean over frames of torchmetrics' SSIM. The window is Gaussian, with sigma 1.5.
+    Frames are reflected at their borders; scikit-image leaves the border out.
     a, b: (B, 3, T, H, W) in [-1, 1], clamped to it. ValueError if shapes differ."""
     from torchmetrics.functional.image import structural_similarity_index_measure
     check_shapes(a, b)
@@ -83,7 +79,6 @@ def ssim(a, b):
 def temporal_error(a, b):
     """Temporal consistency of each clip, (B,): the mean absolute error of the differences between neighbouring frames,
     in 8-bit levels (1/255 of [0, 1]). Zero where a moves and flickers as b does, whatever their colours.
-
     a, b: (B, 3, T, H, W) in [-1, 1], clamped to it. NaN for single frames. ValueError if shapes differ."""
     check_shapes(a, b)
     change_a, change_b = (frames_of(v).unflatten(0, (len(v), -1)).diff(dim=1) for v in (a, b))
@@ -93,10 +88,8 @@ def temporal_error(a, b):
 def frechet_distance(features_a, features_b):
     """Fréchet distance between the Gaussians that fit two sets of features, (n, d) and (m, d): |μa - μb|² +
     tr(Σa + Σb - 2 (Σa Σb)^½), as in FVD (Unterthiner et al. 2018), covariances with n - 1. A float, in float64.
-
     With Σ = XᵀX, X the centred features, the last trace is the sum of the singular values of Xa Xbᵀ. This is exact
     for any rank, so also for fewer clips than dimensions.
-
     ValueError for fewer than two rows, or for features that are not finite."""
     a, b = features_a.double(), features_b.double()
     if min(len(a), len(b)) < 2 or not torch.cat([a, b]).isfinite().all():
@@ -109,37 +102,26 @@ def frechet_distance(features_a, features_b):
 
 def load_lpips(path, device):
     """LPIPS (Zhang et al. 2018) on AlexNet, mean over frames: a function of two clips (B, 3, T, H, W) in [-1, 1].
-    path: torchvision's AlexNet weights; None downloads them, with a checked sum, into PyTorch's cache, or OSError."""
+    path: torchvision's AlexNet weights; None downloads them, with a checked sum, into PyTorch's cache."""
     import lpips
-    try:
-        net = lpips.LPIPS(net="alex", verbose=False, pnet_rand=path is not None).to(device)
-        if path:
-            state = torch.load(path, weights_only=True)
-            net.net.load_state_dict({key: state["features" + key[key.index("."):]] for key in net.net.state_dict()})
-    except Exception as error:      # no network, no such file, another file: all mean "not there"
-        raise OSError(f"no AlexNet weights ({summary(error)}); name torchvision's {ALEXNET} with --lpips-weights, "
-                      f"or put it into {CACHE}") from None
+    net = lpips.LPIPS(net="alex", verbose=False, pnet_rand=path is not None).to(device)
+    if path:
+        state = torch.load(path, weights_only=True)
+        net.net.load_state_dict({key: state["features" + key[key.index("."):]] for key in net.net.state_dict()})
     return lambda a, b: net(frames_of(a) * 2 - 1, frames_of(b) * 2 - 1).view(len(a), -1).mean(1)
 
 
 def load_i3d(path, device):
     """I3D features for FVD, (B, d) with d = 400: a function of clips (B, 3, T, H, W) in [-1, 1].
-
     The detector is StyleGAN-V's TorchScript, whose features are the original FVD's. It brings clips from [0, 255] to
-    [-1, 1] (rescale) and to 224x224 (resize) itself. Others may not, so its checksum is checked. path: the file; None
-    downloads it into PyTorch's cache. OSError without it or for another.
-    """
+    [-1, 1] (rescale) and to 224x224 (resize) itself. Others may not, so its checksum is checked. path: as above."""
     file = Path(path or CACHE / "i3d_torchscript.pt")
-    try:
-        if not path and not file.is_file():
-            CACHE.mkdir(parents=True, exist_ok=True)
-            torch.hub.download_url_to_file(I3D_URL, str(file), I3D_SHA256, progress=False)
-        if hashlib.sha256(file.read_bytes()).hexdigest() != I3D_SHA256:
-            raise OSError("it is another file")
-        detector = torch.jit.load(str(file), map_location=device).eval()
-    except (RuntimeError, OSError) as error:
-        raise OSError(f"no I3D weights ({summary(error)}); name i3d_torchscript.pt with --i3d, "
-                      f"or put it into {CACHE}") from None
+    if not path and not file.is_file():
+        CACHE.mkdir(parents=True, exist_ok=True)
+        torch.hub.download_url_to_file(I3D_URL, str(file), I3D_SHA256, progress=False)
+    if hashlib.sha256(file.read_bytes()).hexdigest() != I3D_SHA256:
+        raise OSError("it is another file")
+    detector = torch.jit.load(str(file), map_location=device).eval()
     return lambda video: detector(255 * frames_of(video).unflatten(0, (len(video), -1)).transpose(1, 2),
                                   rescale=True, resize=True, return_features=True)
 
@@ -148,26 +130,28 @@ def load_metrics(args, device):
     """({name: function of two clips, fvd's of one}, {name of what cannot be loaded: why})."""
     metrics, without = {"psnr": psnr, "ssim": ssim, "temporal": temporal_error}, {}
     warnings.simplefilter("ignore")         # both networks are made by deprecated functions
-    for name, load, path in (("lpips", load_lpips, args.lpips_weights), ("fvd", load_i3d, args.i3d)):
+    for name, load, path, wanted in (("lpips", load_lpips, args.lpips_weights, f"{ALEXNET} with --lpips-weights"),
+                                     ("fvd", load_i3d, args.i3d, "i3d_torchscript.pt with --i3d")):
         try:
-            metrics[name] = load(path, device) if name in args.metrics else None
-        except OSError as error:
-            without[name] = str(error)
-    return {name: metrics[name] for name in args.metrics if name not in without}, without
+            if name in args.metrics:
+                metrics[name] = load(path, device)
+        except Exception as error:      # no network, no such file, another file: all mean "not there"
+            without[name] = f"no weights ({summary(error)}); name {wanted}, or put it into {CACHE}"
+    return {name: metrics[name] for name in args.metrics if name in metrics}, without
 
 
 def decode_speeds(decoders, latents):
     """Frames per second of each decoder, {name: function of latents}, all on the same latents; medians over ROUNDS.
     The decoders take turns, so that whatever else the machine does slows all of them."""
     seconds = {name: [] for name in decoders}
-    for _ in range(WARM_UP + ROUNDS):
+    for _ in range(1 + ROUNDS):
         for name, decode in decoders.items():
             start = time.perf_counter()
             video = decode(latents)
             video.flatten()[0].item()               # waits for a GPU
             seconds[name].append(time.perf_counter() - start)
     frames = video.shape[0] * video.shape[2]
-    return {name: frames / statistics.median(times[WARM_UP:]) for name, times in seconds.items()}
+    return {name: frames / statistics.median(times[1:]) for name, times in seconds.items()}
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -219,12 +203,14 @@ def clip_shape(args, teacher):
     return frames, height, width
 
 
+@dataclass
 class Clips:
     """Clips (3, T, H, W), or latents (C, t, h, w); names, {number: name}, of those to evaluate; and why not of those
     skipped, {name: why}. An item is (number, clip), or (number, why not): worker processes cannot hand over errors."""
 
-    def __init__(self, clips, names, skipped=()):
-        self.clips, self.names, self.skipped = clips, names, dict(skipped)
+    clips: object
+    names: dict
+    skipped: dict
 
     def __getitem__(self, i):
         n = list(self.names)[i]
@@ -240,7 +226,7 @@ def open_clips(args, frames, height, width):
         if height != width:
             raise ValueError(f"made-up video is square: --size {height}, not {height}x{width}")
         scenes = range(0, CLIPS_PER_SCENE * (args.clips or 16), CLIPS_PER_SCENE)       # the first clip of each
-        return Clips(SyntheticClips(frames, height, seed=args.seed), {n: f"clip {n}" for n in scenes})
+        return Clips(SyntheticClips(frames, height, seed=args.seed), {n: f"clip {n}" for n in scenes}, {})
     if args.download and RANK == 0 and not Path(args.root or f"data/{args.data}").exists():
         download(args.data, args.root)
     share(None)             # the others wait for a download
@@ -256,36 +242,40 @@ def finite(x, what):
     return x
 
 
-def read_latents(file):
-    """The latents (C, t, h, w) in a .safetensors file, "latents" or its only tensor, all finite; mapped, not loaded."""
+def read_latents(file, student):
+    """The latents (C, t, h, w) in a .safetensors file, "latents" or its only tensor; mapped, not loaded. ValueError
+    where they are not finite, or where its metadata name another teacher than the student's."""
     try:
-        tensors = load_file(file)
+        with safe_open(file, "pt") as held:
+            tensors = {name: held.get_tensor(name) for name in held.keys()}
+            teacher = (held.metadata() or {}).get("teacher")
     except Exception as error:      # safetensors has a class of its own for damaged files
         raise BadVideo(f"no safetensors file ({summary(error)})") from None
     latents = tensors.get("latents", next(iter(tensors.values())) if len(tensors) == 1 else torch.empty(0))
     if latents.ndim < 4 or latents.shape[:-4] not in ((), (1,)) or not latents.numel() * latents.is_floating_point():
-        raise BadVideo(f'holds {", ".join([*tensors][:3]) or "no tensor"} ({latents.dtype}, {tuple(latents.shape)}), but '
-                       '"latents" are needed, floating-point, (C, t, h, w) or (1, C, t, h, w)')
+        raise BadVideo(f'holds {", ".join([*tensors][:3]) or "no tensor"} ({latents.dtype}, {tuple(latents.shape)}), '
+                       'but "latents" are needed, floating-point, (C, t, h, w) or (1, C, t, h, w)')
+    if teacher:
+        check_fit(student, f"latents of {teacher}", (teacher,), None, None, student.config.drop_first)
     latents = latents.flatten(0, -4)
     for t, frame in enumerate(latents.unbind(1)):
         finite(frame.float(), f"its values in latent frame {t}")
     return latents
 
 
-def open_latents(args, channels):
-    """The Clips of the latents in a folder, of the shape that most have of those of so many channels."""
-    files = sorted(file for file in Path(args.latents).glob("*.safetensors") if file.name[0] != ".")[:args.clips]
-    latents, skipped = {}, {}
+def open_latents(args, student):
+    """The Clips of the latents in a folder, of the shape that most have of those that the student decodes."""
+    files = sorted(Path(args.latents).glob("[!.]*.safetensors"))[:args.clips]
+    latents, skipped, channels = {}, {}, student.config.latent_channels
     for n, file in enumerate(files):
         try:
-            latents[n] = read_latents(file)
-        except BadVideo as error:
+            latents[n] = read_latents(file, student)
+        except ValueError as error:
             skipped[file.name] = str(error)
-    shapes = Counter(x.shape for x in latents.values() if len(x) == channels)
-    shape = max(shapes, key=shapes.get, default=None)
-    if not shape:
+    shapes = [x.shape for x in latents.values() if len(x) == channels]
+    if not shapes:
         raise ValueError(f"no latents of {channels} channels in {args.latents}: examples/generate.py makes some")
-    names = {n: files[n].name for n, x in latents.items() if x.shape == shape}
+    names = {n: files[n].name for n, x in latents.items() if x.shape == statistics.mode(shapes)}
     skipped |= {files[n].name: f"of shape {tuple(latents[n].shape)}" for n in latents if n not in names}
     for name, reason in skipped.items() if RANK == 0 else ():
         print(f"skipping {name}: {reason}", file=sys.stderr)
@@ -297,11 +287,9 @@ def open_latents(args, channels):
 
 def measure(args, clips, videos_of, reference, metrics):
     """{number: what is known of a clip}, measured by all processes together; on the first adds to clips.skipped.
-
     videos_of(batch (B, ...)) -> {model: (B, 3, T, H, W)}. Each video is compared with that of `reference`. One batch
     is in memory at a time. Known are the clip's "hash"; "values", {model: {metric: value}}; and "features",
-    {model: I3D's}. A clip of which some video is not finite is skipped for all models.
-    """
+    {model: I3D's}. A clip of which some video is not finite is skipped for all models."""
     loader = DataLoader(clips, args.batch, sampler=range(RANK, len(clips.names), WORLD), collate_fn=list,
                         num_workers=args.workers)
     known = {}
@@ -329,8 +317,7 @@ def measure(args, clips, videos_of, reference, metrics):
 
 
 def distances(known, real, models, reference):
-    """({model: Fréchet distance of its clips to the real ones, else to those of `reference`}, what to know about them
-    or None)."""
+    """({model: Fréchet distance to the real clips, else to those of `reference`}, what to know about them or None)."""
     stack = lambda known, model: torch.stack([clip["features"][model] for clip in known.values()])
     truth = stack(real, INPUT) if real else stack(known, reference)
     n, d = min(len(known), len(truth)), truth.shape[1]
@@ -355,11 +342,27 @@ def table(rows, metrics, **style):
     return text_table(cells, **style)
 
 
+def folder_of(label):
+    """The folder of the student of that label: its run's, if it has one."""
+    path = Path(label).resolve()
+    return path if path.is_dir() else path.parent
+
+
+def trained_on(label, clips):
+    """How many of the clips a student was trained on, by its run's args.json."""
+    file = folder_of(label) / "args.json"
+    run = json.loads(file.read_text()) if file.is_file() else {}
+    if "held_out" not in run or not isinstance(clips.clips, VideoClips):
+        return 0
+    files = {Path(clips.clips.root, name).resolve() for name in clips.names.values()}
+    files -= {Path(run["val_data"] or run["data"], name).resolve() for name in run["held_out"]}
+    return sum(file.is_relative_to(Path(run["data"]).resolve()) for file in files)
+
+
 def results_folder(args, label):
     """--out, else the first student's run, else out/evaluate; in these two a folder for each data set but made-up
     video. Raises OSError where it cannot be written."""
-    run, out = Path(label).resolve(), Path("out").resolve()
-    run = run if run.is_dir() else run.parent
+    run, out = folder_of(label), Path("out").resolve()
     out = run if run.parent == out else out / "evaluate"
     if args.latents or args.data != "synthetic":
         out /= Path(args.latents or args.data).resolve().name
@@ -389,7 +392,7 @@ def compare(args, device):
     reference = label if args.latents or args.against == "teacher" else INPUT
     if args.latents:
         METRICS["fvd"] = "FVD", 2           # of generated video, not of reconstructions
-        clips = open_latents(args, teacher.latent_channels)
+        clips = open_latents(args, student)
         shape = student(clips.clips[next(iter(clips.names))][None].to(device, teacher.dtype)).shape[2:]
     else:
         shape = clip_shape(args, teacher)
@@ -420,7 +423,7 @@ def compare(args, device):
     clip = clips.clips[next(iter(known))][None].to(device)
     fps, rows = decode_speeds(decoders, latents_of(clip).repeat(together, 1, 1, 1, 1)), []
     for name, network in networks.items():
-        parameters = sum(p.numel() for p in getattr(network, "decoder", network).parameters())
+        parameters = count_parameters(getattr(network, "decoder", network))
         row = {"model": name, "parameters": parameters, "fps": fps[name], "speed_up": fps[name] / fps[label],
                **dict.fromkeys([*METRICS, "psnr_kept"]), "fvd": fvd.get(name)}
         rows.append(row)
@@ -435,6 +438,8 @@ def compare(args, device):
              f"{', against the teacher' if reference == label else ''}; {hardware}, {torch.get_num_threads()} CPU "
              f"threads, {args.dtype}, {together} at a time for speed; {len(clips.skipped)} clips skipped"]
     notes += [f"{METRICS[metric][0]}: {why}" for metric, why in ({"fvd": note} | without).items() if why]
+    seen = {name: trained_on(name, clips) for name in students}
+    notes += [f"{name} was trained on {n} of these clips: it is worse on others" for name, n in seen.items() if n]
     results = settings | {
         "rows": rows, "clips": len(known), "device": hardware, "notes": notes, "skipped": clips.skipped,
         "without": without, "torch": torch.__version__,
@@ -495,8 +500,7 @@ def write_results(out, film, text, results):
 
 JOINED = 0.1            # by how many seconds stamps go back where another recording begins
 # Sound that is copied. PyAV's own list of what .mp4 and .mov take has codecs that their muxers then refuse.
-COPIED = {".mp4": ("aac", "mp3", "mp3float", "ac3", "eac3", "alac", "opus", "flac"),
-          ".mov": ("aac", "mp3", "mp3float", "ac3", "alac")}
+COPIED = {".mp4": "aac mp3 mp3float ac3 eac3 alac opus flac".split(), ".mov": "aac mp3 mp3float ac3 alac".split()}
 
 
 def add_h264(container, rate, height, width, crf=15, look=(1, 1, 1)):
@@ -603,11 +607,9 @@ def named(what):
 
 def reconstruct(teacher, student, source, target, frames, device, dtype):
     """Writes the video `source`, of any size and length, through the teacher's encoder and the student to `target`.
-
     Size, frames, their time stamps and the sound are kept; stderr says what is not. Windows of `frames` frames overlap
     and are faded into each other, so memory depends on `frames` and the size only. Edges are repeated up to what the
     teacher takes; the result is cut back.
-
     Returns (frames, PSNR in dB, mean over frames, how many the source lacks of those that it promises); ValueError."""
     (_, d_h, d_w), errors, ends, packets, latest = teacher.compression, [], [0], [], {}
 
@@ -671,7 +673,7 @@ def decode_latents(student, source, target, fps, device, dtype):
             yield from map(to_image, frames_of(finite(video, "the student's values")))
 
     with named(f"{source} to {target}"), atomically(target) as file:
-        latents = read_latents(source)
+        latents = read_latents(source, student)
         frames = student.config.frames(latents.shape[1])
         write_film(file, progress(images(), frames, "frames"), fps)
     return frames
@@ -713,20 +715,16 @@ def parse():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      usage="%(prog)s [--data WHAT] [--student PATH] [options]; --help explains each")
     add, count = parser.add_argument, number(int, 1)
-    add("--data", default="synthetic", help="davis, ucf101, vidgen or openvid, in data/<name>; a video or a folder of "
-        "videos or of folders of frames; or synthetic, made-up video that no training sees (default)")
+    add("--data", default="synthetic", help="davis, ucf101, vidgen or openvid, in data/<name>; a video; a folder of "
+        "videos or folders of frames; or synthetic, made-up video that no training sees (default)")
     add("--root", help="where the data set lies, if not in data/<name>")
-    add("--split", help="a data set's list, such as val or testlist02, or a text file with a name a line "
-        "(default: DAVIS's test-dev where it is there, else val; UCF-101's testlist01)")
+    add("--split", help="a data set's list, or a file of names (default: DAVIS's test-dev, else val; testlist01)")
     add("--download", action="store_true", help="fetch davis (trainval, 0.8 GB) or ucf101 (7 GB) where it is not there")
-    add("--student", nargs="+", help="students: a run's folder or a file, one or several "
-        "(default: the newest under out/, else the shipped one)")
+    add("--student", nargs="+", help="runs' folders or files (default: the newest under out/, else the shipped one)")
     add("--teacher", choices=TEACHERS, help="default: the one that the first student was trained with")
     add("--teacher-weights", help='folder, file, or "random" to measure speed only (default: the released weights)')
-    add("--against", choices=("input", "teacher"), default="input",
-        help="what reconstructions are compared with (default input)")
-    add("--metrics", nargs="+", choices=METRICS, help="default: psnr ssim temporal, "
-        "and on real video lpips fvd, whose networks are downloaded")
+    add("--against", choices=("input", "teacher"), default="input", help="to compare with (default input)")
+    add("--metrics", nargs="+", choices=METRICS, help="default: psnr ssim temporal, of real video lpips fvd too")
     add("--lpips-weights", help=f"torchvision's {ALEXNET} (default: PyTorch's cache, or a download of 233 MB)")
     add("--i3d", help="i3d_torchscript.pt (default: PyTorch's cache, or a download of 51 MB)")
     add("--clips", type=count, help="the first so many (default: all; 16 of made-up video)")
@@ -735,20 +733,16 @@ def parse():
     add("--batch", type=count, default=1, help="clips at a time (default 1)")
     add("--workers", type=number(int, 0), default=0, help="processes that read clips ahead (default 0)")
     add("--seed", type=number(int, 0, 2 ** 32 - 1), default=HELD_OUT_SEED,
-        help=f"of made-up video (default {HELD_OUT_SEED}, which no training sees)")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu",
-        help="cpu, cuda, cuda:1 ..., mps (default: cuda where there is one)")
-    add("--dtype", choices=("float32", "bfloat16", "float16"), default="float32",
-        help="of teacher and students (default float32)")
+        help=f"of made-up video (default {HELD_OUT_SEED})")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1 ..., mps")
+    add("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="default float32")
     add("--threads", type=count, help="CPU threads (default: PyTorch's choice)")
     add("--out", help="folder for what is written (default: the first student's run, else out/evaluate)")
     add("--reconstruct", nargs=2, metavar=("IN", "OUT"),
-        help="a video through encoder and first student, sound and time stamps kept; nothing else")
-    add("--decode", nargs=2, metavar=("LATENTS", "OUT"),
-        help="saved latents, a .safetensors file, through the first student; nothing else")
+        help="a video through encoder and first student, sound and time stamps kept")
+    add("--decode", nargs=2, metavar=("LATENTS", "OUT"), help="saved latents through the first student")
     add("--fps", type=frame_rate, help="frames per second of --decode's video: 24 (default), 29.97, 30000/1001 ...")
-    add("--latents", help="evaluate on saved latents, as examples/generate.py writes them: students "
-        "against teacher, and both against real video, if --data has any")
+    add("--latents", help="a folder of saved latents: students against teacher, and FVD of both to --data")
     args = parser.parse_args()
     given = {name for name, value in vars(args).items() if value != parser.get_default(name)}
     usual = ["psnr", "ssim", "temporal"] if args.data == "synthetic" else METRICS
@@ -758,13 +752,16 @@ def parse():
 
 
 def check(args, given):
-    """Raises OSError or ValueError for flags that do not go together, and for what is missing or cannot be written:
-    before anything is fetched or computed."""
+    """OSError or ValueError where flags do not go together or something is missing, before anything is fetched."""
     takes = {"reconstruct": "student teacher teacher_weights frames", "decode": "student teacher fps"}
     mode = next((mode for mode in takes if mode in given), None)
-    takes = f"{mode} device dtype threads {takes[mode]}".split() if mode else given - {"fps"}
+    idle = "fps size frames against" if args.latents else "fps"
+    if args.latents and "fvd" not in args.metrics:
+        idle += " data root split download seed"        # of real video
+    takes = f"{mode} device dtype threads {takes[mode]}".split() if mode else given.difference(idle.split())
     for name in given.difference(takes):
-        raise ValueError(f"--{name.replace('_', '-')} does not go with --{mode or 'data'}")
+        other = mode or (f"latents and --metrics {' '.join(args.metrics)}" if args.latents else "data")
+        raise ValueError(f"--{name.replace('_', '-')} does not go with --{other}")
     if given & {"root", "download"} and args.data not in DATA_SETS or "split" in given and args.data == "synthetic":
         raise ValueError(f"--root, --split and --download go with a data set's name: --data {', '.join(DATA_SETS)}")
     if mode:
@@ -774,11 +771,10 @@ def check(args, given):
                 raise ValueError("films are .mp4, .mkv or .mov")
             if target.is_dir() or target.resolve() == source.resolve():
                 raise ValueError("that would be written over")
-            if mode == "decode":
-                return read_latents(source)
-            with open_video(source) as container:
-                return video_stream(container)
-    if args.data != "synthetic" and not args.download:
+            if mode == "reconstruct":
+                with open_video(source) as container:
+                    video_stream(container)
+    elif args.data != "synthetic" and not args.download:
         find_clips(args.data, args.root, args.split)
 
 

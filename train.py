@@ -666,7 +666,7 @@ def main(given):
         if others and "overwrite" in given:
             say(f"{out} still has what was made of the run before: {', '.join(others)}")
         with atomically(out / "args.json") as file:
-            file.write_text(json.dumps(vars(args), indent=1))
+            file.write_text(json.dumps(vars(args) | {"held_out": run.lines[0]["held_out"]}, indent=1))
         log_file = open(out / "log.jsonl", "a")
         save()
         say(f"teacher {args.teacher}: {ceiling['psnr']:.2f} dB on {val_name}; student: "

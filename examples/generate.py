@@ -18,7 +18,8 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from model import atomically, check_writable, find_device, number, parse_size, run_command, summary    # noqa: E402
+from model import (atomically, check_writable, find_device, number, parse_size, run_command, summary,    # noqa: E402
+                   teachers_of)
 
 
 def parse():
@@ -55,7 +56,7 @@ def to_do(args):
             continue
         except SafetensorError as error:
             raise ValueError(f"{file} is damaged ({error}): delete it, and it is made again") from None
-        if made != origin:
+        if (made or {}) | origin != made:
             raise ValueError(f"{file} was made from {made}, not from {origin}: name another folder")
     print(f"{len(prompts)} prompts, {len(todo)} to do" + (f" by process {rank}" if world > 1 else ""), flush=True)
     return todo
@@ -83,6 +84,8 @@ def main():
         nothing = torch.zeros(len(latents), 3, 1, 8, 8, device=latents.device, dtype=latents.dtype)
         return DecoderOutput(sample=nothing) if return_dict else (nothing,)
 
+    teachers = teachers_of(pipe.vae)                # so that evaluate.py knows whose latents they are
+    teacher = {"teacher": teachers[0]} if len(teachers) == 1 else {}
     pipe.vae.decode = decode
     pipe.set_progress_bar_config(disable=True)
     for file, origin in tqdm(todo.items(), unit="prompt"):
@@ -90,7 +93,7 @@ def main():
         generator = torch.Generator().manual_seed(int(origin["seed"]))
         pipe(origin["prompt"], generator=generator, output_type="pt", **json.loads(origin["shape"]))
         with atomically(file) as temporary:
-            save_file({"latents": torch.cat(taken).cpu().contiguous()}, temporary, metadata=origin)
+            save_file({"latents": torch.cat(taken).cpu().contiguous()}, temporary, metadata=origin | teacher)
 
 
 if __name__ == "__main__":

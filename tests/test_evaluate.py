@@ -4,6 +4,7 @@ import io
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -21,6 +22,7 @@ from torchmetrics.functional.image import peak_signal_noise_ratio
 
 import data
 import evaluate
+from conftest import run_script
 from data import VideoClips
 from evaluate import frechet_distance, psnr, ssim, temporal_error
 from model import CONFIGS, SHIPPED, TurboVAED, weights_hash
@@ -163,12 +165,15 @@ def test_the_detector_gets_pixels_in_its_own_range(i3d, clips):
     assert torch.allclose(evaluate.load_i3d(i3d, "cpu")(video), want, atol=1e-5)
 
 
-def test_another_detector_is_refused(tmp_path, i3d):
+def test_networks_that_cannot_be_had_are_named_with_what_helps(tmp_path, i3d):
     save_detector(tmp_path / "unit.pt", high=1.0)       # would take [0, 1]: the numbers would be of white video
     (tmp_path / "text.pt").write_text("no weights")
-    for name, reason in (("unit", "another file"), ("text", "another file"), ("none", "No such file")):
-        with pytest.raises(OSError, match=f"no I3D weights .*{reason}.* with --i3d"):
-            evaluate.load_i3d(tmp_path / f"{name}.pt", "cpu")
+    for name, reason in (("unit", "it is another file"), ("text", "it is another file"), ("none", "No such file")):
+        file = str(tmp_path / f"{name}.pt")
+        args = SimpleNamespace(metrics=["psnr", "lpips", "fvd"], lpips_weights=file, i3d=file)
+        metrics, without = evaluate.load_metrics(args, "cpu")
+        assert list(metrics) == ["psnr"] and reason in without["fvd"] and "\n" not in "".join(without.values())
+        assert "i3d_torchscript.pt with --i3d" in without["fvd"] and " with --lpips-weights" in without["lpips"]
 
 
 def test_lpips_is_the_packages(tmp_path):
@@ -184,8 +189,6 @@ def test_lpips_is_the_packages(tmp_path):
     with torch.no_grad():
         want = torch.stack([net(a[:, :, t], b[:, :, t]).flatten() for t in range(3)]).mean(0)
         assert torch.allclose(evaluate.load_lpips(tmp_path / "alexnet.pth", "cpu")(a, b), want, atol=1e-6)
-    with pytest.raises(OSError, match="no AlexNet weights .* --lpips-weights"):
-        evaluate.load_lpips(tmp_path / "nowhere.pth", "cpu")
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -300,6 +303,33 @@ def videos(tmp_path):
     return folder
 
 
+def test_clips_that_the_student_was_trained_on_are_said(run, tmp_path, capsys):
+    """Wherever a path leads to them; a run's held-out videos are not meant, nor others of the same names."""
+    for n in range(3):
+        write_video(tmp_path / f"mine/sub/{n}.mp4", texture(12, seed=n))
+    trained = run_script("train", *("--data mine --size 16 --frames 8 --batch 1 --micro-batch 1 --steps 1 --workers 0 "
+                                    "--dtype float32 --out out/demo").split(), cwd=tmp_path)
+    assert trained.returncode == 0, trained.stderr
+    shutil.copytree(tmp_path / "mine", tmp_path / "others")
+    (tmp_path / "link").symlink_to("mine")
+    flags = "--student", "out/demo", "--size", 16, "--metrics", "psnr", "--data"
+    for data, count in (("mine", 2), ("mine/sub", 2), ("link", 2), (tmp_path / "mine/sub/1.mp4", 1), ("others", 0),
+                        ("mine/sub/0.mp4", 0)):
+        run(*flags, data, "--out", f"results/{Path(data).name}{count}")
+        line = f"out/demo was trained on {count} of these clips: it is worse on others"
+        said = (tmp_path / f"results/{Path(data).name}{count}/results.md").read_text()
+        assert (line in capsys.readouterr().out) == (line in said) == (count > 0), data
+
+
+def test_a_student_may_have_the_longest_name_that_a_file_can_have(student, run, tmp_path):
+    for name in ("s" * 243, "\u00e9" * 121):
+        student.rename(tmp_path / f"{name}.safetensors")
+        student = tmp_path / f"{name}.safetensors"
+        rows = run("--student", student, "--clips", 1, "--size", 64, "--metrics", "psnr", "--out", "x")["rows"]
+        assert rows[1]["model"] == student.name
+        shutil.rmtree(tmp_path / "x")
+
+
 def test_every_video_is_evaluated_or_skipped_by_name(student, run, videos, capsys):
     results = run("--data", "videos", "--size", 64, "--metrics", "psnr", "ssim", "temporal")
     assert [clip["clip"] for clip in results["per_clip"]] == [
@@ -385,7 +415,7 @@ def test_without_weights_the_column_says_so(student, run, videos, capsys):
     results = run("--data", "videos", "--size", 64, "--lpips-weights", "none.pth", "--i3d", "none.pt")
     row, out = results["rows"][1], capsys.readouterr().out
     assert row["lpips"] is None and row["psnr"] > 0
-    assert "LPIPS: no AlexNet weights" in out and "rFVD: no I3D weights" in out
+    assert "LPIPS: no weights (" in out and "rFVD: no weights (" in out
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -689,13 +719,15 @@ def test_latents_are_generated_and_evaluated(student, run, videos, i3d, tmp_path
         save_file({"latents": made[0][..., :4].contiguous()}, tmp_path / "latents" / f"{name}.safetensors")
     damaged = made[0].clone()
     damaged[0, 3, 1, 2, 2] = math.nan
-    for name, latents in (("not a number", damaged), ("several", torch.cat(made))):
-        save_file({"latents": latents}, tmp_path / "latents" / f"{name}.safetensors")
+    for name, latents, teacher in (("not a number", damaged, "tiny"), ("several", torch.cat(made), "tiny"),
+                                   ("another teacher's", made[0], "hunyuan15")):
+        save_file({"latents": latents}, tmp_path / f"latents/{name}.safetensors", {"teacher": teacher})
     (tmp_path / "latents/text.safetensors").touch()
     results = run("--latents", "latents", "--data", "videos", "--i3d", i3d, "--metrics", "psnr", "fvd")
     assert results["clips"] == 3 and {
         "0 narrow.safetensors", "several.safetensors", "text.safetensors", "corrupt.mp4"} <= set(results["skipped"])
     assert results["skipped"]["not a number.safetensors"] == "its values in latent frame 1 are not finite"
+    assert "latents of tiny, not hunyuan15" in results["skipped"]["another teacher's.safetensors"]
     detect, teacher = evaluate.load_i3d(i3d, "cpu"), evaluate.load_teacher("tiny")
     clips = VideoClips(videos, 8, 64, train=False)
     with torch.inference_mode():
@@ -781,6 +813,10 @@ def test_a_stop_leaves_no_half_film(student, tmp_path):
     (["--reconstruct", "nowhere.mp4", "out.mp4"], "nowhere.mp4 to out.mp4: No such file"),
     (["--reconstruct", "file", "out.mp4"], "file to out.mp4: "), (["--data", "nowhere"], "no videos called nowhere"),
     (["--fps", "30"], "--fps does not go with --data"),
+    (["--decode", "cog.safetensors", "b.mp4"], "does not fit latents of cog: .* latents of tiny, not cog"),
+    *((["--latents", "x", "--metrics", "psnr", *flags.split()], "does not go with --latents and --metrics psnr")
+      for flags in ("--data videos", "--seed 1", "--size 16", "--frames 8", "--against teacher")),
+    (["--latents", "x", "--metrics", "fvd", "--size", "16"], "--size does not go with --latents"),
     *((flags.split(), "go with a data set's name") for flags in (
         "--root x", "--split x", "--download", "--data videos --root x")),
     (["--data", "vidgen", "--download"], "--download fetches davis and ucf101; vidgen is to be had from"),
@@ -789,7 +825,9 @@ def test_a_stop_leaves_no_half_film(student, tmp_path):
 ])
 def test_wrong_arguments_say_what_would_be_right(student, run, tmp_path, args, message):
     (tmp_path / "file").touch()
-    save_file({"z": torch.zeros(32, 1, 2, 2)}, tmp_path / "z.safetensors")
+    for name in ("z", "cog"):
+        about = {"teacher": name} if name == "cog" else None
+        save_file({"z": torch.zeros(32, 1, 2, 2)}, tmp_path / f"{name}.safetensors", about)
     with pytest.raises((ValueError, OSError), match=message) as error:
         run(*args)
     assert "\n" not in str(error.value)
@@ -838,12 +876,16 @@ def test_saved_latents_become_a_video(tmp_path, monkeypatch, capsys, tensors):
     ({"latents": (2, 32, 1, 2, 2)}, "(1, C, t, h, w)"), ({"a": (32, 1, 2, 2), "b": (1,)}, "a, b"),
     ({"latents": (8, 1, 2, 2)}, "(B, 32, t, h, w)"), (None, "z.safetensors"), ({"latents": (5,)}, "(C, t, h, w)"),
     ({}, "holds no tensor"), ({"latents": (16, 1, 2, 0)}, "(C, t, h, w)"),
+    ("numpy", "no safetensors file"), ({"bool": (32, 1, 2, 2)}, "bool"),
     ({"int32": (16, 1, 2, 2)}, "int32"), ({"complex64": (16, 1, 2, 2)}, "floating")])
 def test_latents_that_are_none_are_one_line(tmp_path, tensors, says):
     source, target = tmp_path / "z.safetensors", tmp_path / "out.mp4"
     kind = lambda name: getattr(torch, name, torch.float32)
     if tensors is None:
         source.write_text("no")
+    elif tensors == "numpy":
+        with open(source, "wb") as file:
+            np.save(file, np.zeros((32, 1, 2, 2), np.float32))
     else:
         save_file({name: torch.zeros(shape, dtype=kind(name)) for name, shape in tensors.items()}, source)
     with pytest.raises(ValueError) as error:

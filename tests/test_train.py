@@ -517,7 +517,8 @@ def test_the_best_is_of_highest_psnr_then_the_sharpest_within_the_drop():
     assert [best_line(log[:n])["step"] for n in (1, 2, 3, 5)] == [10, 20, 30, 40]
     assert best_line(validations(20, 22, 21.9, 21.8, sharpness=[0.2, 0.5, 0.4, 0.3], stage=STAGES))["step"] == 20
     for lpips, best in ([0.5, 0.4, 0.3, 0.2], 40), ([0.5, 0.1, 0.3, 0.2], 20):
-        assert best_line(validations(20, 22, 21.9, 21.8, sharpness=[1] * 4, val_lpips=lpips, stage=STAGES))["step"] == best
+        log = validations(20, 22, 21.9, 21.8, sharpness=[1] * 4, val_lpips=lpips, stage=STAGES)
+        assert best_line(log)["step"] == best
 
 
 def test_presets_change_what_their_rows_say_and_flags_win():
@@ -584,7 +585,8 @@ def test_every_setting_is_remembered_but_those_that_change_nothing(tmp_path, cap
     changed = lambda name: {"steps": 7000}.get(name, "other" if vars(args)[name] != "other" else None)
 
     def resume(start=None, **given):
-        torch.save({"args": vars(args), "run": {"stage2_start": start, "step": 4}, "unchanged": {}}, tmp_path / "checkpoint.pt")
+        torch.save({"args": vars(args), "run": {"stage2_start": start, "step": 4}, "unchanged": {}},
+                   tmp_path / "checkpoint.pt")
         return train.open_run(given | {"resume": True}, tmp_path)[0]
 
     assert resume() == args and capsys.readouterr().out == ""
@@ -659,12 +661,64 @@ def test_a_resume_that_takes_no_step_says_so(staged, tmp_path, capsys):
     assert checkpoint(out)["step"] == 12 and list(log(out, "discriminator")) == list(range(5, 13))
 
 
-def test_overwriting_leaves_nothing_that_a_resume_would_go_on_with(whole, tmp_path, here, monkeypatch):
+def test_a_run_killed_between_checkpoint_and_best_mends_itself(whole, tmp_path, here, monkeypatch):
+    """At each of the files that follow from the checkpoint, and behind the log."""
+    plain = TurboVAED.save_pretrained
+    for n, name in enumerate(("student.safetensors", "best.safetensors", "log.jsonl")):
+        def dies(self, path, **more):
+            if path.name == name and self.metadata == {} and more["metadata"]["step"] == "8":
+                raise RuntimeError("killed")
+            return plain(self, path, **more)
+
+        with monkeypatch.context() as context, pytest.raises((RuntimeError, ZeroDivisionError)):
+            context.setattr(TurboVAED, "save_pretrained", dies)
+            if name == "log.jsonl":
+                context.setattr(train, "draw", lambda out, run, columns: 1 / (run.step - 8))
+            here(tmp_path / name, "--steps", 8, "--eval-every", 4)
+        assert checkpoint(tmp_path / name)["step"] == 8
+        here(tmp_path / name, "--steps", 8, "--resume")
+        same_run(whole, tmp_path / name)
+
+
+def test_the_better_student_and_the_time_that_a_run_takes_are_said(tmp_path, here, monkeypatch, capsys):
+    monkeypatch.setattr(train, "best_line", lambda validations: validations[0])
+    here(tmp_path, "--steps", 24, "--eval-every", 12)
+    out, psnr = capsys.readouterr().out, log(tmp_path, "psnr")
+    assert f"; better is that of step 12: PSNR {psnr[12]:.2f} instead of {psnr[24]:.2f} dB" in out
+    assert f"evaluate.py --student {tmp_path}/best.safetensors; " in out
+    assert re.search(r"this run takes 0:00:\d\d \(h:mm:ss\)", out)
+    here(tmp_path, "--steps", 48, "--eval-every", 48, "--resume")
+    before, now = (log(tmp_path, "lr")[step] for step in (24, 25))
+    out = capsys.readouterr().out
+    assert f"step 24: the learning rate is {now:.3g} from here on, {before:.3g} before\n" in out and now > 1.5 * before
+
+
+def test_a_stop_while_a_cache_fills_says_that_the_command_goes_on(staged, videos, tmp_path, here, monkeypatch):
+    plain = data.CachedClips.put
+
+    def put(self, m, *entry):
+        plain(self, m, *entry)
+        if m == 5:
+            signal.raise_signal(signal.SIGTERM)
+
+    flags = staged_flags(tmp_path / "out", tmp_path / "cache", videos)
+    with monkeypatch.context() as context, pytest.raises(SystemExit, match="stopped while .* the same command goes on"):
+        context.setattr(data.CachedClips, "put", put)
+        train.run_command(lambda: here(*flags), "less")
+    assert sum(1 for _ in (tmp_path / "cache/00000").iterdir()) == 6
+    here(*flags)
+    same_run(staged / "out", tmp_path / "out")
+
+
+def test_overwriting_leaves_nothing_that_a_resume_would_go_on_with(whole, tmp_path, here, monkeypatch, capsys):
     out = shutil.copytree(whole, tmp_path / "out")
+    (out / "tiny.mlpackage").mkdir()
+    (out / "results.md").touch()
     monkeypatch.setattr(Objective, "backward", lambda *args, **more: (_ for _ in ()).throw(RuntimeError("killed")))
     with pytest.raises(RuntimeError, match="killed"):
         here(out, "--steps", 4, "--overwrite")
     assert not list(out.glob("*.safetensors")) and not log(out) and checkpoint(out)["step"] == 0
+    assert f"{out} still has what was made of the run before: results.md, tiny.mlpackage\n" in capsys.readouterr().out
 
 
 def test_overwriting_keeps_the_old_run_until_the_new_one_begins(whole, staged, videos, tmp_path, here):
@@ -787,6 +841,35 @@ def test_ctrl_c_saves_and_goes_on_bit_for_bit(whole, tmp_path):
     for part in ("model", "ema", "optimizers", "step"):
         assert same(checkpoint(whole)[part], checkpoint(tmp_path)[part]), part
     assert log(whole) == log(tmp_path)
+
+
+def test_a_stop_before_the_first_validation_leaves_a_student(whole, tmp_path, here, monkeypatch):
+    plain, flags = Objective.backward, ("--steps", 8, "--eval-every", 4, "--micro-batch", 4)
+    with monkeypatch.context() as context, pytest.raises(SystemExit):
+        context.setattr(Objective, "backward", lambda *args, **more: (signal.raise_signal(2), plain(*args, **more))[1])
+        here(tmp_path, *flags)
+    assert TurboVAED.from_pretrained(tmp_path).metadata == {"teacher": "tiny", "step": "1"}
+    here(tmp_path, *flags, "--resume")
+    assert log(tmp_path, "psnr").keys() == log(whole, "psnr").keys()
+
+
+def test_three_times_ctrl_c_lose_no_checkpoint_and_leave_no_half_file(tmp_path):
+    """In a row, whatever the run does in between; then it goes on."""
+    arguments = command(tmp_path, "--steps", 500, "--eval-every", 2, "--workers", 1)
+    for _ in range(3):
+        process = subprocess.Popen([sys.executable, *arguments, *["--resume"] * (tmp_path / "checkpoint.pt").exists()],
+                                   stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=ONE_THREAD,
+                                   start_new_session=True)
+        known = log_lines(tmp_path)
+        while process.poll() is None and log_lines(tmp_path) < known + 5:
+            time.sleep(0.001)
+        for _ in range(3):
+            os.killpg(process.pid, signal.SIGINT)
+            time.sleep(0.01)
+        stderr = process.communicate(timeout=60)[1]
+        assert process.returncode in (1, 130) and "Traceback" not in stderr, stderr
+        assert checkpoint(tmp_path)["step"] > 0 and not list(tmp_path.glob(".*"))
+        TurboVAED.from_pretrained(tmp_path)
 
 
 def test_what_a_line_of_the_log_is_the_mean_of_survives_a_stop(tmp_path, here, monkeypatch):
