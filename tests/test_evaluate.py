@@ -42,6 +42,16 @@ def clips():
 unit = lambda video: (video + 1) / 2
 
 
+def script(folder, *arguments, launcher=(SCRIPT,)):
+    """evaluate.py in a process of its own, in that folder."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(SCRIPT.parent)}
+    return subprocess.run([sys.executable, *launcher, *map(str, arguments)], cwd=folder, capture_output=True, text=True,
+                          env=environment, timeout=300)
+
+
+TWO = "-m", "torch.distributed.run", "--nproc_per_node=2"
+
+
 def test_psnr_is_the_mean_of_torchmetrics_over_frames(clips):
     want = [[peak_signal_noise_ratio(unit(b[:, t]), unit(a[:, t]), data_range=1.0) for t in range(3)]
             for a, b in zip(*clips)]
@@ -348,10 +358,7 @@ def test_the_same_numbers_by_any_batch_and_number_of_processes(student, run, vid
     assert one["without"] == {}
     (tmp_path / "two.py").write_text(
         f"import evaluate\nevaluate.I3D_SHA256 = {evaluate.I3D_SHA256!r}\nevaluate.main()\n")
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(SCRIPT.parent)}
-    shared = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "two.py",
-                             "--device", "cpu", "--out", "shared", *map(str, flags)],
-                            cwd=tmp_path, capture_output=True, text=True, env=environment, timeout=300)
+    shared = script(tmp_path, "--device", "cpu", "--out", "shared", *flags, launcher=(*TWO, "two.py"))
     assert shared.returncode == 0, shared.stderr
     shared = json.loads((tmp_path / "shared" / "results.json").read_text())
     assert len(shared["per_clip"]) == 6 and sorted(shared["skipped"]) == sorted(one["skipped"])
@@ -633,9 +640,7 @@ def test_a_stamp_that_does_not_rise_costs_no_other_its_time(stamps, want):
 
 def test_of_two_processes_one_reconstructs(student, tmp_path):
     write_video(tmp_path / "in.mp4", texture(9))
-    flags = ["-m", "torch.distributed.run", "--nproc_per_node=2", SCRIPT, "--device", "cpu", "--reconstruct"]
-    done = subprocess.run([sys.executable, *flags, "in.mp4", "out.mp4"], cwd=tmp_path, capture_output=True, text=True,
-                          env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=300)
+    done = script(tmp_path, "--device", "cpu", "--reconstruct", "in.mp4", "out.mp4", launcher=(*TWO, SCRIPT))
     assert done.stdout.count("out.mp4: 9 frames") == 1 and done.returncode == 0, done.stderr
 
 
@@ -671,7 +676,7 @@ def test_a_size_that_changes_on_the_way_is_brought_to_the_first(tmp_path):
 
 def test_a_broken_source_is_one_line_and_leaves_nothing(student, videos, tmp_path):
     for flags in (["--reconstruct", videos / "corrupt.mp4", "out.mp4"], ["--student", "nowhere"]):
-        done = subprocess.run([sys.executable, SCRIPT, *flags], cwd=tmp_path, capture_output=True, text=True)
+        done = script(tmp_path, *flags)
         assert (done.returncode == 1 and done.stderr.startswith("error: ")
                 and len(done.stderr.splitlines()) == 1), done.stderr
         assert not (tmp_path / "out.mp4").exists() and not list(tmp_path.glob(".out*"))
@@ -771,8 +776,7 @@ def test_a_full_disk_is_one_line_that_names_the_file_and_leaves_all_that_was_the
     for name, limit in (("compare.png", 2000), ("compare.mp4", len(before["compare.png"]) + 1000)):
         code = (f"import resource, runpy; resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit})); "
                 f"runpy.run_path({str(SCRIPT)!r}, run_name='__main__')")
-        done = subprocess.run([sys.executable, "-c", code, *flags], cwd=tmp_path, capture_output=True, text=True,
-                              env={**os.environ, "PYTHONPATH": str(SCRIPT.parent)})
+        done = script(tmp_path, *flags, launcher=("-c", code))
         assert done.returncode == 1 and done.stderr == f"error: {student.parent}: File too large\n", done.stderr
         assert held() == before
 

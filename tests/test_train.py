@@ -49,6 +49,21 @@ def run(script, *arguments, launcher=(), check=True, **options):
     return result
 
 
+def log_lines(out):
+    """Lines after the first, which names the held-out videos."""
+    return (out / "log.jsonl").read_text().count("\n") - 1 if (out / "log.jsonl").exists() else 0
+
+
+def begin(out, *arguments, lines=1, **options):
+    """A process of its own, which has written so many more lines of the log in the folder `out`."""
+    lines += log_lines(out)
+    process = subprocess.Popen([sys.executable, *map(str, arguments)], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                               text=True, env=ONE_THREAD, **options)
+    while process.poll() is None and log_lines(out) < lines:
+        time.sleep(0.001)
+    return process
+
+
 @pytest.fixture
 def here(monkeypatch):
     """Runs in this process: what it takes to reach into one."""
@@ -116,16 +131,9 @@ def test_a_run_leaves_what_it_promises_and_the_student_improves(whole):
 def test_a_stopped_run_resumes_bit_for_bit(whole, tmp_path):
     """Killed between two checkpoints, the run goes on from the last one and ends with the same weights, averages,
     optimiser state and log."""
-    process = subprocess.Popen([sys.executable, *command(tmp_path, "--steps", 8, "--eval-every", 4)],
-                               stdout=subprocess.DEVNULL, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    deadline = time.time() + 200
-    while time.time() < deadline and process.poll() is None:
-        lines = (tmp_path / "log.jsonl").read_text().count("\n") if (tmp_path / "log.jsonl").exists() else 0
-        if (tmp_path / "checkpoint.pt").exists() and lines >= 6:
-            process.send_signal(signal.SIGKILL)
-            break
-        time.sleep(0.005)
-    process.wait()
+    process = begin(tmp_path, *command(tmp_path, "--steps", 8, "--eval-every", 4), lines=5)
+    process.kill()
+    process.communicate()
     run(*command(tmp_path, "--steps", 8, "--eval-every", 4, "--resume"))
     a, b = checkpoint(whole), checkpoint(tmp_path)
     for part in ("model", "ema", "optimizers", "step"):
@@ -426,21 +434,13 @@ def test_a_disk_that_fills_up_stops_the_run_in_one_line_and_keeps_the_checkpoint
 
 def test_videos_that_turn_unreadable_in_a_run_stop_it_in_one_line(videos, tmp_path):
     folder = shutil.copytree(videos, tmp_path / "videos")
-    process = subprocess.Popen([sys.executable, *command(tmp_path / "out", "--data", folder,
-                                                         "--steps", 1000, "--workers", 1)],
-                               stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=ONE_THREAD)
-    while process.poll() is None and log_lines(tmp_path / "out") < 1:
-        time.sleep(0.01)
+    out = tmp_path / "out"
+    process = begin(out, *command(out, "--data", folder, "--steps", 1000, "--workers", 1))
     for path in folder.iterdir():
         path.write_bytes(b"nothing")
     stderr = process.communicate(timeout=120)[1]
     fails_in_one_line(subprocess.CompletedProcess([], process.returncode, stderr=stderr),
                       "none of the 2 videos", "can be decoded")
-
-
-def log_lines(out):
-    """Lines after the first, which names the held-out videos."""
-    return (out / "log.jsonl").read_text().count("\n") - 1 if (out / "log.jsonl").exists() else 0
 
 
 @pytest.mark.parametrize("flags, words", [
@@ -829,10 +829,7 @@ def test_a_held_out_video_that_cannot_be_decoded_gives_way_to_the_next(videos, m
 def test_ctrl_c_saves_and_goes_on_bit_for_bit(whole, tmp_path):
     """Sent to the whole process group, loader processes too, as a terminal does."""
     arguments = command(tmp_path, "--steps", 8, "--eval-every", 4, "--workers", 1)
-    process = subprocess.Popen([sys.executable, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                               text=True, env=ONE_THREAD, start_new_session=True)
-    while process.poll() is None and log_lines(tmp_path) < 1:
-        time.sleep(0.001)
+    process = begin(tmp_path, *arguments, start_new_session=True)
     os.killpg(process.pid, signal.SIGINT)
     stdout, stderr = process.communicate(timeout=60)
     step = int(re.search(r"stopped by SIGINT at step (\d+); --resume goes on", stdout)[1])
@@ -857,12 +854,8 @@ def test_three_times_ctrl_c_lose_no_checkpoint_and_leave_no_half_file(tmp_path):
     """In a row, whatever the run does in between; then it goes on."""
     arguments = command(tmp_path, "--steps", 500, "--eval-every", 2, "--workers", 1)
     for _ in range(3):
-        process = subprocess.Popen([sys.executable, *arguments, *["--resume"] * (tmp_path / "checkpoint.pt").exists()],
-                                   stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=ONE_THREAD,
-                                   start_new_session=True)
-        known = log_lines(tmp_path)
-        while process.poll() is None and log_lines(tmp_path) < known + 5:
-            time.sleep(0.001)
+        resume = ["--resume"] * (tmp_path / "checkpoint.pt").exists()
+        process = begin(tmp_path, *arguments, *resume, lines=5, start_new_session=True)
         for _ in range(3):
             os.killpg(process.pid, signal.SIGINT)
             time.sleep(0.01)
@@ -921,10 +914,7 @@ def test_two_processes_scan_once_and_stop_together(videos, tmp_path):
                       f"    open({str(tmp_path)!r} + '/scans', 'a').write(os.environ['RANK'] + ' ' + name + chr(10))\n"
                       f"    return plain(self, name)\ndata.VideoClips.probe = probe\ntrain.main(train.parse_args())\n")
     arguments = command(tmp_path / "out", "--data", videos, "--steps", 5000, "--eval-every", 5000)[1:]
-    process = subprocess.Popen([sys.executable, *TWO, str(script), *arguments],
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ONE_THREAD)
-    while process.poll() is None and log_lines(tmp_path / "out") < 1:
-        time.sleep(0.01)
+    process = begin(tmp_path / "out", *TWO, script, *arguments)
     process.send_signal(signal.SIGTERM)
     stdout, stderr = process.communicate(timeout=60)
     assert sorted((tmp_path / "scans").read_text().splitlines()) == ["0 0.mp4", "0 1.mp4", "0 2.mp4", "0 empty.mp4"]
