@@ -18,7 +18,6 @@ import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
-from itertools import islice
 from pathlib import Path
 
 import av
@@ -171,27 +170,25 @@ def find_frames(path):
 
 def decode_from(path, start):
     """Yields a file's decoded frames from number `start` on; raises one of BROKEN where it is damaged."""
-    begin, passed, before = -math.inf, start, ()        # first time stamp, frames to pass, key frames before it
-    if start:
-        stamps, keys = find_frames(path)
-        if start < len(stamps) and len(keys):
-            begin, passed, before = stamps[start], 0, keys[keys <= stamps[start]]
-    for seek in (len(before) > 1, False):                       # from the first key frame without a seek
+    stamps, keys = find_frames(path) if start else ([], [])
+    begin, passed = (stamps[start], 0) if len(keys) else (-math.inf, start)     # first time stamp, or frames to pass
+    last = keys[1:np.searchsorted(keys, begin, "right")][-1:]                   # key frame, unless it is the first one
+    for key in (*last, None):                                   # None: from the start, without a seek
         with open_video(path) as container:
             stream, _ = video_stream(container)
             codec = stream.codec_context
             codec.thread_count = 1                              # the loader's workers are the parallelism
-            if seek:
-                container.seek(int(before[-1]), stream=stream)
+            if key is not None:
+                container.seek(int(key), stream=stream)
             seen, damaged = 0, False
             for packet in container.demux(stream):
                 stamp = stamp_of(packet)
-                if seek:
-                    if not packet.is_keyframe or stamp is None or stamp < before[-1]:
+                if key is not None:
+                    if not packet.is_keyframe or stamp is None or stamp < key:
                         continue
-                    if stamp > before[-1]:
-                        break                                   # the seek came out behind it: again, from the start
-                    seek = False
+                    if stamp > key:
+                        break                                   # the seek came out behind it
+                    key = None
                 early = stamp is not None and stamp < begin
                 codec.skip_frame = "NONREF" if early else "DEFAULT"     # on the way, what no other frame needs
                 for frame in packet.decode():
@@ -202,7 +199,7 @@ def decode_from(path, start):
                     if damaged:
                         raise BadVideo("damaged")
                     yield frame
-            if not seek:
+            if key is None:
                 return
 
 
@@ -230,7 +227,7 @@ def read_frames(path, start, frames):
             yield image
         return
     number = 0
-    for number, frame in enumerate(islice(decode_from(path, start), frames), 1):
+    for number, frame in zip(range(1, frames + 1), decode_from(path, start)):
         check_colours(path, frame)
         check_fields(path, frame)
         yield picture(frame)
@@ -344,8 +341,7 @@ class VideoClips(Dataset):
         epoch, place = divmod(n, len(self))
         order = shuffled(len(self), self.seed, 1, epoch)
         window, y, x, flip = np.random.default_rng((self.seed, 2, n)).random(4)
-        for k in range(len(self)):                              # one lookup, however many files there are
-            i = int(order[(place + k) % len(self)])
+        for i in np.roll(order, -place):
             try:
                 video = self.clip(i, window, y, x)
                 return self.files[i], video.flip(-1) if flip < 0.5 else video
@@ -446,8 +442,7 @@ def download(data, root=None):
     Raises ValueError for other data sets, and OSError where an archive cannot be had or its checksum is another.
     """
     if data not in ARCHIVES:
-        there = DATA_SETS[data][1] if data in DATA_SETS else "elsewhere"
-        raise ValueError(f"--download fetches {' and '.join(ARCHIVES)}; {data} is to be had from {there}")
+        raise ValueError(f"--download fetches {' and '.join(ARCHIVES)}; {data} is to be had from {DATA_SETS[data][1]}")
     root = root or f"data/{data}"
     os.makedirs(root, exist_ok=True)
     for address, sha256 in ARCHIVES[data]:
@@ -491,8 +486,8 @@ def dead_leaves(rng, size):
     colour, a shading gradient and 1/f texture. Occlusion edges plus 1/f texture give the spectra and the
     sharp edges of natural images (Lee, Mumford and Huang 2001)."""
     texture = pink_noise(rng, 4, size, rng.uniform(0.7, 1.5))
-    tint = random_colours(rng, 4) - 0.4
-    texture = np.tensordot(tint.T * 0.35 + 0.65 * rng.standard_normal((1, 4)).astype(np.float32) * 0.5, texture, 1)
+    tint = 0.35 * (random_colours(rng, 4).T - 0.4)
+    texture = np.tensordot(tint + 0.325 * rng.standard_normal((1, 4)).astype(np.float32), texture, 1)
     smooth = pink_noise(rng, 1, size, rng.uniform(1.6, 2.2))
     scene = random_colours(rng, 1)[0][:, None, None] + 0.12 * smooth + 0.12 * texture
 
@@ -505,50 +500,47 @@ def dead_leaves(rng, size):
     palette = random_colours(rng, int(rng.integers(4, 24)))
     colours = palette[rng.integers(len(palette), size=n)] + 0.04 * rng.standard_normal((n, 3)).astype(np.float32)
     contrast = rng.gamma(1.0, 0.08, n).astype(np.float32)
-    centres, angles, aspects = (rng.random((n, 2)) * size, rng.random(n) * np.pi,
-                                np.exp(rng.normal(0, 0.7, n)).clip(0.1, 10))
+    centres, angles = rng.random((n, 2)) * size, rng.random(n) * np.pi
+    aspects = np.exp(rng.normal(0, 0.7, n)).clip(0.1, 10) ** 0.5
     boxes, shading = rng.random(n) < 0.4, rng.normal(0, 0.12, (n, 2))
+    place = np.arange(size, dtype=np.float32)
     for i in order:
-        r, (cy, cx) = radius[i], centres[i]
-        a = aspects[i] ** 0.5
+        r, a = radius[i], aspects[i]
         reach = 1.42 * r * max(a, 1 / a)
-        y0, y1 = max(int(cy - reach), 0), min(int(cy + reach) + 2, size)
-        x0, x1 = max(int(cx - reach), 0), min(int(cx + reach) + 2, size)
-        y, x = np.arange(y0, y1, dtype=np.float32)[:, None] - cy, np.arange(x0, x1, dtype=np.float32)[None] - cx
+        rows, columns = (slice(max(int(c - reach), 0), int(c + reach) + 2) for c in centres[i])
+        y, x = place[rows, None] - centres[i, 0], place[columns] - centres[i, 1]
         c, s = np.cos(angles[i]) / r, np.sin(angles[i]) / r
         u, v = np.abs(c * x + s * y) * a, np.abs(c * y - s * x) / a
         distance = np.maximum(u, v) if boxes[i] else np.sqrt(u * u + v * v)
         mask = np.clip((1 - distance) * r + 0.5, 0, 1)     # one pixel of anti-aliasing
-        fill = colours[i][:, None, None] + contrast[i] * texture[:, y0:y1, x0:x1] \
-            + (shading[i, 0] * y / r + shading[i, 1] * x / r).astype(np.float32)
-        area = scene[:, y0:y1, x0:x1]
+        shade = (shading[i, 0] * y / r + shading[i, 1] * x / r).astype(np.float32)
+        fill = colours[i][:, None, None] + contrast[i] * texture[:, rows, columns] + shade
+        area = scene[:, rows, columns]
         area += mask.astype(np.float32) * (fill - area)
-    return torch.from_numpy(scene.astype(np.float32))
+    return torch.from_numpy(scene)
 
 
 def motion(rng, frames, speed):
     """(frames, 2, 2) rotation-and-zoom matrices and (frames, 2) shifts in pixels of a smooth path whose speed
     is about `speed` pixels a frame: constant velocity, some acceleration, slow rotation and zoom."""
     t = torch.arange(frames) - (frames - 1) / 2
-    pace = speed * np.exp(rng.normal(0, 1.0)) * (rng.random() > 0.15)
+    pace = min(speed * np.exp(rng.normal(0, 1.0)) * (rng.random() > 0.15), 6.0)
     heading = rng.random() * 2 * np.pi
-    velocity = torch.tensor([np.cos(heading), np.sin(heading)]) * min(pace, 6.0)
-    bend = torch.from_numpy(rng.normal(0, 0.03, 2)) * min(pace, 6.0)
+    velocity = torch.tensor([np.cos(heading), np.sin(heading)]) * pace
+    bend = torch.from_numpy(rng.normal(0, 0.03, 2)) * pace
     shift = t[:, None] * velocity + 0.5 * t[:, None] ** 2 * bend
-    turn = rng.normal(0, 0.008) * (rng.random() < 0.5)
-    zoom = rng.normal(0, 0.006) * (rng.random() < 0.5)
-    angle, scale = turn * t, torch.exp(zoom * t)
-    matrix = torch.stack((scale * angle.cos(), -scale * angle.sin(), scale * angle.sin(), scale * angle.cos()), 1)
-    return matrix.view(-1, 2, 2).float(), shift.float()
+    turn, zoom = (rng.normal(0, most) * (rng.random() < 0.5) * t for most in (0.008, 0.006))
+    c, s = zoom.exp() * turn.cos(), zoom.exp() * turn.sin()
+    return torch.stack((c, -s, s, c), 1).view(-1, 2, 2), shift.float()
 
 
 def film(image, points):
     """Samples `image` (C, M, M), periodic, at `points` (T, H, W, 2), in pixels (x, y): (T, C, H, W)."""
     size = image.shape[-1]
     grid = torch.remainder(points, size) * (2 / size) - 1
-    image = F.pad(image[None], (0, 1, 0, 1), mode="circular")[..., :size + 1, :size + 1]
+    image = F.pad(image[None], (0, 1, 0, 1), mode="circular").expand(len(points), -1, -1, -1)
     grid = grid * (size / (size + 1)) + (size / (size + 1) - 1)    # the wrapped row and column moved the centre
-    return F.grid_sample(image.expand(len(points), -1, -1, -1), grid, align_corners=False, padding_mode="border")
+    return F.grid_sample(image, grid, align_corners=False, padding_mode="border")
 
 
 class SyntheticClips(Dataset):
@@ -569,57 +561,54 @@ class SyntheticClips(Dataset):
         return f"made-up clip {n % (self.distinct or n + 1)}"
 
     @lru_cache(maxsize=2)
-    def scene(self, number):
-        return dead_leaves(np.random.default_rng((self.seed, 1, number)), 4 * self.size)
+    def paint(self, number):
+        """A scene, and the noise that gives objects their outlines."""
+        scene = dead_leaves(np.random.default_rng((self.seed, 1, number)), 4 * self.size)
+        return scene, torch.from_numpy(pink_noise(np.random.default_rng((self.seed, 3, number)), 1, 256, 1.8))
 
     def __getitem__(self, n):
         if not 0 <= n < self.length:
             raise IndexError(f"clip {n} of {self.length}")
         n %= self.distinct or n + 1
         rng = np.random.default_rng((self.seed, 2, n))
-        scene = self.scene(n // CLIPS_PER_SCENE)
+        scene, outlines = self.paint(n // CLIPS_PER_SCENE)
         if rng.random() < 0.5:
             scene = scene.flip(-1)
         if rng.random() < 0.5:
             scene = scene.transpose(-1, -2)
         scene = scene[rng.permutation(3).tolist()] if rng.random() < 0.3 else scene
         # film at twice the size, then average: every pixel integrates over its area, as a camera's does
-        size, full = 2 * self.size, scene.shape[-1]
+        size = 2 * self.size
         magnify = float(np.exp(rng.uniform(np.log(0.5), np.log(1.6))))     # scene pixels per filmed pixel
-        y, x = torch.meshgrid(*[torch.arange(size) - (size - 1) / 2] * 2, indexing="ij")
-        pixels = torch.stack((x, y), -1).float()
+        axis = torch.arange(size) - (size - 1) / 2
+        pixels = torch.stack(torch.meshgrid(axis, axis, indexing="xy"), -1)
 
         def path(speed):
             matrix, shift = motion(rng, self.frames, speed)
-            start = torch.from_numpy(rng.random(2) * full).float()
+            start = torch.from_numpy(rng.random(2) * scene.shape[-1]).float()
             return torch.einsum("tij,hwj->thwi", matrix, pixels) - 2 * shift[:, None, None], start
 
-        camera, start = path(0.5)
-        video = film(scene, camera * magnify + start)
+        points, start = path(0.5)
+        video = film(scene, points * magnify + start)
         for _ in range(rng.choice(4, p=(0.3, 0.3, 0.25, 0.15))):       # objects, the nearest last
             centre = torch.from_numpy(rng.uniform(-0.4, 0.4, 2) * size).float()
             points, start = path(1.0)
             points = points - centre
             extent = size * float(rng.uniform(0.08, 0.3))
-            wobble = film(self.blob(n // CLIPS_PER_SCENE), points * (48 / extent) + start)
+            wobble = film(outlines, points * (48 / extent) + start)
             mask = ((1 - points[..., 0].hypot(points[..., 1])[:, None] / extent + 0.35 * wobble) * extent
                     + 0.5).clamp(0, 1)
-            paint = (film(scene, points * magnify + start)
-                     + torch.from_numpy(rng.normal(0, 0.15, (3, 1, 1)).astype(np.float32)))
-            video = video + mask * (paint - video)
+            tint = torch.from_numpy(rng.normal(0, 0.15, (3, 1, 1)).astype(np.float32))
+            video = video + mask * (film(scene, points * magnify + start) + tint - video)
         video = F.avg_pool2d(video, 2)
         if rng.random() < 0.3:                                        # out of focus
             video = F.avg_pool2d(F.pad(video, (1, 1, 1, 1), mode="replicate"), 3, 1)
         gain, drift = np.exp(rng.normal(0, 0.25)), rng.normal(0, 0.004)
-        light = gain * torch.exp(drift * torch.arange(self.frames))[:, None, None, None]
-        video = (video - 0.45) * light.float() + 0.45 + rng.normal(0, 0.06)
+        light = gain * torch.exp(drift * torch.arange(self.frames)).view(-1, 1, 1, 1)
+        video = (video - 0.45) * light + 0.45 + rng.normal(0, 0.06)
         noise = torch.Generator().manual_seed(int(rng.integers(2 ** 62)))
         video = video + abs(rng.normal(0, 0.008)) * torch.randn(video.shape, generator=noise)
-        return (video.float().clamp(0, 1) * 2 - 1).movedim(1, 0).contiguous()
-
-    @lru_cache(maxsize=2)
-    def blob(self, number):
-        return torch.from_numpy(pink_noise(np.random.default_rng((self.seed, 3, number)), 1, 256, 1.8))
+        return (video.clamp(0, 1) * 2 - 1).movedim(1, 0).contiguous()
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -687,14 +676,12 @@ class CachedClips(Dataset):
             write_file(manifest, json.dumps(settings, indent=1).encode())
         try:
             self.made = json.loads(manifest.read_bytes())
-            if self.made["entries"] >= count:                   # of more, the first `count` serve
-                settings["entries"] = self.made["entries"]
-            if set(blocks) <= set(self.made["blocks"]):
-                settings["blocks"] = self.made["blocks"]
+            # more entries and blocks than are needed do no harm
+            fits = {"entries": self.made["entries"] >= count, "blocks": set(blocks) <= set(self.made["blocks"])}
         except (ValueError, TypeError, KeyError):
             raise ValueError(f"{manifest} is damaged: delete the cache, or name another folder") from None
         for key, value in settings.items():
-            if self.made.get(key) != value:
+            if not fits.get(key, self.made.get(key) == value):
                 raise ValueError(f"the cache {folder} was made with {key} {self.made.get(key)}, this run has {value}: "
                                  "delete it, or name another folder")
 
@@ -720,8 +707,8 @@ class CachedClips(Dataset):
         missing = {m for m in range(self.count) if not self.path(m).exists()}
         say(f"the cache {self.folder}: {self.count} entries, {len(missing)} to make")
         barrier()                                               # all have seen the same ones missing
-        groups = [range(m, min(m + batch, self.count)) for m in range(0, self.count, batch)]
-        groups = [list(group) for group in groups if missing & set(group)][rank::world]
+        groups = [group.tolist() for group in torch.arange(self.count).split(batch)]
+        groups = [group for group in groups if missing.intersection(group)][rank::world]
         loader = DataLoader(clips, batch_sampler=groups, num_workers=workers, worker_init_fn=begin_worker)
         bar = tqdm(loader, desc="cache", unit="batch", disable=rank > 0 or None)    # None: without a terminal
         for group, video in zip(groups, bar):
