@@ -45,6 +45,10 @@ class VideoDCAEConfig:
             time, space = time * t, space * s
         return time, space, space
 
+    def blocks(self, stage, depth):
+        kind = ResBlock if stage < self.attention_from else EViTBlock
+        return [kind(self.widths[stage]) for _ in range(depth)]
+
 
 class RMSNorm(nn.Module):
     """Over channels, with scale and bias."""
@@ -66,11 +70,10 @@ class Conv(nn.Module):
         super().__init__()
         time, space = stride
         self.conv = nn.Conv3d(c_in, c_out, kernel, (time, space, space), kernel // 2, groups=groups, bias=bias)
-        self.norm = RMSNorm(c_out) if norm else None
+        self.norm = RMSNorm(c_out) if norm else nn.Identity()
 
     def forward(self, x):
-        x = self.conv(x)
-        return x if self.norm is None else self.norm(x)
+        return self.norm(self.conv(x))
 
 
 class ResBlock(nn.Module):
@@ -181,12 +184,10 @@ class Upsample(nn.Module):
 class Stage(nn.Module):
     def __init__(self, blocks):
         super().__init__()
-        self.op_list = nn.ModuleList(blocks)
+        self.op_list = nn.Sequential(*blocks)
 
     def forward(self, x):
-        for block in self.op_list:
-            x = block(x)
-        return x
+        return self.op_list(x)
 
 
 class Encoder(nn.Module):
@@ -195,10 +196,9 @@ class Encoder(nn.Module):
         self.config, widths = config, config.widths
         self.project_in = Conv(3 * config.patch ** 2, widths[0])
         self.stages = nn.ModuleList()
-        for i, (width, depth) in enumerate(zip(widths, config.encoder_depths)):
-            block = ResBlock if i < config.attention_from else EViTBlock
-            down = [Downsample(width, widths[i + 1], config.strides[i])] if i + 1 < len(widths) else []
-            self.stages.append(Stage([block(width) for _ in range(depth)] + down))
+        for i, depth in enumerate(config.encoder_depths):
+            down = [Downsample(*widths[i:i + 2], stride) for stride in config.strides[i:i + 1]]
+            self.stages.append(Stage(config.blocks(i, depth) + down))
         self.project_out = nn.ModuleDict({"main": Stage([Conv(widths[-1], config.latent_channels)])})
 
     def forward(self, video):
@@ -222,10 +222,9 @@ class Decoder(nn.Module):
         self.config, widths = config, config.widths
         self.project_in = nn.ModuleDict({"main": Conv(config.latent_channels, widths[-1])})
         self.stages = nn.ModuleList()
-        for i, (width, depth) in enumerate(zip(widths, config.decoder_depths)):
-            block = ResBlock if i < config.attention_from else EViTBlock
-            up = [Upsample(widths[i + 1], width, config.strides[i])] if i + 1 < len(widths) else []
-            self.stages.append(Stage(up + [block(width) for _ in range(depth)]))
+        for i, depth in enumerate(config.decoder_depths):
+            up = [Upsample(widths[i + 1], widths[i], stride) for stride in config.strides[i:i + 1]]
+            self.stages.append(Stage(up + config.blocks(i, depth)))
         self.project_out = Stage([RMSNorm(widths[0]), nn.ReLU(), Conv(widths[0], 3 * config.patch ** 2)])
 
     def blocks(self, latents):
@@ -319,12 +318,13 @@ class Teacher(nn.Module):
         raise ValueError(f"the {self.name} teacher has no block {sorted(wanted - set(known))}; it has {known}")
 
 
-def temporal_tiles(run, x, tile, out_tile, overlap=0.25):
-    """run(x) for x (B, C, T, H, W), in tiles of `tile` frames that give `out_tile` each, blended where they overlap."""
+def temporal_tiles(run, x, tile, out_tile):
+    """run(x) for x (B, C, T, H, W), in tiles of `tile` frames that give `out_tile` each. They overlap by a quarter, and
+    are blended there."""
     if x.shape[2] <= tile:
         return run(x)
-    keep, pieces = out_tile - int(out_tile * overlap), []
-    for start in range(0, x.shape[2], tile - int(tile * overlap)):
+    keep, pieces = out_tile - out_tile // 4, []
+    for start in range(0, x.shape[2], tile - tile // 4):
         piece = run(x[:, :, start:start + tile])
         if pieces:
             n = min(out_tile - keep, pieces[-1].shape[2], piece.shape[2])
@@ -362,10 +362,10 @@ class DiffusersTeacher(Teacher):
 
     def __init__(self, name, vae):
         config = vae.config
-        time = config.get("scale_factor_temporal") or config.get("temporal_compression_ratio") \
-            or getattr(vae, "temporal_compression_ratio", None) or 2 ** sum(config.temperal_downsample)     # qwen's
-        space = config.get("scale_factor_spatial") or config.get("spatial_compression_ratio") \
-            or getattr(vae, "spatial_compression_ratio", None) or 2 ** (len(config.block_out_channels) - 1)
+        time, space = (config.get(f"scale_factor_{way}") or config.get(f"{way}_compression_ratio")
+                       or getattr(vae, f"{way}_compression_ratio", None) for way in ("temporal", "spatial"))
+        time = time or 2 ** sum(config.temperal_downsample)         # qwen's
+        space = space or 2 ** (len(config.block_out_channels) - 1)
         super().__init__(name, vae, config.get("latent_channels") or config.z_dim, (time, space, space), images=True)
         vae.disable_tiling()
         vae.use_framewise_encoding = vae.use_framewise_decoding = False     # Hunyuan's default: tiles of 16 frames
@@ -582,29 +582,27 @@ class QwenTeacher(WanTeacher):
 # ----------------------------------------------------------------------------------------------------------
 # loading
 
-# name: (class of diffusers or None, hub repository, folder or file in it, the weights' licence by its model card)
+# name: (kind, class of diffusers or file of weights, hub repository, the weights' licence by its model card)
 RELEASES = {
-    "ltx": ("AutoencoderKLLTXVideo", "Lightricks/LTX-Video", "vae", "LTX-Video Open Weights"),
-    "hunyuan": ("AutoencoderKLHunyuanVideo", "hunyuanvideo-community/HunyuanVideo", "vae", "Tencent Hunyuan Community"),
-    "cog": ("AutoencoderKLCogVideoX", "zai-org/CogVideoX1.5-5B", "vae", "CogVideoX"),
-    "dc": (None, "hpcai-tech/Open-Sora-v2-Video-DC-AE", "F32T4C128_AE.safetensors", "Apache 2.0"),
-    "wan21": ("AutoencoderKLWan", "Wan-AI/Wan2.1-T2V-1.3B-Diffusers", "vae", "Apache 2.0"),
-    "wan22": ("AutoencoderKLWan", "Wan-AI/Wan2.2-TI2V-5B-Diffusers", "vae", "Apache 2.0"),
-    "ltx2": ("AutoencoderKLLTX2Video", "Lightricks/LTX-2", "vae", "LTX-2 Community"),
+    "ltx": (LTXTeacher, "AutoencoderKLLTXVideo", "Lightricks/LTX-Video", "LTX-Video Open Weights"),
+    "hunyuan": (HunyuanTeacher, "AutoencoderKLHunyuanVideo", "hunyuanvideo-community/HunyuanVideo",
+                "Tencent Hunyuan Community"),
+    "cog": (CogTeacher, "AutoencoderKLCogVideoX", "zai-org/CogVideoX1.5-5B", "CogVideoX"),
+    "dc": (DCAETeacher, "F32T4C128_AE.safetensors", "hpcai-tech/Open-Sora-v2-Video-DC-AE", "Apache 2.0"),
+    "wan21": (WanTeacher, "AutoencoderKLWan", "Wan-AI/Wan2.1-T2V-1.3B-Diffusers", "Apache 2.0"),
+    "wan22": (WanTeacher, "AutoencoderKLWan", "Wan-AI/Wan2.2-TI2V-5B-Diffusers", "Apache 2.0"),
+    "ltx2": (LTXTeacher, "AutoencoderKLLTX2Video", "Lightricks/LTX-2", "LTX-2 Community"),
     # LTX-2.5's encoder is 2.3's byte for byte, its vae's decoder of the same shape: weights=ltx25's repository
-    "ltx23": ("AutoencoderKLLTX2Video", "diffusers/LTX-2.3-Diffusers", "vae", "LTX-2 Community"),
-    "hunyuan15": ("AutoencoderKLHunyuanVideo15", "hunyuanvideo-community/HunyuanVideo-1.5-Diffusers-480p_t2v", "vae",
-                  "Tencent Hunyuan Community"),
-    "qwen": ("AutoencoderKLQwenImage", "Qwen/Qwen-Image", "vae", "Apache 2.0"),
-    "ltx095": ("AutoencoderKLLTXVideo", "Lightricks/LTX-Video-0.9.5", "vae", "LTX-Video Open Weights"),
-    "ltx25": ("LTX2VideoDiffusionDecoderModel", "Lightricks/LTX-2.5-Diffusers", "vae", "LTX-2 Community"),
-    "h3": ("AutoencoderKLMiniMaxH3", "MiniMaxAI/MiniMax-H3", "vae", "MiniMax H3 Community"),
-    "tiny": (None, None, "model.safetensors", "MIT, in this repository"),
+    "ltx23": (LTXTeacher, "AutoencoderKLLTX2Video", "diffusers/LTX-2.3-Diffusers", "LTX-2 Community"),
+    "hunyuan15": (Hunyuan15Teacher, "AutoencoderKLHunyuanVideo15",
+                  "hunyuanvideo-community/HunyuanVideo-1.5-Diffusers-480p_t2v", "Tencent Hunyuan Community"),
+    "qwen": (QwenTeacher, "AutoencoderKLQwenImage", "Qwen/Qwen-Image", "Apache 2.0"),
+    "ltx095": (LTXTeacher, "AutoencoderKLLTXVideo", "Lightricks/LTX-Video-0.9.5", "LTX-Video Open Weights"),
+    "ltx25": (LTX25Teacher, "LTX2VideoDiffusionDecoderModel", "Lightricks/LTX-2.5-Diffusers", "LTX-2 Community"),
+    "h3": (H3Teacher, "AutoencoderKLMiniMaxH3", "MiniMaxAI/MiniMax-H3", "MiniMax H3 Community"),
+    "tiny": (DCAETeacher, "model.safetensors", None, "MIT, in this repository"),
 }
 TEACHERS = tuple(RELEASES)
-KINDS = {"ltx": LTXTeacher, "hunyuan": HunyuanTeacher, "cog": CogTeacher, "wan21": WanTeacher, "wan22": WanTeacher,
-         "ltx2": LTXTeacher, "ltx23": LTXTeacher, "hunyuan15": Hunyuan15Teacher, "qwen": QwenTeacher,
-         "ltx095": LTXTeacher, "ltx25": LTX25Teacher, "h3": H3Teacher}
 # where the released configuration is not diffusers' default
 CONFIGURATIONS = {
     "wan22": dict(base_dim=160, decoder_base_dim=256, z_dim=48, is_residual=True, in_channels=12, out_channels=12,
@@ -680,17 +678,16 @@ def find_weights(name, weights):
         return None
     if weights is None and name == "tiny":
         return TINY_WEIGHTS
-    _, repo, inside, _ = RELEASES[name]
+    _, file, repo, _ = RELEASES[name]
     if weights is not None:
         if Path(weights).exists():
             return Path(weights)
         repo = str(weights)
-        hub_id = re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", repo) and not repo.endswith(".safetensors")
-        if name == "tiny" or not hub_id:
+        if name == "tiny" or not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*(?<!\.safetensors)", repo):
             raise FileNotFoundError(f"no teacher weights at {weights}: name a file, a folder or a hub id")
     if name == "dc":
-        return from_hub(repo, inside)
-    for folder in ("diffusion_decoder", inside)[name != "ltx25":]:
+        return from_hub(repo, file)
+    for folder in ("diffusion_decoder", "vae")[name != "ltx25":]:
         try:
             from_hub(repo, f"{folder}/{WEIGHTS_FILE}")
         except OSError:
@@ -707,25 +704,23 @@ def shards(index):
 
 def build(name, path):
     """The teacher with the weights at `path`, or random ones."""
-    if name in ("dc", "tiny"):
+    teacher_of, source, _, _ = RELEASES[name]
+    if teacher_of is DCAETeacher:
         teacher = DCAETeacher(name, TINY if name == "tiny" else VideoDCAEConfig())
         if path is not None:
-            load_weights(teacher.vae, path / RELEASES[name][2] if path.is_dir() else path)
+            load_weights(teacher.vae, path / source if path.is_dir() else path)
         return teacher
     try:
         import diffusers
-        kind = getattr(diffusers, RELEASES[name][0])
-    except ImportError:
-        raise OSError(f"the {name} teacher needs diffusers: pip install diffusers") from None
-    except AttributeError:
-        raise OSError(f"the {name} teacher needs a newer diffusers, with {RELEASES[name][0]}: "
-                      f"pip install -U diffusers") from None
+        kind = getattr(diffusers, source)
+    except (ImportError, AttributeError):
+        raise OSError(f"the {name} teacher needs diffusers with {source}: pip install -U diffusers") from None
     if path is not None and path.is_dir() and not (path / "config.json").is_file():
         path = path / "vae"
     vae = build_part(diffusers.AutoencoderKLLTX2Video if name == "ltx25" else kind, path, CONFIGURATIONS.get(name, {}))
     if name == "ltx25":         # the decoder is in the pipeline's other folder
         vae.decoder = build_part(kind, path and path.parent / "diffusion_decoder", {}).decoder
-    return KINDS[name](name, vae)
+    return teacher_of(name, vae)
 
 
 def build_part(kind, path, options):
@@ -769,7 +764,7 @@ def main():
     parser.add_argument("--size", type=int, default=256, help="height and width of the clip shown (default 256)")
     size = parser.parse_args().size
     millions = lambda module: f"{sum(p.numel() for p in module.parameters()) / 1e6:.1f}"
-    for name, (_, repo, _, licence) in RELEASES.items():
+    for name, (_, _, repo, licence) in RELEASES.items():
         with torch.device("meta"), torch.no_grad():     # shapes only: nothing is computed
             teacher = build(name, None)
             d_t, d_h, d_w = teacher.compression

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 import teachers as teachers_file
 from data import SyntheticClips
 from model import CONFIGS
-from teachers import (CONFIGURATIONS, KINDS as TEACHER_KINDS, RELEASES, TEACHERS, TINY, TINY_WEIGHTS, DCAETeacher,
+from teachers import (CONFIGURATIONS, RELEASES, TEACHERS, TINY, TINY_WEIGHTS, DCAETeacher,
                       DiffusersTeacher, VideoDCAE, VideoDCAEConfig, load_teacher, shuffle, temporal_tiles, unshuffle)
 
 ROOT = Path(__file__).parent.parent
@@ -85,7 +85,7 @@ def dc():
 def small_vae(name, **changes):
     diffusers = pytest.importorskip("diffusers")
     torch.manual_seed(0)
-    kind = getattr(diffusers, RELEASES[name.split()[0]][0])
+    kind = getattr(diffusers, RELEASES[name.split()[0]][1])
     return kind(**(SMALL_H3 if name == "h3" else SMALL_DIFFUSERS[name]) | changes)
 
 
@@ -101,7 +101,7 @@ def of_diffusers(name):
     for key, p in vae.named_parameters():
         if key.endswith("per_channel_scale1") or key.endswith("per_channel_scale2"):
             torch.nn.init.constant_(p, 0.5)         # zero to begin with, and then injected noise changes nothing
-    return frozen(TEACHER_KINDS[name.split()[0]](name.split()[0], vae))
+    return frozen(RELEASES[name.split()[0]][0](name.split()[0], vae))
 
 
 @lru_cache
@@ -110,14 +110,14 @@ def h3():
     for key, p in vae.decoder.named_parameters():
         if "scale" in key or "register" in key:
             torch.nn.init.normal_(p)                    # zero to begin with, and then no block does anything
-    return frozen(TEACHER_KINDS["h3"]("h3", vae))
+    return frozen(RELEASES["h3"][0]("h3", vae))
 
 
 @lru_cache
 def ltx25():
     vae = small_vae("ltx23")
     vae.decoder = diffusion_decoder().decoder
-    return frozen(TEACHER_KINDS["ltx25"]("ltx25", vae))
+    return frozen(RELEASES["ltx25"][0]("ltx25", vae))
 
 
 @lru_cache
