@@ -18,6 +18,7 @@ import json
 import re
 import sys
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -68,8 +69,7 @@ class Conv(nn.Module):
 
     def __init__(self, c_in, c_out, kernel=3, stride=(1, 1), groups=1, bias=True, norm=False):
         super().__init__()
-        time, space = stride
-        self.conv = nn.Conv3d(c_in, c_out, kernel, (time, space, space), kernel // 2, groups=groups, bias=bias)
+        self.conv = nn.Conv3d(c_in, c_out, kernel, (*stride, stride[1]), kernel // 2, groups=groups, bias=bias)
         self.norm = RMSNorm(c_out) if norm else nn.Identity()
 
     def forward(self, x):
@@ -118,9 +118,9 @@ class LinearAttention(nn.Module):
 class GatedConv(nn.Module):
     """Widen to twice 4x, mix each channel in space and time, gate one half with the other, narrow."""
 
-    def __init__(self, channels, expand=4):
+    def __init__(self, channels):
         super().__init__()
-        inner = expand * channels
+        inner = 4 * channels
         self.main = nn.ModuleDict({"inverted_conv": Conv(channels, 2 * inner, 1),
                                    "depth_conv": Conv(2 * inner, 2 * inner, groups=2 * inner),
                                    "point_conv": Conv(inner, channels, 1, bias=False, norm=True)})
@@ -141,16 +141,14 @@ class EViTBlock(nn.Module):
 
 def unshuffle(x, time, space):
     """(B, C, T, H, W) -> (B, C·time·space², T/time, H/space, W/space): each cell's positions become channels."""
-    b, c, t, h, w = x.shape
-    x = x.view(b, c, t // time, time, h // space, space, w // space, space)
-    return x.permute(0, 1, 3, 5, 7, 2, 4, 6).reshape(b, -1, t // time, h // space, w // space)
+    x = x.unflatten(4, (-1, space)).unflatten(3, (-1, space)).unflatten(2, (-1, time))
+    return x.permute(0, 1, 3, 5, 7, 2, 4, 6).flatten(1, 4)
 
 
 def shuffle(x, time, space):
     """The inverse of `unshuffle`."""
-    b, _, t, h, w = x.shape
-    x = x.reshape(b, -1, time, space, space, t, h, w)
-    return x.permute(0, 1, 5, 2, 6, 3, 7, 4).reshape(b, -1, t * time, h * space, w * space)
+    x = x.unflatten(1, (-1, time, space, space)).permute(0, 1, 5, 2, 6, 3, 7, 4)
+    return x.flatten(6).flatten(4, 5).flatten(2, 3)
 
 
 def average_channels(x, c_out):
@@ -318,6 +316,11 @@ class Teacher(nn.Module):
         raise ValueError(f"the {self.name} teacher has no block {sorted(wanted - set(known))}; it has {known}")
 
 
+def repeat_last(x, n):
+    """Appends the last frame of (B, C, T, H, W) n times."""
+    return torch.cat([x, *[x[:, :, -1:]] * n], 2)
+
+
 def temporal_tiles(run, x, tile, out_tile):
     """run(x) for x (B, C, T, H, W), in tiles of `tile` frames that give `out_tile` each. They overlap by a quarter, and
     are blended there."""
@@ -435,8 +438,7 @@ class LTX25Teacher(LTXTeacher):
 
     def blocks(self, latents):
         decoder, rate = self.vae.decoder, 1
-        ghosts = latents[:, :, -1:].expand(-1, -1, decoder.trailing_pad_latent_frames, -1, -1)      # cut off again
-        x = decoder.conv_in(torch.cat([latents, ghosts], 2).movedim(1, -1))
+        x = decoder.conv_in(repeat_last(latents, decoder.trailing_pad_latent_frames).movedim(1, -1))    # cut off again
         for name, stage, upsample in zip(("mid", "up0", "up1", "up2"), decoder.det_stages, decoder.upsamples):
             stage = stage if not x.is_meta else ()          # where there is no FlexAttention; shapes stay
             mask = stage and stage[0].attn.build_block_mask(x)
@@ -474,14 +476,13 @@ class H3Teacher(DiffusersTeacher):
     def blocks(self, latents):
         decoder, first, t = self.vae.decoder, self.vae.post_quant_conv, latents.shape[2]
         missing = -(t + self.vae.config.token_drop) % self.images           # decode, too, repeats the last latent
-        latents = torch.cat([latents, latents[:, :, -1:].expand(-1, -1, missing, -1, -1)], 2)
-        windows = latents.unfold(2, self.images + self.vae.token_overlap, self.images).movedim((2, -1), (1, 3))
+        windows = repeat_last(latents, missing).unfold(2, self.images + self.vae.token_overlap, self.images).movedim((2, -1), (1, 3))
         z = first(windows.flatten(0, 1).to(first.weight.dtype))             # (B times windows, C, 7, h, w)
         x = decoder.proj_in(z.flatten(2).transpose(1, 2))
         n, registers = x.shape[1], decoder.register_tokens.expand(len(x), -1, -1)
         x = torch.cat([x, registers.to(x.dtype), torch.zeros_like(x[:, :1])], 1)
         axes = [torch.arange(0.5, size, device=x.device) / size * 2 - 1 for size in z.shape[2:]]
-        places = torch.stack(torch.meshgrid(*axes, indexing="ij"), -1).flatten(0, 2)
+        places = torch.cartesian_prod(*axes)
         rotary = decoder.rope(F.pad(places, (0, 0, 0, x.shape[1] - n)).expand(len(x), -1, -1))
         third = len(decoder.transformer_blocks) // 3
         for name, start in (("mid", 0), ("up0", third)):
@@ -535,17 +536,17 @@ class CogTeacher(DiffusersTeacher):
         if self.vae.post_quant_conv is not None:
             z = [self.vae.post_quant_conv(chunk) for chunk in z]
 
-        def over_chunks(module, inputs):
+        def over_chunks(module, *inputs):
             cache, outputs = None, []
-            for chunk in inputs:
+            for chunk in zip(*inputs):
                 output, cache = module(*chunk, conv_cache=cache)
                 outputs.append(output)
             return outputs
 
-        x = over_chunks(decoder.conv_in, [(chunk,) for chunk in z])
-        for i, block in enumerate([decoder.mid_block, *decoder.up_blocks]):
-            x = over_chunks(block, [(chunk, None, latent) for chunk, latent in zip(x, z)])
-            yield f"up{i - 1}" if i else "mid", torch.cat(x, 2)
+        of_latents = [None] * len(z), z                 # no timestep; the latents for the norms
+        x = over_chunks(decoder.mid_block, over_chunks(decoder.conv_in, z), *of_latents)
+        for name, x in run_blocks(x, [partial(over_chunks, block) for block in decoder.up_blocks], *of_latents):
+            yield name, torch.cat(x, 2)
 
 
 class WanTeacher(DiffusersTeacher):
@@ -564,14 +565,14 @@ class WanTeacher(DiffusersTeacher):
             # A causal 3x3x3 convolution needs two frames from before.
             seen = frame if seen is None else torch.cat([seen[:, :, -1:], frame], 2)
 
-        def over_frames(block, up):
+        def over_frames(block, x, asks_for_first=False):
             cache = [None] * len(list(block.modules()))                  # one for each convolution, and more
-            first = lambda j: {"first_chunk": j == 0} if up and self.asks_for_first else {}
+            first = lambda j: {"first_chunk": j == 0} if asks_for_first else {}
             return [block(frame, feat_cache=cache, feat_idx=[0], **first(j)) for j, frame in enumerate(x)]
 
-        for i, block in enumerate([decoder.mid_block, *decoder.up_blocks]):
-            x = over_frames(block, up=i > 0)
-            yield f"up{i - 1}" if i else "mid", torch.cat(x, 2)
+        x, blocks = over_frames(decoder.mid_block, x), [partial(over_frames, block) for block in decoder.up_blocks]
+        for name, x in run_blocks(x, blocks, self.asks_for_first):
+            yield name, torch.cat(x, 2)
 
 
 class QwenTeacher(WanTeacher):
@@ -632,16 +633,13 @@ def load_weights(module, path):
     from safetensors.torch import load_file
     index = path.with_name(f"{path.name}.index.json")
     files = shards(index) if index.is_file() else [path]
-    if not all(file.is_file() for file in files):
-        raise FileNotFoundError(f"no teacher weights at {path}")
     try:
         state = {key: tensor for file in files for key, tensor in load_file(file).items()}
     except SafetensorError as error:
         raise ValueError(f"{path} is no whole safetensors file: {error}") from None
     ours = module.state_dict()
     both = ours.keys() & state.keys()
-    bad = [key for key in both if ours[key].is_floating_point()
-           and not (state[key].is_floating_point() and state[key].float().isfinite().all())]
+    bad = [key for key in both if not (state[key].is_floating_point() and state[key].float().isfinite().all())]
     for problem, keys in (
             ("lacks", ours.keys() - state.keys()),
             ("has besides", state.keys() - ours.keys()),
