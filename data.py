@@ -242,17 +242,21 @@ def shuffled(n, *key):
 
 
 def find_videos(root, images=False):
-    """Sorted paths below root of all videos and of folders that hold images but no video, or of images themselves."""
-    seen, videos = set(), []
+    """Sorted paths below root of all videos and of folders that hold images but no video, or of images themselves; and
+    of the files that are none of these."""
+    seen, videos, others = set(), [], []
     for folder, below, names in os.walk(root, followlinks=True):
         real = os.path.realpath(folder)
         # Not below links that lead back, nor below . and @, which are what systems keep beside the files.
         below[:] = sorted(name for name in below if name[0] not in ".@" and real not in seen)
         if real not in seen:
-            names = visible(names, SUFFIXES + IMAGES * images) or [""] * bool(visible(names, IMAGES))
-            videos += [os.path.relpath(os.path.join(folder, name), root) for name in names]
+            path_of = lambda name: os.path.relpath(os.path.join(folder, name), root)
+            taken = visible(names, SUFFIXES + IMAGES * images)
+            frames = [] if taken else visible(names, IMAGES)
+            videos += map(path_of, taken or [""] * bool(frames))
+            others += [path_of(name) for name in visible(names, "") if name not in {*taken, *frames}]
         seen.add(real)
-    return sorted(videos)
+    return sorted(videos), sorted(others)
 
 
 def part_of(path):
@@ -286,8 +290,9 @@ class VideoClips(Dataset):
         self.root, self.frames, self.train, self.seed = os.path.abspath(root), frames, train, seed
         if not os.path.exists(root):
             raise FileNotFoundError(f"no video file or folder {root}")
+        others = []
         if names is None:
-            names = find_videos(root, images=frames == 1)
+            names, others = find_videos(root, images=frames == 1)
         if os.path.isfile(root) or names == ["."]:
             self.root, *names = os.path.split(self.root)
 
@@ -298,6 +303,8 @@ class VideoClips(Dataset):
         lines = [f"skipping {name}: {reason}" for name, reason in self.skipped.items()]
         if len(lines) > 11:
             lines[10:] = [f"skipping {len(lines) - 10} more files"]
+        if others:
+            lines.append(f"{root}: {len(others)} other files are left out, such as {others[0]}")
         if lines and int(os.environ.get("RANK", 0)) == 0:       # all processes of a run find the same
             print(*lines, sep="\n", file=sys.stderr)
         if not self.files:
@@ -430,7 +437,7 @@ def find_clips(data, root=None, split=None):
                                 f"or name the folder that holds them{source}")
     if data == "ucf101":
         # The mirror has one folder for all classes. Lines for training end with a class's number.
-        there = {os.path.basename(name): name for name in find_videos(folder)}
+        there = {os.path.basename(name): name for name in find_videos(folder)[0]}
         names = [re.sub(r"\s+\d+$", "", name) for name in split_names(folder, split or "testlist01")]
         return folder, [there.get(os.path.basename(name), name) for name in names]
     return folder, split_names(lists, split) if split else None

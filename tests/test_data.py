@@ -252,6 +252,7 @@ def test_unusable_files_are_named_once_and_counted(tmp_path, capfd):
     assert "8 frames" in clips.skipped["short.mkv"] and "9 needed" in clips.skipped["short.mkv"]
     load(clips, [[0, 1], [2, 3]], workers=2)
     lines = capfd.readouterr().err.splitlines()
+    assert lines.pop() == f"{tmp_path}: 1 other files are left out, such as notes.txt"
     assert len(lines) == len(bad) and all(sum(name in line for line in lines) == 1 for name in bad)
 
 
@@ -442,13 +443,14 @@ def test_a_folder_of_frames_is_a_video(tmp_path):
     assert alone.files == ["unpadded"] and numbers(alone[0]) == list(range(12))
 
 
-def test_pictures_beside_videos_are_no_video(tmp_path):
+def test_pictures_beside_videos_are_no_video(tmp_path, capfd):
     write(tmp_path / "clip.mkv", greys(12))
     Image.fromarray(greys(1)[0]).save(tmp_path / "cover.png")
     write_frames(tmp_path / "more", greys(1), "poster.png")
     write(tmp_path / "more" / "below" / "clip.mkv", greys(12))
     clips = VideoClips(tmp_path, 2, 32, train=False)
     assert clips.files == ["clip.mkv", "more/below/clip.mkv"] and clips.skipped == {"more": "1 frames, 2 needed"}
+    assert "1 other files are left out, such as cover.png" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("spoil, message", [
@@ -549,7 +551,7 @@ def test_links_to_folders_are_followed_but_not_in_circles(tmp_path):
     (tmp_path / "b").symlink_to(tmp_path / "a")
     write(tmp_path / "elsewhere" / "far.mkv", greys(4))
     (tmp_path / "a" / "far").symlink_to(tmp_path / "elsewhere")
-    assert sorted(data.find_videos(tmp_path / "a")) == ["clip.mkv", "far/far.mkv"]
+    assert data.find_videos(tmp_path / "a") == (["clip.mkv", "far/far.mkv"], [])
 
 
 def test_an_image_that_claims_to_be_huge_is_skipped_by_name(tmp_path, capsys):
