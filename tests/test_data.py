@@ -198,6 +198,39 @@ def test_phones_turn_their_pictures(tmp_path):
     assert clip[:, :, :20].min() > 0.9 and clip[:, :, 28:].max() < -0.9
 
 
+# (red's, blue's) part of luma in the standard's text
+BT601, BT709, BT2020 = (0.299, 0.114), (0.2126, 0.0722), (0.2627, 0.0593)
+
+
+@pytest.mark.parametrize("tag, height, full, weights", [
+    (1, 64, False, BT709), (5, 64, False, BT601), (6, 720, False, BT601), (9, 64, False, BT2020), (9, 64, True, BT2020),
+    (2, 64, False, BT601), (0, 719, False, BT601), (3, 64, True, BT601), (2, 720, False, BT709), (0, 720, False, BT709)])
+def test_colours_are_the_standards(tag, height, full, weights):
+    """By FFmpeg's number of the matrix, else by the size."""
+    y, u, v = 120, 100, 160
+    frame = av.VideoFrame.from_ndarray(np.full((3, height, 64), [[[y]], [[u]], [[v]]], np.uint8), format="yuv444p")
+    frame.colorspace, frame.color_range = tag, 2 if full else 1
+    luma, chroma, (kr, kb) = (y, 1, weights) if full else ((y - 16) * 255 / 219, 255 / 224, weights)
+    red, blue = luma + 2 * (1 - kr) * (v - 128) * chroma, luma + 2 * (1 - kb) * (u - 128) * chroma
+    green = (luma - kr * red - kb * blue) / (1 - kr - kb)
+    assert np.abs(data.picture(frame) - np.array([red, green, blue])).max() < 1.5
+
+
+@pytest.mark.parametrize("matrix, primaries, transfer, means, says", [
+    (2, 2, 2, (6, 6, 6), None), (1, 2, 0, (1, 1, 1), None), (9, 3, 2, (9, 9, 14), "BT.2020"), (9, 9, 16, (9, 9, 16), "PQ"),
+    (9, 9, 18, (9, 9, 18), "HLG"), (1, 9, 1, (1, 9, 1), "BT.2020"), (8, 1, 1, (6, 1, 1), "matrix 8"),
+    (10, 9, 16, (6, 9, 16), "matrix 10")])
+def test_colours_that_are_not_undone_are_said(tmp_path, capfd, matrix, primaries, transfer, means, says):
+    frame = av.VideoFrame(64, 64, "yuv420p")
+    frame.colorspace, frame.color_primaries, frame.color_trc = matrix, primaries, transfer
+    assert data.colours(frame) == means
+    data.check_colours(tmp_path, frame, tagged=True)
+    assert bool(capfd.readouterr().err) == ("matrix" in (says or ""))
+    data.warn_once.cache_clear()
+    data.check_colours(tmp_path, frame)
+    assert says in (line := capfd.readouterr().err) and line.count("\n") == 1 if says else not capfd.readouterr().err
+
+
 def test_ten_bits_odd_sizes_and_a_long_name(tmp_path):
     write(tmp_path / "ten.mp4", greys(5, 32, 48), ("libx264", "yuv420p10le", {"crf": "4"}))
     write(tmp_path / "odd.mkv", greys(5, 33, 27))
