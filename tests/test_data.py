@@ -140,6 +140,8 @@ def test_windows_are_consecutive_frames_and_reach_both_ends(tmp_path, name, kind
         assert window == list(range(window[0], window[0] + 9))
         starts.add(window[0])
     assert starts == set(range(30 - 8))
+    # a resumed run of an older version goes on with the same clips
+    assert [numbers(clips[n])[0] for n in range(6)] == [1, 11, 1, 11, 17, 17]
     assert numbers(VideoClips(tmp_path, frames=9, size=16, train=False)[0]) == list(range(9))
     assert numbers(VideoClips(tmp_path, frames=30, size=16)[0]) == list(range(30))      # no longer than is needed
 
