@@ -1,7 +1,5 @@
 """Turbo-VAED's student: a light decoder for the latents of a heavy video VAE, whole in this file.
 
-    python model.py                                       # the family: parameters, compression, arithmetic
-
     model = TurboVAED(CONFIGS["ltx"])                     # to train
     model = TurboVAED.from_pretrained("out/ltx")          # ours: a training run's folder, or one .safetensors
     model = TurboVAED.from_pretrained("hustvl/Turbo-VAED", config="ltx")      # published, from the hub
@@ -13,9 +11,7 @@
 Needs PyTorch, and safetensors where such a file is read or written. Section, figure and table numbers are those of the
 Turbo-VAED paper.
 """
-
 import argparse
-import copy
 import hashlib
 import json
 import math
@@ -59,26 +55,20 @@ class TurboVAEDConfig:
         freeze = lambda v: tuple(map(freeze, v)) if isinstance(v, (list, tuple)) else v   # JSON knows lists only
         for name in ("widths", "resnets", "up", "separable"):
             object.__setattr__(self, name, freeze(getattr(self, name)))
-        for name, length in (("widths", 5), ("resnets", 5), ("up", 4)):
-            if len(getattr(self, name)) != length:
-                raise ValueError(f"{name} needs {length} entries, got {getattr(self, name)}")
-        for factors in self.up:
-            if factors and (len(factors) != 2 or min(factors) < 1 or max(factors) == 1):
-                raise ValueError(f"up takes factors (time, space), at least 1, not both 1, or None; got {factors}")
-        if min(self.latent_channels, *self.widths) < 1 or not all(0 <= n < 100 for n in self.resnets):
-            raise ValueError(f"channels are at least 1, resnets 0 to 99 a block; "
-                             f"got {self.latent_channels}, {self.widths} and {self.resnets}")
+        if (len(self.widths), len(self.resnets), len(self.up)) != (5, 5, 4):
+            raise ValueError(f"widths and resnets need 5 entries, up 4; got {self.widths}, {self.resnets}, {self.up}")
+        if any(f and (len(f) != 2 or min(f) < 1 or max(f) == 1) for f in self.up):
+            raise ValueError(f"up takes factors (time, space), at least 1, not both 1, or None; got {self.up}")
+        if min(self.latent_channels, *self.widths) < 1 or not all(n in range(100) for n in self.resnets):
+            raise ValueError(f"channels are at least 1, resnets 0 to 99 a block; got {self}")
         if self.patch not in (1, 2, 4) or self.widths[-1] % self.patch ** 2:
-            raise ValueError(f"patch must be 1, 2 or 4 and up3's width a multiple of its square; "
-                             f"got patch {self.patch}, width {self.widths[-1]}")
-        if not all(name in BLOCKS for name in self.separable):
-            raise ValueError(f"separable names blocks among {BLOCKS}, got {self.separable}")
+            raise ValueError(f"patch must be 1, 2 or 4 and up3's width a multiple of its square; got {self}")
+        if not set(self.separable) <= set(BLOCKS) or self.upsampling not in UPSAMPLING:
+            raise ValueError(f"separable names some of {BLOCKS}, upsampling one of {UPSAMPLING}; got {self}")
         if self.kernel not in range(1, 32, 2):
             raise ValueError(f"kernel must be odd and below 32, got {self.kernel}")
         if not isinstance(self.drop_first, bool) and self.drop_first not in range(2, 100):
             raise ValueError(f"drop_first is True, False or a number of latents from 2 to 99, got {self.drop_first!r}")
-        if self.upsampling not in UPSAMPLING:
-            raise ValueError(f"upsampling must be one of {UPSAMPLING}, got {self.upsampling!r}")
 
     @property
     def compression(self):
@@ -129,17 +119,17 @@ CONFIGS["qwen"] = CONFIGS["wan21"]      # Qwen-Image's encoder, and so its laten
 
 PUBLISHED = {"ltx": "Turbo-VAED-LTX.pth", "dc": "Turbo-VAED-DC.pth",
              "hunyuan": "Turbo-VAED-Hunyuan.pth", "cog": "Turbo-VAED-Cog.pth"}
+SAME_LATENTS = {"qwen": ("wan21",), "ltx23": ("ltx25",), "ltx25": ("ltx23",)}      # qwen's students know images only
 OWN_FILE = "student.safetensors"
-SHIPPED = Path(__file__).resolve().parent / "assets" / "tiny_student.safetensors"
+SHIPPED = Path(__file__).resolve().parent / "assets/tiny_student.safetensors"
 
 
 # ---------- Layers. Their attribute names are those of the published checkpoints' keys.
 
 class Context:
-    """Where a layer's frames stand in their clip, which may come in chunks, and what it keeps of earlier frames.
+    """Where a layer's frames stand in their clip, which may come in chunks, and the earlier frames that it needs again.
 
-    A layer that looks n frames ahead gives its frames n late, and keeps those that it needs again. `kept` is a queue:
-    each place in a layer takes its frames from the front and puts the next ones at the end.
+    `kept` is a queue: each place in a layer takes its frames from the front and puts the next ones at the end.
     """
 
     def __init__(self, first=True, last=True, kept=()):
@@ -152,8 +142,7 @@ WHOLE = Context()
 def pad_time(x, n, context=WHOLE):
     """Repeat the first and the last frame n times each: (B, C, T, H, W) -> (B, C, T + 2n, H, W).
 
-    In a stream this happens at its two ends only; elsewhere the last 2n frames before x come first. A cat of slices,
-    because an expanded tensor among them would cost x its channels_last_3d layout.
+    Within a stream the 2n frames before x come first instead. Slices, since an expanded tensor would cost x its layout.
     """
     if not n:
         return x
@@ -186,25 +175,22 @@ def onednn(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, padding: l
 
 
 compiled_onednn = torch.library.custom_op("turbo_vaed::onednn", onednn, mutates_args=())      # its first call takes 2 s
-
-
-@compiled_onednn.register_fake
-def _(x, weight, bias, padding, groups):
-    return F.conv3d(x, weight, bias, 1, padding, 1, groups).contiguous()
+compiled_onednn.register_fake(lambda x, weight, bias, padding, groups:
+                              F.conv3d(x, weight, bias, 1, padding, 1, groups).contiguous())
 
 
 def convolve(conv, x):
     """conv(x). Without gradients, on a CPU in float32, by oneDNN: PyTorch takes a slow kernel for small clips."""
     gradient = torch.is_grad_enabled() and (x.requires_grad or conv.weight.requires_grad)
-    fits = x.device.type == "cpu" and x.dtype == torch.float32 and x.is_contiguous() and ONEDNN
-    if gradient or not fits or torch.is_autocast_enabled("cpu") or torch.compiler.is_exporting():
+    here = x.device.type == "cpu" and ONEDNN and not torch.compiler.is_exporting()
+    fits = x.dtype == torch.float32 and x.is_contiguous() and not torch.is_autocast_enabled("cpu")
+    if gradient or not here or not fits:
         return conv(x)
     run = compiled_onednn if torch.compiler.is_compiling() else onednn
     return run(x, conv.weight, conv.bias, conv.padding, conv.groups)
 
 
 # `reach` of a layer maps an output radius r to the input radius that it needs, in frames (axis 0) or pixels (axis 1).
-
 class Conv3d(nn.Module):
     """3D convolution: zeros around each frame, first and last frame repeated in time (the decoder is not causal)."""
 
@@ -266,16 +252,11 @@ class Resnet(nn.Module):
         return self.conv1.reach(self.conv2.reach(r, axis), axis)
 
 
-def layout(x):
-    channels_last = x.is_contiguous(memory_format=torch.channels_last_3d)
-    return torch.channels_last_3d if channels_last else torch.contiguous_format
-
-
 def decoupled_pixel_shuffle(x, r_t, r_s):
     """Time, then space (Section 3.3): (B, C r_s² r_t, T, H, W) -> (B, C, r_t T, r_s H, r_s W).
 
-    Time: channel c r_t + k of frame t becomes channel c of frame r_t t + k. Space: the 2D pixel shuffle of each frame,
-    Equation 3 up to a permutation of channels. Tensors have five dimensions at most, the limit of phones' compilers.
+    Time: channel c r_t + k of frame t becomes channel c of frame r_t t + k. Space: Equation 3 up to a permutation of
+    channels. Tensors have five dimensions at most, the limit of phones' compilers.
     """
     B, C, T, H, W = x.shape
     frames = x.reshape(B, C // r_t, r_t, T, H * W).permute(0, 3, 2, 1, 4)              # (B, T, r_t, C r_s², H W)
@@ -292,8 +273,8 @@ def pixel_shuffle_3d(x, r_t, r_s):
 class Upsampler(nn.Module):
     """Upsample by (time, space) factors, in one of Table 1's three ways.
 
-    "decoupled" and "pixel_shuffle_3d" convolve to r_t r_s² times the channels and shuffle; "interpolate" repeats each
-    value (nearest neighbour, as Hunyuan-VAE and CogVideoX-VAE do), then convolves at the same width.
+    Two convolve to r_t r_s² times the channels and shuffle; "interpolate" repeats each value (nearest neighbour, as
+    Hunyuan-VAE and CogVideoX-VAE do), then convolves at the same width.
     """
 
     def __init__(self, width, factors, conv, upsampling, drop_first):
@@ -307,17 +288,17 @@ class Upsampler(nn.Module):
     def forward(self, x, context=WHOLE):
         r_t, r_s = self.factors
         if self.upsampling == "interpolate":
-            x = F.interpolate(x, scale_factor=(r_t, r_s, r_s), mode="nearest")
-        else:
-            x = self.conv(x, context)
-            shuffle = decoupled_pixel_shuffle if self.upsampling == "decoupled" else pixel_shuffle_3d
-            x = shuffle(x, r_t, r_s).contiguous(memory_format=layout(x))
-        x = self.drop_frames(x, context) if self.drop else x
-        return self.conv(x, context) if self.upsampling == "interpolate" else x
+            x = F.interpolate(x, scale_factor=(r_t, r_s, r_s))
+            return self.conv(self.drop_frames(x, context), context)
+        x = self.conv(x, context)
+        channels_last = x.is_contiguous(memory_format=torch.channels_last_3d)
+        x = (decoupled_pixel_shuffle if self.upsampling == "decoupled" else pixel_shuffle_3d)(x, r_t, r_s)
+        x = x.contiguous(memory_format=torch.channels_last_3d if channels_last else torch.contiguous_format)
+        return self.drop_frames(x, context)
 
     def drop_frames(self, x, context):
         """x without first frames. In a stream the place where x begins in its group is kept."""
-        if not (context.first or self.group):
+        if not self.drop or not (context.first or self.group):
             return x
         start = 0 if context.first else context.kept.pop(0)
         pieces = [x[:, :, piece] for piece in self.left(x.shape[2], start)]
@@ -336,12 +317,9 @@ class Upsampler(nn.Module):
         return self.conv.reach(self.inputs(r, axis), axis)
 
     def inputs(self, r, axis):
-        """How many inputs r outputs in a row come from, at most. The first of a group is one output, others are r_t."""
-        factor = self.factors[axis]
-        if axis or not self.group:
-            return -(-r // factor)
-        groups, rest = divmod(r, self.group - self.drop)
-        return groups * self.group // factor + (-(-(rest + self.drop) // factor) if rest else 0)
+        """How many inputs r outputs in a row come from, at most: in every group frames were dropped."""
+        dropped = 0 if axis or not self.group else -(-r // (self.group - self.drop)) * self.drop
+        return -(-(r + dropped) // self.factors[axis])
 
 
 class Block(nn.Module):
@@ -375,6 +353,14 @@ class Upsampler2d(nn.Module):
 
 # ---------- The decoder.
 
+def channels_last(module):
+    """Lay out 3D and 2D convolutions for channels-last tensors, fast on GPUs; `.to` takes one format only."""
+    for p in module.parameters():
+        if p.ndim in (4, 5):
+            p.data = p.data.contiguous(memory_format=torch.channels_last_3d if p.ndim == 5 else torch.channels_last)
+    return module
+
+
 class TurboVAED(nn.Module):
     """The student (Figure 4): conv in, mid, four up blocks, out."""
 
@@ -401,12 +387,11 @@ class TurboVAED(nn.Module):
 
     @torch.no_grad()
     def init_weights(self):
-        """Start as a smooth upsampler: PyTorch's weights, but no biases, and residual branches at a tenth.
+        """Start as a smooth, sharp upsampler: no biases, residual branches at a tenth of PyTorch's weights.
 
-        All pixels that a shuffle makes of one begin with the same weights, as nearest neighbour. Convolutions outside
-        the branches begin nearly pointwise, since random ones blur x: their neighbours' weights are a tenth of
-        PyTorch's, the centre's keep the variance. The last norm runs over few channels and would leave directions only;
-        a quarter of them start constant, so that amplitude, and with it colour, comes through.
+        All pixels that a shuffle makes of one begin with equal weights, as nearest neighbour. Other convolutions begin
+        nearly pointwise: neighbours have a tenth of PyTorch's weights, the centre keeps the variance. A quarter of the
+        last norm's few channels start constant, so that amplitude, and with it colour, comes through.
         """
         for name, p in self.named_parameters():
             if name.endswith("bias"):
@@ -430,14 +415,13 @@ class TurboVAED(nn.Module):
     def forward(self, latents, return_features=False):
         """Decode latents (B, C, t, h, w) to video (B, 3, T, H, W), in about [-1, 1] but not clamped.
 
-        latents are what the teacher's encoder gives, no scaling factor applied. One latent frame is one image, unless
-        the configuration keeps first frames. return_features=True also returns the blocks' outputs as a dict with the
-        keys "mid", "up0" ... "up3"; a tuple of names returns those only. Raises ValueError on other shapes.
+        latents are what the teacher's encoder gives, no scaling factor applied. return_features=True also returns the
+        blocks' outputs as a dict with the keys "mid", "up0" ... "up3"; a tuple of names returns those only. Raises
+        ValueError on other shapes.
         """
         self.check(latents)
         wanted = BLOCKS if return_features is True else return_features or ()
-        features = {}
-        x = self.conv_in(latents)
+        x, features = self.conv_in(latents), {}
         for name, block in zip(BLOCKS, (self.mid_block, *self.up_blocks)):
             again = self.checkpointing and torch.is_grad_enabled()
             x = checkpoint(block, x, use_reentrant=False) if again else block(x)
@@ -460,12 +444,12 @@ class TurboVAED(nn.Module):
 
     def check(self, latents):
         """Raise ValueError unless these are latents of this student, in its precision."""
-        if latents.ndim != 5 or latents.shape[1] != self.config.latent_channels or not latents.numel():
+        if latents.ndim != 5 or latents.shape[1] != self.config.latent_channels or 0 in latents.shape:
             raise ValueError(f"latents must be (B, {self.config.latent_channels}, t, h, w), got {tuple(latents.shape)}")
-        own = self.dtype
-        if latents.dtype != own and not torch.is_autocast_enabled(latents.device.type):
-            raise ValueError(f"the student is {own}, the latents are {latents.dtype}: convert either with .to(dtype)")
+        if latents.dtype != self.dtype and not torch.is_autocast_enabled(self.device.type):
+            raise ValueError(f"the student takes tensors of {self.dtype}, not {latents.dtype}: convert with .to(dtype)")
 
+    channels_last = channels_last       # as a method
     # what diffusers' hooks ask of a model
     dtype = property(lambda self: self.conv_in.conv.weight.dtype)
     device = property(lambda self: self.conv_in.conv.weight.device)
@@ -500,31 +484,29 @@ class TurboVAED(nn.Module):
         return Stream(self)
 
     def step(self, latents, kept):
-        """A chunk in the middle of a stream as a plain function, to be compiled.
+        """A chunk (B, C, n, h, w) in the middle of a stream as a plain function, to be compiled.
 
-        latents (B, C, n, h, w); kept: for each of `layers` and for `out` a list of the frames that it kept of those
-        before. Returns (frames (B, 3, d_t n, H, W), kept for the next chunk). Every layer must have begun.
+        kept: for each of `layers` and for `out` a list of its earlier frames. Returns (frames (B, 3, d_t n, H, W),
+        kept for the next chunk). Every layer must have begun.
         """
-        x, contexts = latents, [Context(first=False, last=False, kept=frames) for frames in kept]
+        contexts = [Context(False, False, frames) for frames in kept]
         for layer, context in zip((*self.layers(), self.out), contexts):
-            x = layer(x, context)
-        return x, [context.kept for context in contexts]
+            latents = layer(latents, context)
+        return latents, [context.kept for context in contexts]
 
     @torch.no_grad()
     def decode(self, latents, chunk=None, tile=None):
         """model(latents) in bounded memory: (B, C, t, h, w) -> (B, 3, T, H, W). No gradients.
 
-        chunk: latent frames at a time, as `stream` decodes them, so exactly. None: as many as keep the output of every
-        layer below LARGE numbers. tile: latents at a time in space, (rows, columns) or one number for both. Tiles
-        overlap: they are exact where a side has more than twice as many latents as `reach(1)`. Smaller ones overlap by
-        a quarter, have seams, and a warning says so. Raises ValueError on other shapes.
+        chunk: latent frames at a time, exactly as `stream`. None: as many as keep every layer's output below LARGE
+        numbers. tile: latents at a time in space, (rows, columns) or one number for both. Tiles overlap: they are exact
+        where a side is above twice `reach(1)`. Smaller ones have seams, and a warning says so. Raises ValueError.
         """
         self.check(latents)
         B, _, t, h, w = latents.shape
         tile = tile if isinstance(tile, (tuple, list)) else (tile, tile)
         if len(tile) != 2 or any(n is not None and n < 1 for n in (chunk, *tile)):
-            raise ValueError(f"chunk is a number of latents from 1 on, tile one or two (rows, columns); "
-                             f"got {chunk} and {tile}")
+            raise ValueError(f"chunk is a number of latents from 1 on, tile one or two; got {chunk} and {tile}")
         for axis, side in zip((3, 4), tile):
             if side and side < latents.shape[axis]:
                 return self.decode_tiles(latents, chunk, tile, axis, side)
@@ -561,16 +543,12 @@ class TurboVAED(nn.Module):
         numbers = lambda block, t: math.prod(self.config.feature_shape(block, (B, 0, t, h, w)))
         return max(numbers(block, 2) - numbers(block, 1) for block in BLOCKS)
 
-    def channels_last(self):
-        """Lay the weights out for channels-last latents, the layout fast on GPUs, in place; returns the model."""
-        return channels_last(self)
-
     def optimize_for_inference(self, dtype=None, compile=True):
         """Make this student decode as fast as it can where it is, in place; returns it. It cannot be trained any more.
 
-        dtype: float16 or bfloat16, or None for its own. compile: True, or a mode of torch.compile; "reduce-overhead"
-        replays CUDA graphs: there the next model(latents) overwrites the video of the last. Compiled, anew for each
-        size and for minutes at first, are model(latents) and a stream between its start and its end.
+        dtype: float16, bfloat16, or None for its own. compile: True, or a mode of torch.compile; "reduce-overhead"
+        replays CUDA graphs: there the next model(latents) overwrites the last one's video. Compiled, anew for each size
+        and for minutes at first, are model(latents) and the middle of a stream.
         """
         self.to(dtype=dtype).eval().requires_grad_(False)
         if next(self.parameters()).is_cuda:
@@ -589,19 +567,18 @@ class TurboVAED(nn.Module):
     def __setstate__(self, state):
         """A copy, or what comes out of a pickle, is compiled if the original was."""
         super().__setstate__(state)
-        self._compiled_call_impl = None
         if self.compiles is not None:
             self.compile(**self.compiles)
 
     def clone_if_cuda_graph(self, x):
         """x in memory of its own: what comes out of a CUDA graph is overwritten when that is replayed."""
-        return x.clone() if self.compiles and self.compiles.get("mode") and torch.is_tensor(x) else x
+        return x.clone() if (self.compiles or {}).get("mode") and torch.is_tensor(x) else x
 
     def save_pretrained(self, path, metadata=None):
         """Write weights and configuration to one .safetensors file and return its path.
 
-        path is that file, or a folder, which gets `student.safetensors`. metadata (str -> str) is kept in the file and
-        comes back as `model.metadata`, with what the model's own says besides. A crash leaves no half file.
+        path is that file, or a folder, which gets `student.safetensors`. metadata (str -> str) adds to the model's own
+        and comes back as `model.metadata`. A crash leaves no half file.
         """
         from safetensors.torch import save
         path = Path(path).expanduser()
@@ -618,11 +595,10 @@ class TurboVAED(nn.Module):
     def from_pretrained(cls, path, config=None):
         """Read a student in float32 on the CPU: ours, or a published Turbo-VAED checkpoint.
 
-        path: a file that save_pretrained wrote, or a folder with one; a plain state dict, `.pth` or `.safetensors`,
-        also as training scripts wrap it; or a hub id such as "hustvl/Turbo-VAED", which needs `config`. config: a
-        TurboVAEDConfig or a name in CONFIGS; None takes the file's own, or the first of CONFIGS that fits ("hunyuan"
-        for "cog"). `model.metadata["teacher"]` says whose latents the student decodes, if file or config do. Raises
-        FileNotFoundError, or ValueError with one line that says what does not fit.
+        path: a file that save_pretrained wrote, or a folder with one; a state dict, `.pth` or `.safetensors`, also as
+        training scripts wrap it; or a hub id. config: a TurboVAEDConfig or a name in CONFIGS; None takes the file's
+        own, or the first of CONFIGS that fits ("hunyuan" for "cog"). `model.metadata["teacher"]` says whose latents the
+        student decodes, if file or config do. Raises FileNotFoundError, or ValueError that says what does not fit.
         """
         name = config if isinstance(config, str) else None
         if name and name not in CONFIGS:
@@ -633,56 +609,44 @@ class TurboVAED(nn.Module):
             teacher = name or next((n for n in PUBLISHED if PUBLISHED[n] == file.name), None)
             if teacher:
                 metadata.setdefault("teacher", teacher)
-            written = cls.read_config(json.loads(metadata.pop("config"))) if "config" in metadata else None
-            with torch.device("meta"):      # the weights are the file's
-                model = cls(written or config or CONFIGS[nearest(state)[0]])
-            if config and config != model.config:
-                raise ValueError(f"was written as {config_name(model.config)}, not as {config_name(config)}")
-            wrong = differences(model.state_dict(), state)
+            if "config" in metadata:
+                fields = json.loads(metadata.pop("config"))
+                for old in ("shortcut", "head"):
+                    fields.pop(old, None)
+                written = TurboVAEDConfig(**fields)
+                if config not in (None, written):
+                    raise ValueError(f"was written as {config_name(written)}, not as {config_name(config)}")
+                config = written
+            config = config or CONFIGS[nearest(state)]
+            wrong = differences(cls, config, state)
             if wrong:
-                name, others = nearest(state)
-                hint = "" if others else f'; this is a checkpoint of "{name}": pass config="{name}"'
-                raise ValueError(f"does not fit {config_name(model.config)}, {len(wrong)} differences: "
-                                 f"{'; '.join(wrong[:3])}{hint}")
+                raise ValueError(f"does not fit {config_name(config)}, {len(wrong)} differences: "
+                                 f"{'; '.join(wrong[:3])}; the nearest is config=\"{nearest(state)}\"")
         except (AttributeError, TypeError, ValueError, RuntimeError) as error:
             raise ValueError(f"{file}: {summary(error)}") from None
+        with torch.device("meta"):      # the weights are the file's
+            model = cls(config)
         model.load_state_dict(state, assign=True)
         model.metadata = metadata
         return model
-
-    @staticmethod
-    def read_config(fields):
-        """The configuration that a file's metadata hold, in an older file with two fields that have one value here."""
-        if (fields.pop("shortcut", "layer"), fields.pop("head", "shuffle")) != ("layer", "shuffle"):
-            raise ValueError("it is of another decoder, which examples/magihuman.py reads")
-        return TurboVAEDConfig(**fields)
-
-
-def channels_last(module):
-    """`module.to(memory_format=...)` takes one format for both the 3D and the 2D convolutions; this lays out both."""
-    for p in module.parameters():
-        if p.ndim in (4, 5):
-            p.data = p.data.contiguous(memory_format=torch.channels_last_3d if p.ndim == 5 else torch.channels_last)
-    return module
 
 
 class Stream:
     """One clip on its way through a student, in chunks: what `student.streamer()` returns.
 
-    stream(latents) takes the next (B, C, n, h, w), n at least 1, and returns the frames (B, 3, m, H, W) that are known
-    by now, at first none: m = 0. stream.flush() ends the clip and returns the rest. Frames come `delay` latents late.
-    Raises ValueError on other shapes, and after the end.
+    stream(latents) takes the next (B, C, n, h, w), n > 0, and returns the frames (B, 3, m, H, W) that are known by now.
+    stream.flush() ends the clip and returns the rest. Frames come `delay` latents late. Raises ValueError.
     """
 
     def __init__(self, student):
         self.student, self.delay, self.closed = student, student.reach(0), False
-        self.latents = None                         # none of the clip's, but of their shape
-        self.longest = self.latest = 0              # latent frames of the longest and of the latest chunk
+        self.latents = None             # none of the clip's, but of their shape
+        self.longest = self.latest = 0  # latent frames of the longest and of the latest chunk
         self.steps, rate = [], 1        # (layer, frames that it looks ahead, its frames for one latent, its context)
-        for layer in student.layers():
-            self.steps.append((layer, layer.reach(0, 0), rate, Context(last=False)))
+        for layer in (*student.layers(), student.out):
+            ahead = getattr(layer, "reach", student.conv_out.reach)(0, 0)
+            self.steps.append((layer, ahead, rate, Context(last=False)))
             rate *= getattr(layer, "factors", (1, 1))[0]
-        self.steps.append((student.out, student.conv_out.reach(0, 0), rate, Context(last=False)))
 
     def __call__(self, latents=None, last=False):
         frames = list(self.run(latents, last))
@@ -698,25 +662,24 @@ class Stream:
         """Generate the frames that become known with these latents, about a chunk's worth at a time; last: the end."""
         if self.closed:
             raise ValueError("this stream has ended, or was interrupted within a chunk: begin a new one")
-        latents = self.latents if latents is None else latents
-        if latents is None:
-            raise ValueError("no latents were given")
-        if latents is not self.latents:
+        if latents is not None:
             self.student.check(latents)
             none = latents[:, :, :0].clone()        # of its own: a view would keep the whole chunk alive
-            like = lambda x: (x.shape, x.dtype, x.device)
-            if self.latents is not None and like(none) != like(self.latents):
-                raise ValueError(f"the latents of a stream have one size, precision and place; got "
-                                 f"{tuple(latents.shape)}, {latents.dtype}, after {tuple(self.latents.shape)}")
+            if self.latents is not None and none.shape != self.latents.shape:
+                raise ValueError(f"the latents of a stream have one size; got {tuple(latents.shape)} "
+                                 f"after {tuple(self.latents.shape)}")
             self.latents = none
+        elif self.latents is None:
+            raise ValueError("no latents were given")
+        latents = self.latents if latents is None else latents
         before, self.latest = self.latest, latents.shape[2]
         self.longest, self.closed = max(self.longest, self.latest), True
-        # Compiled once for each length of a chunk, so lengths that come but once are not.
-        compiles = self.student.compiles if before == self.latest and not last else None
-        if compiles and not any(context.first for *_, context in self.steps):
-            step = torch.compile(self.student.step, **compiles)
-            frames, kept = step(latents, [context.kept for *_, context in self.steps])
-            for (*_, context), tensors in zip(self.steps, kept):
+        contexts = [context for *_, context in self.steps]
+        begun = not last and not any(context.first for context in contexts)
+        if self.student.compiles and begun and before == self.latest:       # anew for each length, so not for one chunk
+            step = torch.compile(self.student.step, **self.student.compiles)
+            frames, kept = step(latents, [context.kept for context in contexts])
+            for context, tensors in zip(contexts, kept):
                 context.kept = [self.student.clone_if_cuda_graph(x) for x in tensors]
             yield self.student.clone_if_cuda_graph(frames)
         else:
@@ -726,44 +689,34 @@ class Stream:
     def through(self, i, x, last):
         """Generate the frames of video that x, the next input frames of step i, becomes; last: x ends the clip.
 
-        A layer begins when it has enough for its first frame. From then on it gives as many frames as it gets, and with
-        the last ones those that it looks ahead as well. More than a chunk's worth goes on in pieces, each through all
-        further layers before the next one starts, so that the end needs no more memory than the middle.
+        A layer begins when it has enough for its first frame. Then it gives as many frames as it gets, and at the end
+        those that it looks ahead as well. More than a chunk's worth goes on in pieces, so that the end needs no more
+        memory than the middle.
         """
-        for i in range(i, len(self.steps)):
-            layer, ahead, rate, context = self.steps[i]
-            length = self.longest * rate
-            if context.first:
-                x, context.kept, length = torch.cat([*context.kept, x], dim=2), [], length + ahead
-                if x.shape[2] <= ahead and not last:
-                    context.kept = [x]
-                    return
-            while x.shape[2] > length:
-                yield from self.through(i, x[:, :, :length], False)
-                x, length = x[:, :, length:], self.longest * rate
-            context.last = last
-            x = layer(x, context)
-            context.first = False
-        yield x
-
-
-# ---------- In a pipeline: whose latents a student decodes, and a student in the place of a VAE's decoder.
-
-# diffusers' classes of the teachers' VAEs
-VAES = {"AutoencoderKLLTXVideo": ("ltx", "ltx095"), "AutoencoderKLHunyuanVideo": ("hunyuan",),
-        "AutoencoderKLCogVideoX": ("cog",), "AutoencoderKLWan": ("wan21", "wan22"),
-        "AutoencoderKLLTX2Video": ("ltx2", "ltx23"), "AutoencoderKLHunyuanVideo15": ("hunyuan15",),
-        "AutoencoderKLQwenImage": ("qwen",), "AutoencoderKLMiniMaxH3": ("h3",),
-        "LTX2VideoDiffusionDecoderModel": ("ltx25",)}
-SAME_LATENTS = {"qwen": ("wan21",), "ltx23": ("ltx25",), "ltx25": ("ltx23",)}      # qwen's students know images only
-IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)     # mean and standard deviation: H3's VAE gives such pixels
+        if i == len(self.steps):
+            yield x
+            return
+        layer, ahead, rate, context = self.steps[i]
+        length = self.longest * rate
+        if context.first:
+            x, context.kept, length = torch.cat([*context.kept, x], dim=2), [], length + ahead
+            if x.shape[2] <= ahead and not last:
+                context.kept = [x]
+                return
+        while x.shape[2] > length:
+            yield from self.through(i, x[:, :, :length], False)
+            x, length = x[:, :, length:], self.longest * rate
+        context.last = last
+        x = layer(x, context)
+        context.first = False
+        yield from self.through(i + 1, x, last)
 
 
 def check_fit(student, what, teachers, channels, compression, images, who="the student"):
     """Raise ValueError unless `student` decodes the latents of `what`, which are of one of `teachers` (if not empty).
 
-    They have so many channels and that (d_t, d_h, d_w), or None for not known, and `images` as drop_first.
-    Returns what was assumed where latents of one shape may mean different things, or None.
+    channels and compression (d_t, d_h, d_w) may be None for not known; `images` is drop_first. Returns what was assumed
+    where latents of one shape may mean different things, or None.
     """
     config, teacher, wrong = student.config, student.metadata.get("teacher"), []
     teachers = [*teachers, *(other for name in teachers for other in SAME_LATENTS.get(name, ()))]
@@ -784,97 +737,6 @@ def check_fit(student, what, teachers, channels, compression, images, who="the s
     return f"{who} {said}: assumed are those of {what}"
 
 
-def teachers_of(vae):
-    """Names of the teachers whose latents a diffusers VAE has; empty where it is not known here."""
-    names = next((VAES[kind.__name__] for kind in type(vae).__mro__ if kind.__name__ in VAES), ())
-    if "ltx" in names:          # one class, latents of one shape, two encoders: the second came with 0.9.5
-        return names["LTXVideo095DownBlock3D" in vae.config.down_block_types:][:1]
-    if "ltx2" in names:         # the same: LTX-2.3's decoder has a block more
-        return names[len(vae.config.decoder_layers_per_block) > 4:][:1]
-    return names
-
-
-def check_vae(student, vae):
-    """Raise ValueError unless `student` decodes this diffusers VAE's latents; warn of what is not known."""
-    config = vae.config
-    facts = {**vars(vae), **{name: value for name, value in config.items() if value}}
-    time = facts.get("scale_factor_temporal") or facts.get("temporal_compression_ratio")
-    space = (facts.get("scale_factor_spatial") or facts.get("spatial_compression_ratio")
-             or 2 ** (len(facts.get("block_out_channels", ())) - 1))            # CogVideoX's does not say
-    channels = facts.get("latent_channels") or facts.get("z_dim")
-    compression = (time, space, space) if time and space >= 1 else None
-    images = facts.get("tokens_chunk_size", True)       # H3's
-    assumed = check_fit(student, f"this {type(vae).__name__}", teachers_of(vae), channels, compression, images)
-    if assumed:
-        warnings.warn(assumed, stacklevel=3)
-    if config.get("timestep_conditioning"):
-        warnings.warn("this VAE's pipelines mix noise into the latents before decoding where decode_timestep or "
-                      "decode_noise_scale is not 0, and the student does not take it out: call them with "
-                      "decode_noise_scale=0.0", stacklevel=3)
-
-
-def use_student(pipe_or_vae, student):
-    """Put `student` in the place of the decoder of a diffusers pipeline or VAE, so that `pipe(...)` decodes through it.
-
-    Only `decode` changes, that of `pipe.vae` and, in LTX-2.5, of `pipe.diffusion_decoder`: to a StudentDecoder with a
-    copy of the student. student None puts back what decoded before. Returns pipe_or_vae.
-
-    Raises ValueError if the student decodes other latents than this VAE's, TypeError if there is no VAE. Warns where
-    the student's file does not say whose latents it decodes, and where the pipeline will mix noise into them.
-    """
-    parts = [pipe_or_vae, *(getattr(pipe_or_vae, name, None) for name in ("vae", "diffusion_decoder"))]
-    vaes = [getattr(part, "_orig_mod", part) for part in parts if hasattr(part, "decode")]      # under torch.compile
-    if not vaes or not isinstance(student, TurboVAED | None):
-        raise TypeError(f"takes a pipeline or VAE and a TurboVAED, or None for its own decoder; "
-                        f"not a {type(pipe_or_vae).__name__} and a {type(student).__name__}")
-    for vae in vaes if student else ():
-        check_vae(student, vae)
-    for vae in vaes:
-        before = vars(vae).pop("decode", None)
-        before = before.before if isinstance(before, StudentDecoder) else before
-        if student or before:
-            vae.decode = StudentDecoder(vae, student, before) if student else before
-    return pipe_or_vae
-
-
-class StudentDecoder:
-    """A VAE's `decode` by a copy of a student. `before` is what another tool had put there.
-
-    It decodes in the latents' own precision and on their device; after `vae.enable_tiling()` one latent frame at a
-    time, which is exact too. Where the pipeline's models are offloaded, it takes part.
-    """
-
-    def __init__(self, vae, student, before):
-        self.vae, self.before, self.teachers = vae, before, teachers_of(vae)
-        self.student = self.placed = copy.deepcopy(student).eval()      # the caller's own keeps its precision and place
-
-    @torch.no_grad()
-    def __call__(self, z, *conditioning, return_dict=True, **more):     # a timestep, a generator: not needed
-        h3, t, hook = "h3" in self.teachers, z.shape[2], getattr(self.vae, "_hf_hook", None)
-        if h3:          # whose pipeline leaves precision to the VAE, and whose tiling is on from the beginning
-            z = z.to(self.vae.post_quant_conv.weight.dtype)
-        if "cog" in self.teachers and t % 2 == 0:
-            warnings.warn(f"CogVideoX's VAE makes {4 * t} frames of {t} latents, its student {4 * t - 3}")
-        if not torch.compiler.is_compiling():
-            if hook:                            # as diffusers' own decode calls it
-                hook.pre_forward(self.placed)
-            if self.placed.dtype != z.dtype:    # always from the precision that it came in
-                self.placed = copy.deepcopy(self.student).to(z.device, z.dtype)
-            self.placed.to(z.device)
-            if z.is_cuda:
-                self.placed.channels_last()
-        video = self.placed.decode(z, chunk=1 if getattr(self.vae, "use_tiling", False) and not h3 else None)
-        if hook:
-            self.placed.to("cpu")
-        if h3:
-            mean, std = video.new_tensor(IMAGENET).view(2, 3, 1, 1, 1)
-            video = (video.add(1).div(2) - mean) / std
-        if not return_dict or any(given is False for given in conditioning):
-            return (video,)
-        from diffusers.models.autoencoders.vae import DecoderOutput
-        return DecoderOutput(sample=video)
-
-
 # ---------- Checkpoints.
 
 def config_name(config):
@@ -884,27 +746,23 @@ def config_name(config):
 
 def find_checkpoint(path, config):
     """The file that `path` means: itself, the one in that folder, or in that hub repository (of this configuration)."""
-    if path is None:
-        raise FileNotFoundError("no student was named: give a file, a folder or a hub id")
     file = Path(path).expanduser()
-    published = PUBLISHED.get(config)
-    names = [OWN_FILE, published] if published else [OWN_FILE]
+    names = [OWN_FILE, PUBLISHED[config]] if config in PUBLISHED else [OWN_FILE]
     for candidate in (file, *(file / name for name in names)):
         if candidate.is_file():
             return candidate
     if file.is_dir():
         raise FileNotFoundError(f"{path}: this folder holds no {' nor '.join(names)}; name a file")
-    if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", str(path)) or file.suffix in (".safetensors", ".pth", ".pt"):
+    if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*(?<!\.safetensors)(?<!\.pth)(?<!\.pt)", str(path)):     # a hub id
         raise FileNotFoundError(f"{path}: no such file or folder")
-    hint = "" if published else f"; for published students pass config= one of {', '.join(PUBLISHED)}"
-    for name in reversed(names):
+    for name in names:
         try:
             from huggingface_hub import hf_hub_download
             return Path(hf_hub_download(str(path), name))
         except Exception as error:      # a dozen classes, from no network to no such repository: all mean "not there"
             reason = summary(error)
-    raise FileNotFoundError(f"{path}: no such file or folder, nor did the hub give its {' or '.join(names)}: "
-                            f"{reason}{hint}")
+    raise FileNotFoundError(f"{path}: no such file or folder, nor did the hub give its {' or '.join(names)}: {reason} "
+                            f"(published students need config=, one of {', '.join(PUBLISHED)})")
 
 
 def read_checkpoint(file):
@@ -912,29 +770,27 @@ def read_checkpoint(file):
     start, metadata = file.open("rb").read(9), {}
     if start and start.isascii() and b"\0" not in start:
         raise ValueError("text, not weights: a Git LFS pointer (`git lfs pull`), an index of shards or a page")
-    safe = start[8:] == b"{" or file.suffix.lower() == ".safetensors"       # whatever its name
-    if safe:
-        from safetensors import safe_open
     try:
-        if safe:
+        if start[8:] == b"{":           # safetensors, whatever its name
+            from safetensors import safe_open
             with safe_open(file, framework="pt") as f:
                 metadata = dict(f.metadata() or {})
                 state = {key: f.get_tensor(key) for key in f.keys()}
         else:
             state = flat(torch.load(file, map_location="cpu", weights_only=True))
+    except ImportError:
+        raise
     except Exception:       # damage may raise nearly anything, and PyTorch's words would send the user to unpickle it
         raise ValueError("truncated, or holds more than names and tensors; it was not unpickled") from None
     if not state:
         raise ValueError("holds no state dict (names and tensors)")
     keys = take_decoder(state)
-    left_out = {key.split(".")[0] for key in state.keys() - set(keys.values())}
-    if left_out:
-        print(f"{file}: left out what is not the decoder: {', '.join(sorted(left_out))}", file=sys.stderr)
-    state = {name: state[key] for name, key in keys.items()}
-    for name, tensor in state.items():
-        if not tensor.is_floating_point() or not tensor.float().isfinite().all():
+    if len(keys) < len(state):
+        print(f"{file}: took the decoder's {len(keys)} of {len(state)} tensors", file=sys.stderr)
+    for name, key in keys.items():
+        if not state[key].is_floating_point() or not state[key].float().isfinite().all():
             raise ValueError(f"{name} holds values that are not finite, or no floating-point numbers")
-    return {name: tensor.float() for name, tensor in state.items()}, metadata
+    return {name: state[key].float() for name, key in keys.items()}, metadata
 
 
 def flat(tree, path=()):
@@ -948,19 +804,20 @@ def flat(tree, path=()):
 def take_decoder(state):
     """{the decoder's own name of a tensor: its key} in a flat state dict: all keys where there is no decoder.
 
-    A decoder is where a conv_in is: in a whole VAE, a training script's wrapper, beside projection heads. Its EMA
-    weights come first, also those of a list. Raises ValueError where several would do.
+    A decoder is where a conv_in is. Its EMA weights come first, also those of a list. Raises ValueError where several
+    would do.
     """
     # The second line is of optimizers and gradients, which have the weights' names and shapes.
     others = ("encoder|teacher|discriminator|init|initial|"
               "optim|optimizer|optimizers|exp|momentum|grad|grads|gradients")
-    has = lambda words, prefix: re.search(rf"(^|[._])({words})[._]", prefix, re.IGNORECASE) is not None
-    rank = lambda prefix: (has("ema", prefix), has("decoder|student", prefix))
+    has = lambda words, prefix: re.search(rf"(^|[._])({words})[._]", prefix, re.IGNORECASE)
     found = [re.fullmatch(r"(|.*\.)conv_in\.conv\.weight", key) for key in state]
-    prefixes = sorted((m[1] for m in found if m and not has(others, m[1])), key=rank, reverse=True)
+    prefixes = [match[1] for match in found if match and not has(others, match[1])]
+    for words in ("ema", "decoder|student"):
+        prefixes = [prefix for prefix in prefixes if has(words, prefix)] or prefixes
     if not prefixes:
         return dict(zip(state, state))
-    if rank(prefixes[0]) in map(rank, prefixes[1:]):
+    if len(prefixes) > 1:
         raise ValueError(f"holds several decoders ({', '.join(prefixes)}): save the one that is meant by itself")
     inside = re.escape(prefixes[0]) + r"((conv_in|mid_block|up_blocks|upsampler2d_[12]|conv_out)\..*)"
     keys = {match[1]: key for key in state if (match := re.fullmatch(inside, key))}
@@ -974,33 +831,18 @@ def take_decoder(state):
     return dict(zip(keys, averages[starts[0]:]))
 
 
-def differences(want, have):
-    """What keeps the state dict `have` from being `want`, a few words each; empty if it fits."""
-    return ([f"{key} is {tuple(have[key].shape)}, not {tuple(want[key].shape)}"
-             for key in want if key in have and have[key].shape != want[key].shape]
-            + [f"{key} is missing" for key in want if key not in have]
-            + [f"{key} is unexpected" for key in have if key not in want])
+def differences(kind, config, state):
+    """What keeps a state dict from being such a student's, a few words each; empty if it fits."""
+    with torch.device("meta"):          # shapes only
+        want = kind(config).state_dict()
+    shape = lambda tensors, key: tuple(tensors[key].shape) if key in tensors else "missing"
+    return [f"{key} is {shape(state, key)}, should be {shape(want, key)}" for key in {**want, **state}
+            if shape(state, key) != shape(want, key)]
 
 
 def nearest(state):
-    """(name, differences) of the first configuration in CONFIGS that a state dict fits, or fits best."""
-    with torch.device("meta"):          # shapes only
-        found = {name: differences(TurboVAED(config).state_dict(), state) for name, config in CONFIGS.items()}
-    return min(found.items(), key=lambda item: len(item[1]))
-
-
-# ---------- The family.
-
-def count_parameters(model):
-    return sum(p.numel() for p in model.parameters())
-
-
-def count_flops(config, latent_shape):
-    """FLOP to decode latents of that shape: two for each multiply-add of the convolutions. Nothing is computed."""
-    from torch.utils.flop_counter import FlopCounterMode
-    with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
-        TurboVAED(config)(torch.empty(latent_shape))
-    return counter.get_total_flops()
+    """The first of CONFIGS that a state dict fits, or fits best."""
+    return min(CONFIGS, key=lambda name: len(differences(TurboVAED, CONFIGS[name], state)))
 
 
 # ---------- What the commands share.
@@ -1039,8 +881,7 @@ def find_device(name):
 def choose_student(path=None, config=None, say=print):
     """(label, student) of a file, folder or hub id. None: the student trained last under out/, else the shipped one.
 
-    The label is the path as one types it from here, a run's folder for the student in it. metadata["teacher"] says
-    whose latents the student decodes.
+    The label is the path from here. metadata["teacher"] says whose latents the student decodes.
     """
     if path is None:
         path = max(Path("out").glob(f"[!.]*/{OWN_FILE}"), key=lambda file: file.stat().st_mtime, default=SHIPPED)
@@ -1058,16 +899,13 @@ def weights_hash(module):
     """The SHA-256 of the names and float32 values of a module's state dict, whatever file they came from."""
     digest = hashlib.sha256()
     for name, tensor in sorted(module.state_dict().items()):
-        digest.update(name.encode() + tensor.detach().float().cpu().contiguous().numpy().tobytes())
+        digest.update(name.encode() + tensor.float().cpu().numpy().tobytes())
     return digest.hexdigest()
 
 
 @contextmanager
 def atomically(path):
-    """Yields a temporary path beside `path`, which is renamed to `path` when the block ends well, else removed.
-
-    A crash or a full disk leaves what was there. Makes the folder. For a file or a package (a folder).
-    """
+    """Yields a path beside `path`, of a file or a folder: renamed to it when the block ends well, else removed."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.stem[:80]}.{os.getpid()}{path.suffix}")
@@ -1081,24 +919,20 @@ def atomically(path):
 
 
 def check_writable(folder):
-    """Make `folder`, or raise OSError where nothing can be written: to be asked before anything is computed for it."""
-    try:
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
-    except OSError as error:
-        raise OSError(f"nothing can be written to {folder}: {error.strerror}") from None
+    """Make `folder`, and raise OSError before anything is computed for it if nothing can be written there."""
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    tempfile.TemporaryFile(dir=folder).close()
 
 
 def text_table(rows, left=("model",), markdown=False):
-    """Rows of cells as text; the first row holds the headings. Columns align to the right, those of `left` to the left.
-    """
+    """Rows of cells as text, headings first. Columns align to the right, those of the headings `left` to the left."""
     if markdown:
-        rows = [rows[0], ["---"] * len(rows[0]), *rows[1:]]
-        return "\n".join(f"| {' | '.join(row)} |" for row in rows)
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    lines = ["  ".join(cell.ljust(w) if heading in left else cell.rjust(w)
-                       for cell, w, heading in zip(row, widths, rows[0])).rstrip() for row in rows]
-    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
+        return "\n".join(f"| {' | '.join(row)} |" for row in (rows[0], ["---"] * len(rows[0]), *rows[1:]))
+    columns = []
+    for heading, *cells in zip(*rows):
+        width, side = max(map(len, (heading, *cells))), "<" if heading in left else ">"
+        columns.append([f"{cell:{side}{width}}" for cell in (heading, "-" * width, *cells)])
+    return "\n".join("  ".join(row).rstrip() for row in zip(*columns))
 
 
 def summary(error):
@@ -1113,7 +947,7 @@ def out_of_memory(error):
 
 
 def run_command(main, less):
-    """main(), with one line for what a user can mend; less: what needs less memory, said where it runs out."""
+    """main(), with one line for what a user can mend; less: what needs less memory."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)       # as Ctrl-C: what is half written is removed
     try:
         main()
@@ -1124,28 +958,3 @@ def run_command(main, less):
             raise
         kind = "" if isinstance(error, (OSError, ValueError)) else f"{type(error).__name__}: "
         sys.exit(f"error: out of memory: {less}" if out_of_memory(error) else f"error: {kind}{summary(error)}")
-
-
-def main():
-    parser = argparse.ArgumentParser(description="Print the family: parameters, compression, and GFLOP (two for each "
-                                     "multiply-add) for each frame of a clip of 17 frames, 16 without a dropped one.")
-    parser.add_argument("--size", type=number(), default=512, help="height and width of the video (default 512)")
-    size = parser.parse_args().size
-    rows = [["model", "latent channels", "compression", "M parameters", "GFLOP/frame"]]
-    for name, config in CONFIGS.items():
-        _, d_h, d_w = config.compression
-        if size % d_h:
-            parser.error(f"--size must be a multiple of {d_h} for {name}, got {size}")
-        t = 1 if name == "qwen" else next(t for t in range(1, 18) if config.frames(t) >= 16)      # its clips are images
-        flops = count_flops(config, (1, config.latent_channels, t, size // d_h, size // d_w))
-        with torch.device("meta"):
-            parameters = count_parameters(TurboVAED(config))
-        rows.append([name, str(config.latent_channels), str(config.compression), f"{parameters / 1e6:.3f}",
-                     f"{flops / 1e9 / config.frames(t):.3f}"])
-    print(text_table(rows))
-
-
-if __name__ == "__main__":
-    if hasattr(signal, "SIGPIPE"):
-        signal.signal(signal.SIGPIPE, signal.SIG_DFL)       # `| head` ends it without a word
-    main()

@@ -11,7 +11,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from model import WHOLE, Conv3d, Resnet, TurboVAED, TurboVAEDConfig, layout, pad_time, rms_norm
+from model import WHOLE, Conv3d, Resnet, TurboVAED, TurboVAEDConfig, pad_time, rms_norm
 
 CONFIG = TurboVAEDConfig(
     latent_channels=48, widths=(512, 512, 256, 128, 64), resnets=(3, 3, 2, 2, 2), up=((2, 2), (2, 2), (1, 2), None),
@@ -34,13 +34,14 @@ class Resampler(nn.Module):
         self.resample = nn.Sequential(nn.Upsample(scale_factor=factors[1]), nn.Conv2d(width, width, 3, padding=1))
 
     def forward(self, x, context=WHOLE):
-        B, r_t, memory_format = x.shape[0], self.factors[0], layout(x)
+        B, r_t = x.shape[0], self.factors[0]
+        channels_last = x.is_contiguous(memory_format=torch.channels_last_3d)
         if r_t > 1:
             x = self.time_conv.conv(pad_time(x, 1, context))
             x = x.unflatten(1, (r_t, -1)).permute(0, 2, 3, 1, 4, 5).flatten(2, 3)
             x = x[:, :, self.drop:] if context.first else x
         x = self.resample(x.transpose(1, 2).flatten(0, 1)).unflatten(0, (B, -1)).transpose(1, 2)
-        return x.contiguous(memory_format=memory_format)
+        return x.contiguous(memory_format=torch.channels_last_3d if channels_last else torch.contiguous_format)
 
     def reach(self, r, axis):
         r = -(-(r + axis) // self.factors[axis])        # the 2D convolution looks one pixel further
@@ -75,9 +76,3 @@ class MagiHuman(TurboVAED):
         student = super().from_pretrained(path, config)
         student.metadata.setdefault("teacher", "wan22")
         return student
-
-    @staticmethod
-    def read_config(fields):
-        """Files that model.py wrote when it had these parts name them."""
-        own = {"upsampling": "resample", "shortcut": "rms", "head": "unpatchify"}
-        return TurboVAEDConfig(**{name: value for name, value in fields.items() if own.get(name) != value})
