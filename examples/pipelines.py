@@ -59,6 +59,7 @@ def use_student(pipe_or_vae, student):
     Raises ValueError if the student decodes other latents than this VAE's, TypeError if there is no VAE. Warns where
     the student's file does not say whose latents it decodes, and where the pipeline will mix noise into them.
     """
+    student = getattr(student, "_orig_mod", student)        # under torch.compile; optimize_for_inference stays
     parts = [pipe_or_vae, *(getattr(pipe_or_vae, name, None) for name in ("vae", "diffusion_decoder"))]
     vaes = [getattr(part, "_orig_mod", part) for part in parts if hasattr(part, "decode")]      # under torch.compile
     if not vaes or not isinstance(student, TurboVAED | None):

@@ -23,6 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import model as model_file
+from conftest import run_script
 from model import (BLOCKS, CONFIGS, PUBLISHED, SHIPPED, Conv3d, SeparableConv3d, TurboVAED, TurboVAEDConfig,
                    decoupled_pixel_shuffle, pixel_shuffle_3d, rms_norm)
 
@@ -947,3 +948,11 @@ def test_checkpointing_changes_memory_and_not_gradients():
         kept.append(sum(sizes))
     torch.testing.assert_close(*gradients)
     assert kept[1] < 0.5 * kept[0]
+
+
+def test_prints_the_family():
+    ran = run_script("results.family", cwd=ROOT)
+    assert ran.returncode == 0, ran.stderr
+    assert all(name in ran.stdout for name in (*CONFIGS, "41.896", "(8, 32, 32)", "47.803"))
+    ran = run_script("results.family", "--size", "500", cwd=ROOT)
+    assert ran.returncode and "multiple of 32" in ran.stderr and "Traceback" not in ran.stderr

@@ -357,6 +357,9 @@ def test_in_a_pipeline_what_is_optimized_stays_compiled(graphs):
     pipe, _, student = tiny_pipeline("LTX-Video")
     latents = torch.randn(1, 8, 2, 2, 3)
     want = student(latents)
+    use_student(pipe, torch.compile(student))           # as it was before that
+    torch.testing.assert_close(pipe.vae.decode(latents).sample, want, atol=1e-5, rtol=0)
+    assert graphs() == 0
     use_student(pipe, student.optimize_for_inference())
     torch.testing.assert_close(pipe.vae.decode(latents).sample, want, atol=1e-5, rtol=0)
     assert graphs() == 1
