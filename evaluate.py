@@ -45,7 +45,7 @@ from tqdm import tqdm
 from data import (BROKEN, CLIPS_PER_SCENE, DATA_SETS, EXACT, HELD_OUT_SEED, BadVideo, SyntheticClips, VideoClips,
                   check_colours, check_fields, check_shapes, colours, download, find_clips, frames_of, open_video,
                   picture, psnr, video_stream, why)
-from model import (CONFIGS, atomically, channels_last, check_fit, check_writable, choose_student, count_parameters,
+from model import (CONFIGS, atomically, channels_last, check_fit, check_writable, choose_student,
                    find_device, number, parse_size, run_command, summary, text_table, weights_hash)
 from teachers import TEACHERS, load_teacher
 
@@ -423,7 +423,7 @@ def compare(args, device):
     clip = clips.clips[next(iter(known))][None].to(device)
     fps, rows = decode_speeds(decoders, latents_of(clip).repeat(together, 1, 1, 1, 1)), []
     for name, network in networks.items():
-        parameters = count_parameters(getattr(network, "decoder", network))
+        parameters = sum(p.numel() for p in getattr(network, "decoder", network).parameters())
         row = {"model": name, "parameters": parameters, "fps": fps[name], "speed_up": fps[name] / fps[label],
                **dict.fromkeys([*METRICS, "psnr_kept"]), "fvd": fvd.get(name)}
         rows.append(row)
