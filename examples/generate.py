@@ -18,8 +18,8 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from model import (atomically, check_writable, find_device, number, parse_size, run_command, summary,    # noqa: E402
-                   teachers_of)
+from examples.pipelines import teachers_of                                                              # noqa: E402
+from model import atomically, check_writable, find_device, number, parse_size, run_command, summary     # noqa: E402
 
 
 def parse():

@@ -196,7 +196,7 @@ def test_wrong_flags_are_one_line(bench, capsys, flags, words):
 
 @pytest.mark.parametrize("flags, words", [
     (["--frames", "3"], "--frames 3: tiny decodes 4 or more"), (["--device", "cuda:99"], "(NVIDIA|CUDA|cuda)"),
-    (["--out", "file"], "nothing can be written to file"), (["--student", "nowhere"], "nowhere"),
+    (["--out", "file"], "File exists: 'file'"), (["--student", "nowhere"], "nowhere"),
     *((flags, "macOS.*Xcode.*iPhone.*export.py") for flags in
       (["--iphone", "--team", "ABC"], ["--mlpackage"], ["--mlpackage", "x.mlpackage"]) if sys.platform != "darwin")])
 def test_what_cannot_be_measured_is_one_line(tmp_path, flags, words):
