@@ -30,9 +30,9 @@ test-rest: $(VENV)/ready
 smoke: $(VENV)/ready
 	$(RUN) tests/smoke.py
 
-$(VENV)/ready: requirements.txt
+$(VENV)/ready: requirements.txt requirements-phones.txt
 	$(PYTHON) -m venv $(VENV)
-	$(RUN) -m pip install --quiet -r requirements.txt
+	$(RUN) -m pip install --quiet -r requirements.txt -r requirements-phones.txt
 	touch $@
 
 findings: $(VENV)/ready

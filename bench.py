@@ -216,6 +216,12 @@ def ways_to_decode(args, name, student, latents):
         ways["optimized"] = copy.deepcopy(student).optimize_for_inference(compile=args.compile)
         if args.compile and latents.is_cuda:
             ways["CUDA graphs"] = copy.deepcopy(student).optimize_for_inference(compile="reduce-overhead")
+    if args.pte:
+        from executorch.runtime import Runtime
+        ways["ExecuTorch"] = pte = torch.nn.Module()
+        pte.program = Runtime.get().load_program(args.pte)
+        method = pte.program.load_method("forward")
+        pte.forward = lambda latents: method.execute([latents[0].transpose(0, 1).contiguous()])[0]
     return ways
 
 
@@ -510,6 +516,7 @@ def parse():
     add("--teacher", action=argparse.BooleanOptionalAction, help="teachers too (default: without --config)")
     add("--compile", action=argparse.BooleanOptionalAction, default=True, help="torch.compile too (default)")
     add("--decode", action="store_true", help="optimized for inference as well, and no teacher unless --teacher")
+    add("--pte", metavar="PATH", help="export.py's .pte of this student, size and dtype as well, by ExecuTorch")
     add("--stream", action="store_true", help="streamed in chunks against whole")
     add("--lengths", type=number(int, 1), nargs="+", metavar="N", help="of --stream's latents (default 10 100 600)")
     add("--chunk", type=number(int, 1), help="latent frames that --stream decodes at a time (default 4)")

@@ -1,19 +1,25 @@
-"""Student to Core ML, proven right on any machine: an ML Program in fp16 with fixed shapes.
+"""Student to phones, proven right on any machine: Core ML, Core AI or ExecuTorch, with fixed shapes.
 
-    python export.py                                     # the newest student under out/, at 512x512 and 720x1280
+    python export.py                                     # Core ML: the newest student, at 512x512 and 720x1280
+    python export.py --format coreai --stream 2          # for iOS 27 and macOS 27, with video of any length
+    python export.py --format executorch --float32       # for Android and any CPU, by XNNPACK
     python export.py --student out/ltx --size 512x512 --bits 8
     python export.py --config ltx --random               # no checkpoint at hand: for speed only
     python export.py --verify out/ltx/ltx_17x512x512_engine.mlpackage --student out/ltx
 
-Core ML predicts on a Mac only. So every export is read back from its files, and its operations are run one by one in
-PyTorch, in float32 and with each result rounded to fp16, beside the student on the same latents. A very large package
-is proven at a smaller height, where it has the same operations. On a Mac real predictions are compared as well. The
-report says what a phone will have to do: operations, what keeps them off the Neural Engine, arithmetic, memory.
+Every file is read back, executed and compared with the student on the same latents before it replaces an older one.
+Core AI's and ExecuTorch's own runtimes do so anywhere. Core ML predicts on a Mac only: elsewhere a package's operations
+are run one by one in PyTorch, in float32 and with each result rounded to fp16. Very large ones are proven at a smaller
+size, where they have the same operations. The report says what a phone will have to do.
 """
 import argparse
+import asyncio
 import contextlib
 import copy
+import hashlib
+import importlib
 import io
+import itertools
 import json
 import logging
 import math
@@ -21,16 +27,18 @@ import re
 import sys
 import tempfile
 import time
+import warnings
 from collections import Counter
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-from model import (CONFIGS, OWN_FILE, ChannelNorm, Conv3d, Resnet, SeparableConv3d, TurboVAED, Upsampler, Upsampler2d,
-                   atomically, check_writable, choose_student, number, parse_size, run_command, summary, weights_hash)
+from model import (CONFIGS, OWN_FILE, ChannelNorm, Context, Conv3d, Resnet, SeparableConv3d, TurboVAED, Upsampler,
+                   Upsampler2d, atomically, check_writable, choose_student, count_flops, number, parse_size,
+                   run_command, summary, weights_hash)
 
 TINY = 2.0 ** -24           # the smallest number fp16 has
 
@@ -69,6 +77,10 @@ def take(x, start, end):
 def frames_of(x):
     """The frames of x, each (1, C, H, W); coremltools knows no split into one."""
     return list(x.split(1)) if len(x) > 1 else [x]
+
+
+def crop(video, size):
+    return video if size in (None, video.shape[-2:]) else video[..., :size[0], :size[1]]
 
 
 class TwinChannelNorm(ChannelNorm):
@@ -117,6 +129,25 @@ class TwinConv3d(Conv3d):
             inside = take(x, first - r, first - r + k * len(windows))
             outputs.update(zip(windows, frames_of(self.convolve(inside))))
         return torch.cat([outputs[t] for t in range(T)])
+
+
+class CpuConv3d(TwinConv3d):
+    """Two output frames by four 2D convolutions in place of six: Winograd's F(2, 3), along time."""
+
+    def rewrite(self):
+        a, b, c = self.conv.weight.unbind(2)
+        self.taps = torch.nn.ParameterList([a.clone(), (a + b + c) / 2, (a - b + c) / 2, c.clone()])
+        del self.conv.weight
+
+    def forward(self, x):
+        frames, T = frames_of(x), len(x)
+        frames = frames[:1] + frames + [x[T - 1:] for _ in range(1 + T % 2)]       # XNNPACK joins no tensor with itself
+        before, even, odd, after = (torch.cat(frames[i:i + T + T % 2:2]) for i in range(4))
+        conv = lambda x, i, bias=None: F.conv2d(x, self.taps[i], bias, padding=1)
+        a, b = conv(before - odd, 0), conv(even + odd, 1, self.conv.bias)
+        c, d = conv(odd - even, 2), conv(after - even, 3)
+        pairs = zip(frames_of(a + b + c), frames_of(b - c + d))
+        return torch.cat([frame for pair in pairs for frame in pair][:T])
 
 
 class TwinSeparableConv3d(SeparableConv3d):
@@ -168,8 +199,7 @@ class Twin(TurboVAED):
         x = latents
         for layer in (*self.layers(), *self.upsamplers2d()):
             x = layer(x)
-        video = self.conv_out(F.silu(rms_norm(x)))
-        return video if self.size in (None, video.shape[2:]) else video[..., :self.size[0], :self.size[1]]
+        return crop(self.conv_out(F.silu(rms_norm(x))), self.size)
 
 
 TWINS = {twin.__base__: twin for twin in (TwinChannelNorm, TwinResnet, TwinConv3d, TwinSeparableConv3d, TwinUpsampler,
@@ -210,10 +240,11 @@ def rescale(twin):
 
 
 @torch.no_grad()
-def phone_twin(student, size=None):
+def phone_twin(student, size=None, cpu=False):
     """A copy of the student on the CPU, in float32, that takes latents (t, C, h, w) to the same video (T, 3, H, W).
 
-    size: the (height, width) that it crops the video to. Raises ValueError for a subclass of TurboVAED.
+    size: the (height, width) that it crops the video to. cpu: with CpuConv3d. Raises
+    ValueError for a subclass of TurboVAED.
     """
     if type(student) is not TurboVAED:
         raise ValueError(f"{type(student).__name__} has layers of its own, for which there is no twin")
@@ -225,6 +256,8 @@ def phone_twin(student, size=None):
     rescale(twin)
     for module in list(twin.modules()):
         module.__class__ = TWINS.get(type(module), type(module))
+        if cpu and isinstance(module, TwinConv3d) and module.conv.kernel_size[0] == 3:
+            module.__class__ = CpuConv3d
         if hasattr(module, "rewrite"):
             module.rewrite()
     twin.size = size
@@ -236,14 +269,80 @@ def frames_first(x):
     return x[0].transpose(0, 1).contiguous()
 
 
+def mean(x, eps):
+    """The mean over channels, plus eps, as a 1x1 convolution: fast wherever convolutions are, in x's own precision."""
+    full = lambda value, *shape: torch.full(shape, value, dtype=x.dtype)
+    return F.conv2d(x, full(1 / x.shape[1], 1, x.shape[1], 1, 1), full(eps, 1))
+
+
+def plain_layer_norm(x, eps):
+    x = x - mean(x, 0)
+    return x * torch.rsqrt(mean(x * x, eps))
+
+
+def plain_pixel_shuffle(x, r):
+    """As a transposed convolution: of four dimensions, and none of them is as short as r."""
+    groups = x.shape[1] // r ** 2
+    weight = torch.eye(r ** 2, dtype=x.dtype).view(r ** 2, 1, r, r).repeat(groups, 1, 1, 1)
+    return F.conv_transpose2d(x, weight, stride=r, groups=groups)
+
+
+# What the twin's operations become where Core ML's own are unknown.
+PLAIN = {torch.ops.turbo_vaed.rms_norm.default: lambda x: x * torch.rsqrt(mean(x * x, TINY)),
+         torch.ops.turbo_vaed.layer_norm.default: plain_layer_norm,
+         torch.ops.aten.split.Tensor: lambda x, n: [x[i:i + n] for i in range(0, len(x), n)]}
+
+
 # ---------------------------------------------------------------------------------------------------------------------
-# Export.
+# A format is a class. write(path, student, settings) makes a file, Format(path) reads one, and report() says what it
+# is. too_large(student) and program() serve the proof of a large file by a smaller one. compare(student, sample) yields
+# (name, difference) of what the file computes and what the student does.
+
+@dataclass(frozen=True)
+class Settings:
+    size: tuple                 # (height, width) of the video in pixels
+    latent_frames: int
+    bits: int = None            # of Core ML's palettised weights
+    graph: str = "plain"        # Core AI's: the student as it is, or "engine", its twin
+    stream: int = 0             # Core AI's: latent frames a step
+    float32: bool = False       # Core AI's and ExecuTorch's
+    note: str = ""
+
+    @property
+    def dtype(self):
+        return torch.float32 if self.float32 else torch.float16
+
 
 def latent_shape(config, size, latent_frames=None):
     """(t, C, h, w) of the latents that decode to at least `size`; t: by default what makes 17 frames, or 16."""
     t = latent_frames or next(t for t in range(1, 18) if config.frames(t) >= 16)
     return t, config.latent_channels, -(-size[0] // config.compression[1]), -(-size[1] // config.compression[2])
 
+
+def identity(student):
+    """The metadata by which a file is this student's."""
+    return {"weights_sha256": weights_hash(student), "config": json.dumps(asdict(student.config))}
+
+
+def about(student, settings):
+    """The metadata of a file that is not Core ML's."""
+    return identity(student) | {"settings": json.dumps(asdict(settings))}
+
+
+def read_settings(metadata):
+    settings = Settings(**json.loads(metadata["settings"]))
+    return replace(settings, size=tuple(settings.size))
+
+
+def difference(video, expected):
+    """Worst absolute error, and PSNR in dB with a peak of 2, the width of [-1, 1]."""
+    error = video - expected
+    return {"worst_error": error.abs().max().item(),
+            "psnr": 10 * (4 / error.square().mean().clamp(1e-20)).log10().item()}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Core ML: an ML Program in fp16.
 
 def coremltools():
     """The package, told how the two norms above are written in MIL. ImportError where it is not installed."""
@@ -268,11 +367,6 @@ def coremltools():
         lowering.__name__ = f"turbo_vaed::{lowering.__name__}"      # what it is registered by
         register_torch_op(lowering, override=True)
     return ct
-
-
-def identity(student):
-    """The metadata by which a package is this student's."""
-    return {"weights_sha256": weights_hash(student), "config": json.dumps(asdict(student.config))}
 
 
 def convert(student, size, latent_frames=None, bits=None, note=""):
@@ -308,25 +402,6 @@ def convert(student, size, latent_frames=None, bits=None, note=""):
 def save(package, path):
     package.save(str(path))
     (path / "executorch_debug_handle_mapping.json").unlink(missing_ok=True)         # the converter's own, no part of it
-
-
-def export(model, size=(512, 512), latent_frames=None, path="student.mlpackage", bits=None, whole=False, note=""):
-    """Write a student to `path`, an .mlpackage (ML Program, fp16, fixed shapes), prove it, and return that path.
-
-    model: a TurboVAED. size: (height, width) of the video in pixels; where it is no multiple of the compression the
-    package decodes a little more and crops. latent_frames: None takes what makes 17 frames, 16 where first frames are
-    kept. bits: 8, 6 or 4 palettises the weights by k-means. whole: see `prove`. note goes into the description.
-
-    The package takes "latents" (t, C, h, w) as the teacher's encoder gives them and gives "video" (T, 3, height,
-    width), about [-1, 1], not clamped. Its report, with the proof, lies beside it as .json. What was at `path` stays
-    until the new package is proven. Raises ValueError where it is not the student, and coremltools' own errors.
-    """
-    path = Path(path)
-    with atomically(path.with_suffix(".json")) as file, atomically(path) as package:
-        save(convert(model, size, latent_frames, bits, note), package)
-        file.write_text(prove_and_report(package, model, whole))
-        path.with_suffix(".json").unlink(missing_ok=True)       # it speaks of the old package
-    return path
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -470,121 +545,7 @@ def run(function, latents, fp16):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Proof.
-
-BOUNDS = {"float32": 0.02, "fp16": 0.05, "core_ml": 0.05}     # worst errors of a video in about [-1, 1]: 10 x the usual
-PALETTE_FLOOR = 15      # dB between a student and itself with palettised weights: 4 bits leave 30, damage 10
-WHOLE_FLOPS = 5e12      # above, running a package whole takes minutes: it is proven at ROWS rows of latents
-ROWS = 8
-
-
-def difference(video, expected):
-    """Worst absolute error, and PSNR in dB with a peak of 2, the width of [-1, 1]."""
-    error = video - expected
-    return {"worst_error": error.abs().max().item(),
-            "psnr": 10 * (4 / error.square().mean().clamp(1e-20)).log10().item()}
-
-
-@torch.no_grad()
-def with_weights_of(function, student):
-    """The student's twin, with the package's palettised weights and the others rounded to fp16."""
-    twin = phone_twin(student)
-    outputs = [variable for op in function.operations for variable in op.outputs]
-    palettised = {v.name: v for v in outputs if v.name.endswith("_to_fp16_palettized")}
-    for name, p in twin.named_parameters():
-        variable = palettised.get(f"p_{name.replace('.', '_')}_to_fp16_palettized")
-        p.copy_(torch.from_numpy(constant(variable)) if variable else p.half())
-    return twin
-
-
-def core_ml(path, latents, units):
-    """The video that Core ML predicts on those compute units of this Mac."""
-    ct = coremltools()
-    package = ct.models.MLModel(str(path), compute_units=ct.ComputeUnit[units])
-    video = package.predict({"latents": latents.numpy().astype(np.float16)})["video"]
-    return torch.from_numpy(np.asarray(video, np.float32))
-
-
-def check_same_operations(function, lower):
-    """Raise ValueError unless two functions have the same operations, wiring, weights and parameters, but for heights.
-    """
-    def signature(op):
-        inputs = {}
-        for key, variables in inputs_of(op).items():
-            values = [constant(v) for v in variables]
-            if key in ("shape", "end"):         # of four axes, of which the third is the height
-                values = [np.delete(value, 2) for value in values]
-            inputs[key] = [v.name if value is None else np.asarray(value).tobytes()
-                           for v, value in zip(variables, values)]
-        return op.op_type, inputs, [v.name for v in op.outputs]
-
-    these, those = operations(function), operations(lower)
-    if len(these) != len(those):
-        raise ValueError(f"{len(these)} operations, {len(those)} at the smaller height")
-    for i, (this, that) in enumerate(zip(these, those)):
-        if signature(this) != signature(that):
-            raise ValueError(f"operation {i}, {this.op_type} {this.name}, is not what it is at the smaller height")
-
-
-@torch.no_grad()
-def prove(path, student, whole=False):
-    """Compare the package at `path` with its student on normal latents: {which: {"worst_error", "psnr"}}.
-
-    "float32" and "fp16": its operations one by one, see `run`. On a Mac also "core_ml", Core ML's prediction on the
-    CPU, and "neural_engine", the same where the Neural Engine may take part. A palettised package is compared with the
-    student that has its weights, and "palettised" compares that one with `student`. "run_at": a package of more than
-    WHOLE_FLOPS is proven at that smaller size, where it has the same operations, unless `whole`. Raises ValueError
-    where the package is not the student.
-    """
-    function, metadata = read(path)
-    if not identity(student).items() <= metadata.items():
-        raise ValueError(f"{path} was exported from other weights, or another configuration, than this student's")
-    (t, channels, h, w), (*_, height, width) = function.inputs["latents"].shape, function.outputs[0].shape
-    bits = int(metadata["bits"])
-    if not whole and h > ROWS and sum(map(flops, operations(function))) > WHOLE_FLOPS:
-        size = height - (h - ROWS) * student.config.compression[1], width
-        with tempfile.TemporaryDirectory() as folder:
-            lower = Path(folder) / "lower.mlpackage"
-            save(convert(student, size, t, bits if bits < 16 else None), lower)
-            check_same_operations(function, read(lower)[0])
-            return prove(lower, student, whole=True) | {"run_at": f"{size[0]}x{size[1]}"}
-    student = copy.deepcopy(student).float().cpu().eval().channels_last()
-    latents = torch.randn(1, channels, t, h, w, generator=torch.Generator().manual_seed(0))
-    video, latents, proof = frames_first(student(latents)[..., :height, :width]), frames_first(latents), {}
-    if bits < 16:
-        palettised = with_weights_of(function, student)(latents)[..., :height, :width]
-        proof["palettised"] = difference(palettised, video)
-        video = palettised
-    proof["float32"] = difference(run(function, latents, fp16=False)[0], video)
-    rounded, largest_square = run(function, latents, fp16=True)
-    proof["fp16"] = difference(rounded, video) | {"largest_sum_of_squares": largest_square}
-    if sys.platform == "darwin":
-        proof["core_ml"] = difference(core_ml(path, latents, "CPU_ONLY"), video)
-        proof["neural_engine"] = difference(core_ml(path, latents, "CPU_AND_NE"), video)        # has no bound
-    check(proof)
-    return proof
-
-
-def check(proof):
-    """Raise ValueError if a comparison is outside the bounds."""
-    if "palettised" in proof and not proof["palettised"]["psnr"] > PALETTE_FLOOR:
-        raise ValueError(f"the palettised weights are not the student's: PSNR {proof['palettised']['psnr']:.1f} dB")
-    for which, bound in BOUNDS.items():
-        if which in proof and not proof[which]["worst_error"] <= bound:         # NaN is not
-            raise ValueError(f"the package is not the student: worst error {proof[which]['worst_error']:.3g} in "
-                             f"{which}, {bound} would pass; PSNR {proof[which]['psnr']:.1f} dB")
-
-
-def verify(path, model, whole=False):
-    """Prove that the package at `path` computes what the student does; the worst absolute error with fp16 rounding.
-
-    See `prove`. Raises ValueError where it does not.
-    """
-    return prove(path, model, whole)["fp16"]["worst_error"]
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Report.
+# What a phone will have to do with a package.
 
 # What the Neural Engine is known to run, of what may be met with here, by public measurements (the ane-guide, 2026)
 ENGINE = {"conv", "add", "real_div", "relu", "silu", "linear_activation", "reduce_l2_norm", "layer_norm", "concat",
@@ -613,65 +574,437 @@ def why_not(op):
         return "not fp16"
 
 
-def flops(op):
-    """Two for each multiply-add of a convolution."""
-    return 2 * math.prod(op.outputs[0].shape) * math.prod(op.weight.shape[1:]) if op.op_type == "conv" else 0
-
-
-def bytes_of(variable):
-    """Of a tensor in memory, or of weights in the package; palettised ones are indices and a table."""
-    parts = [variable]
-    if variable.op and variable.op.op_type.startswith("constexpr_"):
-        parts = variable.op.inputs.values()
-    return sum(math.prod(part.shape) * part.dtype.get_bitwidth() // 8 for part in parts)
-
-
-def is_view(op):
-    """Whether an operation moves nothing: reshapes, and slices and splits of the frames, share their input's memory."""
-    if any(variable.name == "video" for variable in op.outputs):
-        return False
-    frames_only = op.op_type in ("slice_by_index", "split") and all(v.shape[1:] == op.x.shape[1:] for v in op.outputs)
-    return op.op_type == "reshape" or frames_only
+def by_reason(operations):
+    """{what keeps off the Neural Engine: {kind: how many}} of pairs (kind, reason or None)."""
+    found = {}
+    for kind, reason in operations:
+        if reason:
+            found.setdefault(reason, Counter())[kind] += 1
+    return found
 
 
 def report(function):
-    """What a phone will have to do, as a dict: totals and operations by kind.
+    """Functions, operations, and what keeps off the Neural Engine by what is known of it."""
+    ops = operations(function)
+    tensors = ("latents", function.inputs["latents"].shape), ("video", function.outputs[0].shape)
+    return {"functions": {"main": {name: "x".join(map(str, (*shape, "f16"))) for name, shape in tensors}},
+            "kinds": dict(Counter(op.op_type for op in ops).most_common()),
+            "off_engine_kinds": by_reason((op.op_type, why_not(op)) for op in ops)}
 
-    views: see `is_view`. off_engine: operations that keep off the Neural Engine, in off_engine_kinds by reason and
-    kind. flops: two for each multiply-add of the convolutions. bytes_moved: every operation but views reads its inputs
-    and writes its outputs once. peak_activation_bytes: all that is alive at once in program order, inputs and outputs
-    of the operation included. Core ML may fuse operations and need less.
+
+class CoreML:
+    suffix, limit, proven_at = ".mlpackage", 5e12, (8, sys.maxsize)
+
+    def __init__(self, path):
+        self.path, (self.function, self.metadata) = Path(path), read(path)
+        bits = int(self.metadata["bits"])
+        self.settings = Settings(parse_size(self.metadata["size"]), int(self.metadata["latent_frames"]),
+                                 bits if bits < 16 else None)
+
+    @staticmethod
+    def write(path, student, settings):
+        save(convert(student, settings.size, settings.latent_frames, settings.bits, settings.note), path)
+
+    def report(self):
+        return report(self.function)
+
+    def program(self):
+        """Its operations, wiring, weights and parameters, but for heights."""
+        def signature(op):
+            inputs = {}
+            for key, variables in inputs_of(op).items():
+                values = [constant(v) for v in variables]
+                if key in ("shape", "end"):         # of four axes, of which the third is the height
+                    values = [np.delete(value, 2) for value in values]
+                inputs[key] = [v.name if value is None else np.asarray(value).tobytes()
+                               for v, value in zip(variables, values)]
+            return f"{op.op_type} {op.name}", inputs, [v.name for v in op.outputs]
+
+        return list(map(signature, operations(self.function)))
+
+    def compare(self, student, sample):
+        latents, video = sample(self.settings.latent_frames)
+        latents = frames_first(latents)
+        if self.settings.bits:
+            palettised = crop(with_weights_of(self.function, student)(latents), self.settings.size)
+            yield "palettised", difference(palettised, video)
+            video = palettised
+        yield "float32", difference(run(self.function, latents, fp16=False)[0], video)
+        rounded, largest_square = run(self.function, latents, fp16=True)
+        yield "fp16", difference(rounded, video) | {"largest_sum_of_squares": largest_square}
+        if sys.platform == "darwin":
+            yield "core_ml", difference(core_ml(self.path, latents, "CPU_ONLY"), video)
+            yield "neural_engine", difference(core_ml(self.path, latents, "CPU_AND_NE"), video)     # has no bound
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Core AI: the student as it is, also as a stream, or its twin.
+
+def library(name):
+    """A module of coreai-torch or executorch, imported; warnings of untried PyTorch versions stay unseen."""
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            return importlib.import_module(name)
+    except ImportError as error:
+        raise ImportError(f"{error}: pip install -r requirements-phones.txt") from None
+
+
+def through(student, x, context):
+    """x through all layers of a student, which share one queue of what they keep."""
+    for layer in (*student.layers(), student.out):
+        x = layer(x, context)
+    return x
+
+
+class Part(torch.nn.Module):
+    """A clip, or the begin, a step or the end of a stream.
+
+    states: what the layers keep for the next call, in order. Tensors are buffers, which the part overwrites. Numbers,
+    places in a group of frames, are the same in every call.
     """
-    ops, weights, tensors = operations(function), {}, {"latents": function.inputs["latents"]}
-    uses, alive, memory, off_engine = last_uses(ops), {"latents"}, {"latents": "latents"}, {}
-    views = moved = peak = 0
-    for i, op in enumerate(ops):
-        inputs = inputs_of(op)
-        read = [v for v in sum(inputs.values(), []) if v.name in tensors]
-        own_weights = [v for key in ("weight", "bias") for v in inputs.get(key, ())]
-        weights.update((v.name, v) for v in own_weights)
-        tensors.update((v.name, v) for v in op.outputs)
-        view = is_view(op)
-        for variable in op.outputs:         # whose memory it is
-            memory[variable.name] = memory[read[0].name] if view else variable.name
-        views += view
-        moved += 0 if view else sum(map(bytes_of, (*own_weights, *read, *op.outputs)))
-        alive.update(v.name for v in op.outputs)
-        peak = max(peak, sum(bytes_of(tensors[name]) for name in {memory[name] for name in alive}))
-        alive.difference_update(uses[i])
-        if reason := why_not(op):
-            off_engine.setdefault(reason, Counter())[op.op_type] += 1
-    return {"operations": len(ops), "views": views, "off_engine": sum(map(Counter.total, off_engine.values())),
-            "parameters": sum(math.prod(v.shape) for v in weights.values()),
-            "weight_bytes": sum(map(bytes_of, weights.values())), "flops": sum(map(flops, ops)), "bytes_moved": moved,
-            "peak_activation_bytes": peak, "kinds": dict(Counter(op.op_type for op in ops).most_common()),
-            "off_engine_kinds": off_engine}
+
+    def __init__(self, student, size, first=True, last=True, states=()):
+        super().__init__()
+        self.student, self.size, self.first, self.last, self.states = student, size, first, last, states
+        for i, state in enumerate(states):
+            if torch.is_tensor(state):
+                self.register_buffer(f"state_{i}", torch.zeros(state.shape, dtype=state.dtype))
+
+    def forward(self, *latents):
+        if not self.states:
+            return crop(self.student(*latents), self.size)
+        kept = [getattr(self, f"state_{i}", state) for i, state in enumerate(self.states)]
+        context = Context(self.first, self.last, () if self.first else kept)
+        video = through(self.student, latents[0] if latents else kept[0][:, :, :0], context)
+        for state, new in zip(kept, context.kept or [0 * state for state in kept]):     # states must be written
+            if torch.is_tensor(state):
+                state.copy_(new)
+        return crop(video, self.size)
+
+
+def parts(student, settings):
+    """{function of an asset: (module, example latents)}."""
+    (t, channels, h, w), n = latent_shape(student.config, settings.size, settings.latent_frames), settings.stream
+    if settings.graph == "engine":
+        twin = phone_twin(student, settings.size).to(settings.dtype)
+        return {"clip": (twin, [torch.zeros(t, channels, h, w, dtype=settings.dtype)])}
+    student, ahead = copy.deepcopy(student).cpu().to(settings.dtype).eval(), student.reach(0) + n
+    latents = lambda t: [torch.zeros(1, channels, t, h, w, dtype=settings.dtype)] if t else []
+    functions = {"clip": (Part(student, settings.size), latents(t))}
+    if not n:
+        return functions
+    if n % max(1, student.config.drop_first):
+        raise ValueError(f"--stream {n}: this student's latents come in groups of {student.config.drop_first}, and a "
+                         "step takes whole groups")
+    context = Context(last=False)
+    through(copy.deepcopy(student).to("meta"), latents(ahead)[0].to("meta"), context)
+    part = lambda t, first, last: (Part(student, settings.size, first, last, context.kept), latents(t))
+    return functions | {"begin": part(ahead, True, False), "step": part(n, False, False),
+                        **{f"end_{rest}": part(rest, False, True) for rest in range(n)}}
+
+
+def stream_calls(latents, n, ahead):
+    """[(function, latents)] that decode a clip (1, C, t, h, w): `ahead` latents begin, n more are a step."""
+    steps, rest = divmod(latents.shape[2] - ahead, n)
+    begin, *chunks, end = latents.split([ahead, *[n] * steps, rest], dim=2)
+    return [("begin", begin), *(("step", chunk) for chunk in chunks), (f"end_{rest}", end)]
+
+
+class CoreAI:
+    suffix, limit, proven_at = ".aimodel", 2e10, (2, 2)         # Apple's runtime is slow on a CPU
+
+    def __init__(self, path):
+        self.path = path = Path(path)
+        authoring = library("coreai.authoring")
+        try:
+            if hashlib.sha256((path / "main.mlirb").read_bytes()).digest() != (path / "main.hash").read_bytes():
+                raise ValueError("main.mlirb is not what was written")
+            self.asset = authoring.AIModelAsset.load(path)
+            self.metadata = self.asset.metadata.creator_defined_metadata
+            self.settings = read_settings(self.metadata)
+            operation = self.asset.program._module._mlir_module.operation
+        except (OSError, ValueError, RuntimeError, KeyError) as error:
+            raise ValueError(f"{path}: damaged, or no Core AI asset of ours: {summary(error)}") from None
+        self.lines = operation.get_asm(large_resource_limit=16).splitlines()       # larger constants by their hash
+
+    @staticmethod
+    def write(path, student, settings):
+        torch_to = library("coreai_torch")
+        table = torch_to.get_decomp_table()
+        table.update(PLAIN)
+        if settings.graph == "engine":
+            table[torch.ops.aten.pixel_shuffle.default] = plain_pixel_shuffle
+        converter = torch_to.TorchConverter(mode=torch_to.TorchConverter.Mode.RELEASE)
+        for name, (module, latents) in parts(student, settings).items():
+            with torch.no_grad():
+                program = torch.export.export(module, tuple(latents)).run_decompositions(table)
+            converter.add_exported_program(
+                program, input_names=["latents"] * len(latents), output_names=["video"], entrypoint_name=name,
+                state_names=[state for state, _ in module.named_buffers(recurse=False)])
+        with contextlib.redirect_stderr(io.StringIO()):
+            asset = converter.to_coreai().save_asset(path.absolute())
+
+        def describe(metadata):
+            metadata.model_description = f"Turbo-VAED: latents to video. {settings.note}".strip()
+            for key, value in about(student, settings).items():
+                metadata.set_custom(key, value)
+
+        asset.update_metadata(describe)
+
+    def report(self):
+        """Functions, operations, and by Apple's rules what keeps off the Neural Engine and what takes more memory."""
+        functions, found, narrow = {}, [], 0
+        for line in self.lines:
+            if graph := re.search(r"coreai.graph @(\w+)", line):
+                functions[graph[1]] = {name: shape for shape, name in re.findall(
+                    r'tensor<(\w+)>[^%]*?coreai.name = "(\w+)"', line)}
+            kind, types = re.search(r"= coreai\.(?:\w+\.)*(\w+)", line), re.findall(r"tensor<(\w+)>", line)
+            if kind and types and kind[1] != "constant":
+                *shape, dtype = types[-1].split("x")
+                found.append((kind[1], "rank above 5" if len(shape) > 5 else "float32" if dtype == "f32" else
+                              "zero length" if "0" in shape else None))
+                narrow += bool(shape) and int(shape[-1]) < 32
+        return {"functions": functions, "kinds": dict(Counter(kind for kind, _ in found).most_common()),
+                "off_engine_kinds": by_reason(found), "narrow": narrow}
+
+    def program(self):
+        """Its lines, but for lengths of axes and for how many integers there are among the numbered values."""
+        lines, names = [], {}
+        for line in self.lines:
+            value, integer = re.match(r" *(%\w+) =", line), re.search(r"constant.*[su]i32>$", line)
+            if value:
+                names[value[1]] = "integer" if integer else f"%{len(lines)}"
+            if not integer:
+                line = re.sub(r"%\d+", lambda name: names[name[0]], line)
+                lines.append(re.sub(r"\d+x|(?<=@layer_norm)_\w+|(?<=@pixel_shuffle)_\w+", "", line))
+        return lines
+
+    async def play(self, calls, states, options=None):
+        """The video (T, 3, H, W) of calls [(function, latents), ...].
+
+        states: {} before a stream begins; the calls fill it and change what is in it. options: of a Mac's compute unit.
+        """
+        runtime, video = library("coreai.runtime"), []
+        to_array = lambda tensor: runtime.NDArray(tensor.to(self.settings.dtype).contiguous().numpy())
+        async with self.asset.executable(options) as model:
+            functions = {name: model.load_function(name) for name in dict(calls)}
+            for name, latents in calls:
+                function = functions[name]
+                for key in function.desc.state_names:
+                    states.setdefault(key, to_array(torch.zeros(function.desc.state_descriptor(key).shape)))
+                outputs = await function({"latents": to_array(latents)} if latents.numel() else {},
+                                         **({"state": states} if function.desc.state_names else {}))
+                frames = torch.from_numpy(outputs["video"].numpy()).float()
+                video.append(frames if frames.ndim == 4 else frames_first(frames))
+        return torch.cat(video)
+
+    def compare(self, student, sample):
+        latents, video = sample(self.settings.latent_frames)
+        calls = [("clip", frames_first(latents) if self.settings.graph == "engine" else latents)]
+        options = library("coreai.runtime").SpecializationOptions
+        mac = options.is_supported()
+        yield "clip", difference(asyncio.run(self.play(calls, {}, options.cpu_only() if mac else None)), video)
+        if mac:
+            yield "default_unit", difference(asyncio.run(self.play(calls, {}, options.default())), video)   # no bound
+        n = self.settings.stream
+        ahead = student.reach(0) + n
+        for t in range(ahead + 2 * n, ahead + 3 * n):       # two steps and each of the ends
+            latents, video = sample(t)
+            yield "stream", difference(asyncio.run(self.play(stream_calls(latents, n, ahead), {})), video)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# ExecuTorch: the twin, whose operations XNNPACK runs.
+
+class ExecuTorch:
+    suffix, limit, proven_at = ".pte", math.inf, ()
+
+    def __init__(self, path):
+        self.path, runtime = Path(path), library("executorch.runtime")
+        deserialize = library("executorch.exir._serialize._program").deserialize_pte_binary
+        try:
+            self.loaded = runtime.Runtime.get().load_program(self.path)
+            self.method = self.loaded.load_method("forward")
+            plans = {plan.name: plan for plan in deserialize(self.path.read_bytes()).program.execution_plan}
+            self.plan, self.metadata = plans.pop("forward"), {}
+            for key in plans:
+                self.metadata[key], = self.loaded.load_method(key).execute([])
+            self.settings = read_settings(self.metadata)
+        except (OSError, ValueError, RuntimeError, KeyError) as error:
+            raise ValueError(f"{path}: damaged, or no ExecuTorch program of ours: {summary(error)}") from None
+
+    @staticmethod
+    def write(path, student, settings):
+        exir, xnnpack = library("executorch.exir"), library("executorch.backends.xnnpack.partition.xnnpack_partitioner")
+        fold = library("executorch.exir.passes.constant_prop_pass").constant_prop_pass
+        shape = latent_shape(student.config, settings.size, settings.latent_frames)
+        table = PLAIN | {torch.ops.aten.silu.default: lambda x: x * torch.sigmoid(x)}       # PyTorch's goes by float32
+        with torch.no_grad():
+            twin = phone_twin(student, settings.size, cpu=True).to(settings.dtype)
+            program = torch.export.export(twin, (torch.zeros(shape, dtype=settings.dtype),))
+            lowered = exir.to_edge_transform_and_lower(
+                fold(program.run_decompositions(table)), partitioner=[xnnpack.XnnpackPartitioner()],
+                constant_methods=about(student, settings))
+        path.write_bytes(lowered.to_executorch().buffer)
+
+    def report(self):
+        """Functions, operations and delegates, and which operations no delegate takes."""
+        meta, functions, kinds = self.method.metadata, {}, Counter()
+        for name, tensor in (("latents", meta.input_tensor_meta(0)), ("video", meta.output_tensor_meta(0))):
+            functions[name] = "x".join(map(str, (*tensor.sizes(), "f32" if self.settings.float32 else "f16")))
+        for call in (instruction.instr_args for instruction in self.plan.chains[0].instructions):
+            if hasattr(call, "delegate_index"):
+                kinds["XNNPACK delegate"] += 1
+            elif hasattr(call, "op_index"):
+                kinds[self.plan.operators[call.op_index].name.removeprefix("aten::")] += 1
+        outside = {kind: n for kind, n in kinds.items() if kind != "XNNPACK delegate"}
+        why = {"cat": "XNNPACK joins no tensor with itself, as one frame that is repeated"}
+        return {"functions": {"forward": functions}, "kinds": dict(kinds),
+                "off_engine_kinds": {why.get(kind, "not taken by XNNPACK"): {kind: n} for kind, n in outside.items()}}
+
+    def compare(self, student, sample):
+        latents, video = sample(self.settings.latent_frames)
+        frames, = self.method.execute([frames_first(latents).to(self.settings.dtype)])
+        yield "clip", difference(frames.float(), video)
+
+
+FORMATS = {"coreml": CoreML, "coreai": CoreAI, "executorch": ExecuTorch}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Proof.
+
+BOUNDS = {"float32": 0.02, "fp16": 0.05, "core_ml": 0.05}     # worst errors of a video in about [-1, 1]: 10 x the usual
+PALETTE_FLOOR = 15      # dB between a student and itself with palettised weights: 4 bits leave 30, damage 10
+
+
+@torch.no_grad()
+def with_weights_of(function, student):
+    """The student's twin, with the package's palettised weights and the others rounded to fp16."""
+    twin = phone_twin(student)
+    outputs = [variable for op in function.operations for variable in op.outputs]
+    palettised = {v.name: v for v in outputs if v.name.endswith("_to_fp16_palettized")}
+    for name, p in twin.named_parameters():
+        variable = palettised.get(f"p_{name.replace('.', '_')}_to_fp16_palettized")
+        p.copy_(torch.from_numpy(constant(variable)) if variable else p.half())
+    return twin
+
+
+def core_ml(path, latents, units):
+    """The video that Core ML predicts on those compute units of this Mac."""
+    ct = coremltools()
+    package = ct.models.MLModel(str(path), compute_units=ct.ComputeUnit[units])
+    video = package.predict({"latents": latents.numpy().astype(np.float16)})["video"]
+    return torch.from_numpy(np.asarray(video, np.float32))
+
+
+def format_of(path):
+    """The class of the file at `path`, by the end of its name."""
+    for form in FORMATS.values():
+        if form.suffix == Path(path).suffix:
+            return form
+    raise ValueError(f"{path}: a package for phones ends with .mlpackage, .aimodel or .pte")
+
+
+@torch.no_grad()
+def prove(path, student, whole=False):
+    """Compare the file at `path` with its student on normal latents: {which: {"worst_error", "psnr"}}.
+
+    Core ML: "float32" and "fp16", its operations one by one, see `run`; on a Mac also "core_ml", Core ML's prediction
+    on the CPU, and "neural_engine", the same where the Neural Engine may take part. A palettised package is compared
+    with the student that has its weights, and "palettised" compares that one with `student`. Core AI and ExecuTorch, by
+    their own runtimes: "clip", and "stream", the worst of clips of two steps and each end; on a Mac also
+    "default_unit". "run_at": a file of more than its format's limit of FLOP is proven at that smaller size, where it
+    has the same operations, unless `whole`. Raises ValueError where the file is not the student.
+    """
+    opened, proof, random = format_of(path)(path), {}, torch.Generator().manual_seed(0)
+    if not identity(student).items() <= opened.metadata.items():
+        raise ValueError(f"{path} was exported from other weights, or another configuration, than this student's")
+    settings, config = opened.settings, student.config
+    t, channels, h, w = latent_shape(config, settings.size, settings.latent_frames)
+    if not whole and count_flops(config, (1, channels, t, h, w)) > opened.limit:
+        size = tuple(side - max(0, n - at) * config.compression[1]
+                     for side, n, at in zip(settings.size, (h, w), opened.proven_at))
+        with tempfile.TemporaryDirectory() as folder:
+            smaller = Path(folder) / f"smaller{opened.suffix}"
+            opened.write(smaller, student, replace(settings, size=size))
+            check_same(opened.program(), format_of(smaller)(smaller).program())
+            return prove(smaller, student, whole=True) | {"run_at": f"{size[0]}x{size[1]}"}
+    student = copy.deepcopy(student).float().cpu().eval().channels_last()
+
+    def sample(t):
+        """Latents (1, C, t, h, w), and the student's video of them (T, 3, H, W)."""
+        latents = torch.randn(1, channels, t, h, w, generator=random)
+        return latents, frames_first(crop(student(latents), settings.size))
+
+    for which, result in opened.compare(student, sample):
+        proof[which] = max(result, proof.get(which, result), key=lambda result: result["worst_error"])
+    bound = BOUNDS["float32" if settings.float32 else "fp16"]
+    check(proof, BOUNDS | {"clip": bound, "stream": bound})
+    return proof
+
+
+def check_same(program, smaller):
+    """Raise ValueError unless two programs are the same."""
+    if len(program) != len(smaller):
+        raise ValueError(f"{len(program)} operations, {len(smaller)} at the smaller size")
+    for i, (this, that) in enumerate(zip(program, smaller)):
+        if this != that:
+            raise ValueError(f"operation {i}, {str(this)[:80]}, is not what it is at the smaller size")
+
+
+def check(proof, bounds=BOUNDS):
+    """Raise ValueError if a comparison is outside the bounds."""
+    if "palettised" in proof and not proof["palettised"]["psnr"] > PALETTE_FLOOR:
+        raise ValueError(f"the palettised weights are not the student's: PSNR {proof['palettised']['psnr']:.1f} dB")
+    for which, bound in bounds.items():
+        if which in proof and not proof[which]["worst_error"] <= bound:         # NaN is not
+            raise ValueError(f"the package is not the student: worst error {proof[which]['worst_error']:.3g} in "
+                             f"{which}, {bound} would pass; PSNR {proof[which]['psnr']:.1f} dB")
+
+
+def verify(path, model, whole=False):
+    """Prove that the file at `path` computes what the student does; the worst error, Core ML's with fp16 rounding.
+
+    See `prove`. Raises ValueError where it does not.
+    """
+    proof = prove(path, model, whole)
+    return max(proof[which]["worst_error"] for which in ("fp16", "clip", "stream") if which in proof)
 
 
 def prove_and_report(path, student, whole):
-    """The report of the package at `path`, with its proof, as JSON. Raises as `prove` does."""
-    proof, size = prove(path, student, whole), sum(p.stat().st_size for p in Path(path).rglob("*") if p.is_file())
-    return json.dumps({**report(read(path)[0]), "package_bytes": size, "proof": proof}, indent=1) + "\n"
+    """The report of the file at `path`, with its proof, as JSON. Raises as `prove` does."""
+    path = Path(path)
+    proof, r = prove(path, student, whole), format_of(path)(path).report()
+    size = sum(file.stat().st_size for file in (path, *path.rglob("*")) if file.is_file())
+    r = {"operations": sum(r["kinds"].values()), **r, "package_bytes": size, "proof": proof}
+    return json.dumps(r, indent=1) + "\n"
+
+
+def export(model, size=(512, 512), latent_frames=None, path="student.mlpackage", bits=None, whole=False, note="",
+           graph="plain", stream=0, float32=False):
+    """Write a student to `path`, prove it, and return that path.
+
+    The path's end says the format: .mlpackage (Core ML: an ML Program in fp16), .aimodel (Core AI) or .pte
+    (ExecuTorch). model: a TurboVAED. size: (height, width) of the video in pixels; where it is no multiple of the
+    compression the package decodes a little more and crops. latent_frames: None takes what makes 17 frames, 16 where
+    first frames are kept. bits: 8, 6 or 4 palettises Core ML's weights by k-means. whole: see `prove`. note goes into
+    the description. graph, stream: Core AI's. "plain" is the student, "engine" its twin; a stream of so many latent
+    frames a step has the functions begin, step, end_0, end_1 ... beside clip. float32: not Core ML's.
+
+    A package takes "latents" as the teacher's encoder gives them and gives "video", about [-1, 1], not clamped: as
+    (t, C, h, w) and (T, 3, height, width), Core AI's plain one as (1, C, t, h, w) and (1, 3, T, height, width). Its
+    report, with the proof, lies beside it as .json. What was at `path` stays until the new package is proven. Raises
+    ValueError where it is not the student, and the formats' own errors.
+    """
+    path, size = Path(path), tuple(size)
+    frames = latent_shape(model.config, size, latent_frames)[0]
+    form = format_of(path)
+    with atomically(path.with_suffix(".json")) as file, atomically(path) as package:
+        form.write(package, model, Settings(size, frames, bits, graph, stream, float32, note))
+        file.write_text(prove_and_report(package, model, whole))
+        path.with_suffix(".json").unlink(missing_ok=True)       # it speaks of the old package
+    return path
 
 
 def text_of(text):
@@ -680,20 +1013,27 @@ def text_of(text):
     count = lambda kinds: ", ".join(f"{n} {kind}" for kind, n in kinds.items())
     off_engine = "; ".join(f"{count(kinds)} ({reason})" for reason, kinds in r["off_engine_kinds"].items())
     proof = r["proof"]
-    lines = [f"{r['operations']} operations, of which {r['views']} move nothing: {count(r['kinds'])}",
-             f"{r['flops'] / 1e9:.1f} GFLOP, {r['bytes_moved'] / 1e9:.3f} GB moved, activations at most "
-             f"{r['peak_activation_bytes'] / 1e6:.1f} MB",
-             f"{r['parameters'] / 1e6:.3f} M weights in {r['weight_bytes'] / 1e6:.2f} MB; "
-             f"package {r['package_bytes'] / 1e6:.1f} MB",
-             f"kept off the Neural Engine: {off_engine or 'none'}"]
+    lines = [f"{r['operations']} operations: {count(r['kinds'])}; package {r['package_bytes'] / 1e6:.2f} MB"]
+    for name, tensors in r["functions"].items():
+        states = sum(key.startswith("state_") for key in tensors)
+        given = [f"{key} {tensors[key]}" for key in ("latents", "video") if key in tensors]
+        lines.append(f"{name}: {', '.join(given)}{f', {states} states' if states else ''}")
+    where = "outside XNNPACK's delegates" if "forward" in r["functions"] else "kept off the Neural Engine"
+    lines.append(f"{where}: {off_engine or 'none'}")
+    if r.get("narrow"):
+        lines.append(f"{r['narrow']} operations give rows shorter than 32, which take the memory of 32")
     if "run_at" in proof:
         lines.append(f"run at {proof['run_at']}, where it has the same operations (--whole runs all of it):")
     for which, words in (("palettised", "its weights against the student's"),
                          ("float32", "its operations in float32"), ("fp16", "its operations, each rounded to fp16"),
-                         ("core_ml", "Core ML's prediction on the CPU"), ("neural_engine", "with the Neural Engine")):
+                         ("core_ml", "Core ML's prediction on the CPU"), ("neural_engine", "with the Neural Engine"),
+                         ("clip", "by its own runtime"), ("stream", "streams to each of its ends"),
+                         ("default_unit", "on this Mac's default unit")):
         if which in proof:
             lines.append(f"{words}: worst error {proof[which]['worst_error']:.2g}, PSNR {proof[which]['psnr']:.1f} dB")
-    lines.append(f"largest sum of squares under a norm {proof['fp16']['largest_sum_of_squares']:.3g}, fp16 holds 65504")
+    if "fp16" in proof:
+        largest = proof["fp16"]["largest_sum_of_squares"]
+        lines.append(f"largest sum of squares under a norm {largest:.3g}, fp16 holds 65504")
     return "\n".join(lines)
 
 
@@ -701,8 +1041,8 @@ def text_of(text):
 
 def parse():
     parser = argparse.ArgumentParser(usage="%(prog)s [--student PATH] [options]; --help explains each",
-                                     description="Student to Core ML packages, each run operation by operation and "
-                                     "compared with the student, and a report of what a phone will have to do.")
+                                     description="Student to packages for phones, each run and compared with the "
+                                     "student, and a report of what a phone will have to do.")
     add = parser.add_argument
     add("--student", metavar="PATH", help="a run's folder, a file or a hub id (default: the newest under out/, else "
         "the shipped one)")
@@ -712,14 +1052,25 @@ def parse():
         "512x512 720x1280); what is no multiple of the compression is cropped in the package")
     add("--latent-frames", type=number(int, 1), metavar="N", help="default: what makes 17 frames, 16 for students that "
         "keep first frames")
-    add("--bits", type=int, choices=(8, 6, 4), help="palettise the weights (default: fp16)")
+    add("--format", nargs="+", choices=FORMATS, default=["coreml"], help="Core ML: iOS 18 on; Core AI: iOS 27 on; "
+        "ExecuTorch: Android and CPUs (default coreml)")
+    add("--bits", type=int, choices=(8, 6, 4), help="palettise Core ML's weights (default: fp16)")
+    add("--graph", choices=("plain", "engine"), help="Core AI's: the student as it is, for GPUs "
+        "(default), or its two-dimensional twin, for the Neural Engine")
+    add("--stream", type=number(int, 1), default=0, metavar="N", help="Core AI: video of any length, N latent "
+        "frames a step")
+    add("--float32", action="store_true", help="Core AI and ExecuTorch: not float16")
     add("--out", metavar="DIR", help="folder for the packages (default: the student's run, else out/export)")
-    add("--whole", action="store_true", help=f"run packages of more than {WHOLE_FLOPS / 1e12:.0f} TFLOP whole, which "
-        "takes minutes, and not at a smaller height")
+    add("--whole", action="store_true", help="run large packages whole, which takes minutes, and not at a smaller size")
     add("--verify", metavar="PACKAGE", help="export nothing: compare this package with the student")
     args = parser.parse_args()
-    if args.verify and (args.size or args.bits or args.latent_frames or args.out):
+    if args.verify and (args.size or args.bits or args.latent_frames or args.out or args.stream):
         parser.error("--verify PACKAGE takes the package as it is: beside it go --student, --config, --random, --whole")
+    for flag, form in (("bits", "coreml"), ("graph", "coreai"), ("stream", "coreai")):
+        if getattr(args, flag) and form not in args.format:
+            parser.error(f"--{flag} goes with --format {form}")
+    if args.float32 and "coreml" in args.format or args.stream and args.graph == "engine":
+        parser.error("--float32 goes without --format coreml, --stream without --graph engine")
     if args.random and (not args.config or args.student):
         parser.error("--random needs --config NAME and goes without --student")
     if args.config and not args.random and not args.student:
@@ -758,17 +1109,20 @@ def main():
         return print(text_of(text))
     check_writable(folder)
     paths = {}
-    for size in args.size or [(512, 512), (720, 1280)]:
+    ends = {"coreml": f"engine_{args.bits}bit" if args.bits else "engine", "executorch": "executorch",
+            "coreai": f"coreai_{args.graph or 'plain'}" + (f"_stream{args.stream}" if args.stream else "")}
+    for size, form in itertools.product(args.size or [(512, 512), (720, 1280)], args.format):
         frames = student.config.frames(latent_shape(student.config, size, args.latent_frames)[0])
-        bits = f"_{args.bits}bit" if args.bits else ""
-        path = paths[size] = folder / f"{name}_{frames}x{size[0]}x{size[1]}_engine{bits}.mlpackage"
+        end = ends[form] + ("_float32" if args.float32 else "") + FORMATS[form].suffix
+        path = paths[size, form] = folder / f"{name}_{frames}x{size[0]}x{size[1]}_{end}"
         if path.exists() and not (folder / OWN_FILE).exists():      # a run's own folder holds packages of one student
-            if not identity(student).items() <= read(path)[1].items():
+            if not identity(student).items() <= format_of(path)(path).metadata.items():
                 raise ValueError(f"{path} is another student's: name another folder with --out, or delete it")
-    for size, path in paths.items():
+    for (size, _), path in paths.items():
         print(path, flush=True)
         started, note = time.perf_counter(), "Random weights: for speed only." if args.random else ""
-        export(student, size, args.latent_frames, path, args.bits, args.whole, note)
+        export(student, size, args.latent_frames, path, args.bits, args.whole, note, args.graph or "plain",
+               args.stream, args.float32)
         print(text_of(path.with_suffix(".json").read_text()))
         print(f"exported and proven in {time.perf_counter() - started:.0f} s\n", flush=True)
 
