@@ -79,6 +79,11 @@ def frames_of(x):
     return list(x.split(1)) if len(x) > 1 else [x]
 
 
+def join(pieces):
+    """Frames one after the other; neither format knows a concat of one."""
+    return torch.cat(pieces) if len(pieces) > 1 else pieces[0]
+
+
 def crop(video, size):
     return video if size in (None, video.shape[-2:]) else video[..., :size[0], :size[1]]
 
@@ -142,7 +147,7 @@ class CpuConv3d(TwinConv3d):
     def forward(self, x):
         frames, T = frames_of(x), len(x)
         frames = frames[:1] + frames + [x[T - 1:] for _ in range(1 + T % 2)]       # XNNPACK joins no tensor with itself
-        before, even, odd, after = (torch.cat(frames[i:i + T + T % 2:2]) for i in range(4))
+        before, even, odd, after = (join(frames[i:i + T + T % 2:2]) for i in range(4))
         conv = lambda x, i, bias=None: F.conv2d(x, self.taps[i], bias, padding=1)
         a, b = conv(before - odd, 0), conv(even + odd, 1, self.conv.bias)
         c, d = conv(odd - even, 2), conv(after - even, 3)
@@ -159,7 +164,8 @@ class TwinSeparableConv3d(SeparableConv3d):
 
     def forward(self, x):
         r, T, bias = len(self.taps) // 2, len(x), self.depthwise_conv.bias
-        x = torch.cat([*[take(x, 0, 1)] * r, x, *[take(x, T - 1, T)] * r]) if r else x
+        ends = lambda t: [take(x, t, t + 1) for _ in range(r)]      # XNNPACK joins no tensor with itself
+        x = join([*ends(0), x, *ends(T - 1)])
         h = F.conv2d(take(x, 0, T), self.taps[0], bias, padding=r, groups=len(bias))
         for i, weight in enumerate(self.taps[1:], start=1):
             h = h + F.conv2d(x[i:i + T], weight, padding=r, groups=len(bias))
@@ -180,12 +186,11 @@ class TwinUpsampler(Upsampler):
             x = F.interpolate(x, scale_factor=r_s, mode="nearest") if r_s > 1 else x
             frames = [frame for frame in frames_of(x) for _ in range(r_t)]
             frames = [frame for piece in self.left(len(frames)) for frame in frames[piece]]
-            return self.conv(torch.cat(frames) if r_t > 1 else x)
+            return self.conv(join(frames) if r_t > 1 else x)
         x = self.conv(x)
         x = x.reshape(r_t * len(x), -1, *x.shape[2:])
         pieces = [take(x, piece.start, min(piece.stop, len(x))) for piece in self.left(len(x))]
-        x = torch.cat(pieces) if len(pieces) > 1 else pieces[0]
-        return F.pixel_shuffle(x, r_s) if r_s > 1 else x
+        return F.pixel_shuffle(join(pieces), r_s) if r_s > 1 else join(pieces)
 
 
 class TwinUpsampler2d(Upsampler2d):
