@@ -4,6 +4,7 @@
     python bench.py --config ltx dc --size 512x512 720x1280        # on a GPU, in float16; needs PyTorch alone
     python bench.py --config ltx --teacher             # against the teacher, with random weights
     python bench.py --config ltx --decode              # plain, compiled, and optimized for inference
+    python bench.py --pte PATH --decode                # export.py's file for ExecuTorch beside PyTorch
     python bench.py --config ltx --stream              # clips of any length: latency, frames per second, memory
     python bench.py --blocks                           # latency by block with the three upsamplers (Figure 3, Table 1)
     python bench.py --mlpackage PATH                   # on a Mac: export.py's package, on every choice of compute units
@@ -35,8 +36,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from model import (BLOCKS, CONFIGS, UPSAMPLING, TurboVAED, atomically, check_writable, choose_student, find_device,
-                   number, parse_size, run_command, summary, text_table)
+from model import (BLOCKS, CONFIGS, UPSAMPLING, TurboVAED, atomically, check_writable, choose_student,
+                   count_parameters, find_device, number, parse_size, run_command, summary, text_table)
 
 WARM_UP = 3     # rounds that do not count, in which caches fill, clocks rise and kernels are chosen
 PARTS = ("conv_in", *BLOCKS, "out")
@@ -105,10 +106,6 @@ class WorkCounter(TorchDispatchMode):
             self.flops += flop_registry[func.overloadpacket](*args, **kwargs or {}, out_val=out)
             self.moved += sum(x.nbytes for x in tree_leaves((args, kwargs, out)) if isinstance(x, torch.Tensor))
         return out
-
-
-def count(module):
-    return sum(p.numel() for p in module.parameters())
 
 
 def count_work(run):
@@ -216,12 +213,6 @@ def ways_to_decode(args, name, student, latents):
         ways["optimized"] = copy.deepcopy(student).optimize_for_inference(compile=args.compile)
         if args.compile and latents.is_cuda:
             ways["CUDA graphs"] = copy.deepcopy(student).optimize_for_inference(compile="reduce-overhead")
-    if args.pte:
-        from executorch.runtime import Runtime
-        ways["ExecuTorch"] = pte = torch.nn.Module()
-        pte.program = Runtime.get().load_program(args.pte)
-        method = pte.program.load_method("forward")
-        pte.forward = lambda latents: method.execute([latents[0].transpose(0, 1).contiguous()])[0]
     return ways
 
 
@@ -234,6 +225,10 @@ def bench_students(args, device, dtype):
         latents, clip = random_clip(student, name, args.frames, size)
         modules = ways_to_decode(args, name, student, latents)
         runs = {way: partial(module, latents) for way, module in modules.items()}
+        if args.pte:
+            from export import ExecuTorch, frames_first
+            modules["ExecuTorch"], pte, inputs = student, ExecuTorch(args.pte), [frames_first(latents)]
+            runs["ExecuTorch"] = lambda: pte.method.execute(inputs)
         if args.teacher:
             from teachers import load_teacher
             teacher = load_teacher(name, None if name == "tiny" else "random", device, dtype)
@@ -243,7 +238,7 @@ def bench_students(args, device, dtype):
         seconds = take_turns(runs | limits, device, args.rounds)
         base = "teacher" if args.teacher else "eager"
         for way, run in runs.items():
-            row = {"model": name, "way": way, **clip, "parameters": count(modules[way]),
+            row = {"model": name, "way": way, **clip, "parameters": count_parameters(modules[way]),
                    **timing_row(seconds, way, clip["frames"], base, work.get(way, work["eager"]), amounts)}
             if device.type == "cuda" and way != "teacher":
                 row |= paper_speed("paper_a100", name, *size)
@@ -345,7 +340,7 @@ def bench_blocks(args, device, dtype):
             blocks = {part: times[part] + times.get(f"{part} upsampler", 0) for part in PARTS}
             whole = sum(blocks.values())
             blocks |= upsamplers | {"upsamplers": sum(upsamplers.values())}
-            rows.append({"model": name, "way": way, **clip, "parameters": count(student),
+            rows.append({"model": name, "way": way, **clip, "parameters": count_parameters(student),
                          **timing_row(seconds, way, clip["frames"], "pixel_shuffle_3d"),
                          "blocks": blocks, "shares": {part: time / whole for part, time in blocks.items()}})
     return rows
@@ -501,9 +496,6 @@ def picture(rows, path):
     plt.close(figure)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The command line.
-
 def parse():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      usage="%(prog)s [--config NAME | --student PATH] [options]; --help explains each")
@@ -516,7 +508,7 @@ def parse():
     add("--teacher", action=argparse.BooleanOptionalAction, help="teachers too (default: without --config)")
     add("--compile", action=argparse.BooleanOptionalAction, default=True, help="torch.compile too (default)")
     add("--decode", action="store_true", help="optimized for inference as well, and no teacher unless --teacher")
-    add("--pte", metavar="PATH", help="export.py's .pte of this student, size and dtype as well, by ExecuTorch")
+    add("--pte", metavar="PATH", help="export.py's .pte of this student, size and --dtype as well, on the CPU")
     add("--stream", action="store_true", help="streamed in chunks against whole")
     add("--lengths", type=number(int, 1), nargs="+", metavar="N", help="of --stream's latents (default 10 100 600)")
     add("--chunk", type=number(int, 1), help="latent frames that --stream decodes at a time (default 4)")

@@ -44,6 +44,19 @@ def test_student_against_teacher(bench, tmp_path, capsys):
     assert (tmp_path / "bench.png").stat().st_size > 5000
 
 
+def test_a_pte_against_pytorch(bench, tmp_path):
+    pytest.importorskip("executorch")
+    from export import Settings, ExecuTorch
+    student = TurboVAED.from_pretrained(SHIPPED)
+    ExecuTorch.write(tmp_path / "a.pte", student, Settings((16, 16), 4, float32=True))
+    flags = ("--student", SHIPPED, "--size", "16x16", "--no-compile", "--no-teacher", "--pte")
+    eager, pte = bench(*flags, tmp_path / "a.pte")
+    assert (pte["way"], pte["compared_with"], pte["frames"]) == ("ExecuTorch", "eager", 16) and pte["speed_up"] > 0
+    assert pte["parameters"] == eager["parameters"] and pte["flops"] == eager["flops"]
+    with pytest.raises(ValueError, match="damaged, or no ExecuTorch program"):
+        bench(*flags, tmp_path / "bench.json")
+
+
 def test_eager_against_compiled_and_without_a_compiler(bench, monkeypatch, capsys):
     compiled, real = [], torch.compile
 
