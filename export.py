@@ -300,8 +300,8 @@ PLAIN = {torch.ops.turbo_vaed.rms_norm.default: lambda x: x * torch.rsqrt(mean(x
 
 # ---------------------------------------------------------------------------------------------------------------------
 # A format is a class. write(path, student, settings) makes a file, Format(path) reads one, and report() says what it
-# is. too_large(student) and program() serve the proof of a large file by a smaller one. compare(student, sample) yields
-# (name, difference) of what the file computes and what the student does.
+# is. compare(student, sample) yields (name, difference) of what the file computes and what the student does. Where that
+# takes more than `limit` FLOP, at most `proven_at` latents are run, after a look at program().
 
 @dataclass(frozen=True)
 class Settings:
@@ -337,6 +337,20 @@ def about(student, settings):
 def read_settings(metadata):
     settings = Settings(**json.loads(metadata["settings"]))
     return replace(settings, size=tuple(settings.size))
+
+
+def shape_text(shape, dtype="f16"):
+    return "x".join(map(str, (*shape, dtype)))
+
+
+def summarise(operations, **functions):
+    """A report of pairs (kind of an operation, what keeps it off the Neural Engine or None)."""
+    off_engine = {}
+    for kind, reason in operations:
+        if reason:
+            off_engine.setdefault(reason, Counter())[kind] += 1
+    return {"operations": len(operations), "kinds": dict(Counter(kind for kind, _ in operations).most_common()),
+            "off_engine_kinds": off_engine, "functions": functions}
 
 
 def difference(video, expected):
@@ -444,19 +458,6 @@ def constant(variable):
     return variable.val
 
 
-def last_uses(ops):
-    """{number of an operation: names of variables, but the video, that nothing after it reads}."""
-    last = {}
-    for i, op in enumerate(ops):
-        for variable in (*sum(inputs_of(op).values(), []), *op.outputs):
-            last[variable.name] = i
-    uses = {i: [] for i in range(len(ops))}
-    for name, i in last.items():
-        if name != "video":
-            uses[i].append(name)
-    return uses
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # MIL, operation by operation, in PyTorch. Parameters are MIL's; one that is not here is an error, as is an operation.
 
@@ -469,12 +470,9 @@ def conv(x, weight, strides, pad_type, pad, dilations, groups, bias=None):
 def slice_by_index(x, begin, end, begin_mask=None, end_mask=None, squeeze_mask=None):
     if any(squeeze_mask or ()):
         raise ValueError("slice_by_index squeezes")
-    slices = []
-    for axis in range(x.ndim):
-        start = None if begin_mask and begin_mask[axis] else begin[axis]
-        stop = None if end_mask and end_mask[axis] else end[axis]
-        slices.append(slice(start, stop))
-    return x[tuple(slices)]
+    bounds = [[None if masks and masks[axis] else places[axis] for axis in range(x.ndim)]
+              for places, masks in ((begin, begin_mask), (end, end_mask))]
+    return x[tuple(map(slice, *bounds))]
 
 
 def mil_layer_norm(x, axes, epsilon):
@@ -522,7 +520,8 @@ def run(function, latents, fp16):
     """
     from tqdm import tqdm
     ops, values, largest_square = operations(function), {"latents": latents}, 0.0
-    uses = last_uses(ops)
+    names = lambda op: [v.name for variables in inputs_of(op).values() for v in variables]
+    readers = Counter(name for op in ops for name in names(op))
     for i, op in enumerate(tqdm(ops, unit="op", leave=False, disable=not sys.stderr.isatty())):
         where = f"operation {i}, {op.op_type} {op.name}"
         if op.op_type not in MIL:
@@ -544,8 +543,10 @@ def run(function, latents, fp16):
         del result, results
         if op.op_type == "reduce_l2_norm":
             largest_square = max(largest_square, values[op.outputs[0].name].max().item() ** 2)
-        for name in uses[i]:
-            values.pop(name, None)
+        readers.subtract(names(op))
+        for name in names(op):
+            if not readers[name]:
+                values.pop(name, None)
     return values["video"], largest_square
 
 
@@ -579,22 +580,11 @@ def why_not(op):
         return "not fp16"
 
 
-def by_reason(operations):
-    """{what keeps off the Neural Engine: {kind: how many}} of pairs (kind, reason or None)."""
-    found = {}
-    for kind, reason in operations:
-        if reason:
-            found.setdefault(reason, Counter())[kind] += 1
-    return found
-
-
 def report(function):
     """Functions, operations, and what keeps off the Neural Engine by what is known of it."""
-    ops = operations(function)
-    tensors = ("latents", function.inputs["latents"].shape), ("video", function.outputs[0].shape)
-    return {"functions": {"main": {name: "x".join(map(str, (*shape, "f16"))) for name, shape in tensors}},
-            "kinds": dict(Counter(op.op_type for op in ops).most_common()),
-            "off_engine_kinds": by_reason((op.op_type, why_not(op)) for op in ops)}
+    return summarise([(op.op_type, why_not(op)) for op in operations(function)],
+                     main=dict(latents=shape_text(function.inputs["latents"].shape),
+                               video=shape_text(function.outputs[0].shape)))
 
 
 class CoreML:
@@ -614,18 +604,14 @@ class CoreML:
         return report(self.function)
 
     def program(self):
-        """Its operations, wiring, weights and parameters, but for heights."""
-        def signature(op):
-            inputs = {}
-            for key, variables in inputs_of(op).items():
-                values = [constant(v) for v in variables]
-                if key in ("shape", "end"):         # of four axes, of which the third is the height
-                    values = [np.delete(value, 2) for value in values]
-                inputs[key] = [v.name if value is None else np.asarray(value).tobytes()
-                               for v, value in zip(variables, values)]
-            return f"{op.op_type} {op.name}", inputs, [v.name for v in op.outputs]
+        """Its operations, wiring, weights and parameters, but for heights: the third of four axes."""
+        def content(key, variable):
+            value = constant(variable)
+            value = np.delete(value, 2) if key in ("shape", "end") else value
+            return variable.name if value is None else np.asarray(value).tobytes()
 
-        return list(map(signature, operations(self.function)))
+        return [(op.op_type, [v.name for v in op.outputs], {key: [content(key, v) for v in variables]
+                 for key, variables in inputs_of(op).items()}) for op in operations(self.function)]
 
     def compare(self, student, sample):
         latents, video = sample(self.settings.latent_frames)
@@ -637,9 +623,12 @@ class CoreML:
         yield "float32", difference(run(self.function, latents, fp16=False)[0], video)
         rounded, largest_square = run(self.function, latents, fp16=True)
         yield "fp16", difference(rounded, video) | {"largest_sum_of_squares": largest_square}
-        if sys.platform == "darwin":
-            yield "core_ml", difference(core_ml(self.path, latents, "CPU_ONLY"), video)
-            yield "neural_engine", difference(core_ml(self.path, latents, "CPU_AND_NE"), video)     # has no bound
+        for which, units in (("core_ml", "CPU_ONLY"), ("neural_engine", "CPU_AND_NE")):     # the latter has no bound
+            if sys.platform == "darwin":
+                ct = coremltools()
+                package = ct.models.MLModel(str(self.path), compute_units=ct.ComputeUnit[units])
+                frames = package.predict({"latents": latents.numpy().astype(np.float16)})["video"]
+                yield which, difference(torch.from_numpy(np.asarray(frames, np.float32)), video)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -749,12 +738,8 @@ class CoreAI:
         with contextlib.redirect_stderr(io.StringIO()):
             asset = converter.to_coreai().save_asset(path.absolute())
 
-        def describe(metadata):
-            metadata.model_description = f"Turbo-VAED: latents to video. {settings.note}".strip()
-            for key, value in about(student, settings).items():
-                metadata.set_custom(key, value)
-
-        asset.update_metadata(describe)
+        entries = about(student, settings).items()
+        asset.update_metadata(lambda metadata: [metadata.set_custom(*entry) for entry in entries])
 
     def report(self):
         """Functions, operations, and by Apple's rules what keeps off the Neural Engine and what takes more memory."""
@@ -769,20 +754,12 @@ class CoreAI:
                 found.append((kind[1], "rank above 5" if len(shape) > 5 else "float32" if dtype == "f32" else
                               "zero length" if "0" in shape else None))
                 narrow += bool(shape) and int(shape[-1]) < 32
-        return {"functions": functions, "kinds": dict(Counter(kind for kind, _ in found).most_common()),
-                "off_engine_kinds": by_reason(found), "narrow": narrow}
+        return summarise(found, **functions) | {"narrow": narrow}
 
     def program(self):
-        """Its lines, but for lengths of axes and for how many integers there are among the numbered values."""
-        lines, names = [], {}
-        for line in self.lines:
-            value, integer = re.match(r" *(%\w+) =", line), re.search(r"constant.*[su]i32>$", line)
-            if value:
-                names[value[1]] = "integer" if integer else f"%{len(lines)}"
-            if not integer:
-                line = re.sub(r"%\d+", lambda name: names[name[0]], line)
-                lines.append(re.sub(r"\d+x|(?<=@layer_norm)_\w+|(?<=@pixel_shuffle)_\w+", "", line))
-        return lines
+        """Its functions, operations, and the hashes of its weights, in order."""
+        return re.findall(r"(?<=@)(?:clip|begin|step|end_\d)\b|coreai\.[\w.]+|resource_\w+",
+                          "\n".join(line for line in self.lines if not re.search(r"constant.*i32>$", line)))
 
     async def play(self, calls, states, options=None):
         """The video (T, 3, H, W) of calls [(function, latents), ...].
@@ -794,11 +771,11 @@ class CoreAI:
         async with self.asset.executable(options) as model:
             functions = {name: model.load_function(name) for name in dict(calls)}
             for name, latents in calls:
-                function = functions[name]
-                for key in function.desc.state_names:
-                    states.setdefault(key, to_array(torch.zeros(function.desc.state_descriptor(key).shape)))
-                outputs = await function({"latents": to_array(latents)} if latents.numel() else {},
-                                         **({"state": states} if function.desc.state_names else {}))
+                about = functions[name].desc
+                for key in about.state_names:
+                    states.setdefault(key, to_array(torch.zeros(about.state_descriptor(key).shape)))
+                inputs = {"latents": to_array(latents)} if latents.numel() else {}
+                outputs = await functions[name](inputs, **({"state": states} if states else {}))
                 frames = torch.from_numpy(outputs["video"].numpy()).float()
                 video.append(frames if frames.ndim == 4 else frames_first(frames))
         return torch.cat(video)
@@ -806,16 +783,15 @@ class CoreAI:
     def compare(self, student, sample):
         latents, video = sample(self.settings.latent_frames)
         calls = [("clip", frames_first(latents) if self.settings.graph == "engine" else latents)]
+        played = lambda *arguments: difference(asyncio.run(self.play(*arguments)), video)
+        yield "clip", played(calls, {})
         options = library("coreai.runtime").SpecializationOptions
-        mac = options.is_supported()
-        yield "clip", difference(asyncio.run(self.play(calls, {}, options.cpu_only() if mac else None)), video)
-        if mac:
-            yield "default_unit", difference(asyncio.run(self.play(calls, {}, options.default())), video)   # no bound
-        n = self.settings.stream
-        ahead = student.reach(0) + n
+        if options.is_supported():      # on a Mac, with USE_OS_COREAI=1
+            yield "default_unit", played(calls, {}, options.default())
+        n, ahead = self.settings.stream, student.reach(0) + self.settings.stream
         for t in range(ahead + 2 * n, ahead + 3 * n):       # two steps and each of the ends
             latents, video = sample(t)
-            yield "stream", difference(asyncio.run(self.play(stream_calls(latents, n, ahead), {})), video)
+            yield "stream", played(stream_calls(latents, n, ahead), {})
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -825,16 +801,15 @@ class ExecuTorch:
     suffix, limit, proven_at = ".pte", math.inf, ()
 
     def __init__(self, path):
-        self.path, runtime = Path(path), library("executorch.runtime")
-        deserialize = library("executorch.exir._serialize._program").deserialize_pte_binary
+        runtime, serialize = library("executorch.runtime"), library("executorch.exir._serialize._program")
         try:
-            self.loaded = runtime.Runtime.get().load_program(self.path)
+            self.loaded = runtime.Runtime.get().load_program(path)
             self.method = self.loaded.load_method("forward")
-            plans = {plan.name: plan for plan in deserialize(self.path.read_bytes()).program.execution_plan}
-            self.plan, self.metadata = plans.pop("forward"), {}
-            for key in plans:
-                self.metadata[key], = self.loaded.load_method(key).execute([])
+            names = self.loaded.method_names - {"forward"}
+            self.metadata = {name: self.loaded.load_method(name).execute([])[0] for name in names}
             self.settings = read_settings(self.metadata)
+            plans = serialize.deserialize_pte_binary(Path(path).read_bytes()).program.execution_plan
+            self.plan, = (plan for plan in plans if plan.name == "forward")
         except (OSError, ValueError, RuntimeError, KeyError) as error:
             raise ValueError(f"{path}: damaged, or no ExecuTorch program of ours: {summary(error)}") from None
 
@@ -842,30 +817,27 @@ class ExecuTorch:
     def write(path, student, settings):
         exir, xnnpack = library("executorch.exir"), library("executorch.backends.xnnpack.partition.xnnpack_partitioner")
         fold = library("executorch.exir.passes.constant_prop_pass").constant_prop_pass
-        shape = latent_shape(student.config, settings.size, settings.latent_frames)
         table = PLAIN | {torch.ops.aten.silu.default: lambda x: x * torch.sigmoid(x)}       # PyTorch's goes by float32
+        latents = torch.zeros(latent_shape(student.config, settings.size, settings.latent_frames), dtype=settings.dtype)
         with torch.no_grad():
             twin = phone_twin(student, settings.size, cpu=True).to(settings.dtype)
-            program = torch.export.export(twin, (torch.zeros(shape, dtype=settings.dtype),))
+            program = torch.export.export(twin, (latents,))
             lowered = exir.to_edge_transform_and_lower(
                 fold(program.run_decompositions(table)), partitioner=[xnnpack.XnnpackPartitioner()],
                 constant_methods=about(student, settings))
         path.write_bytes(lowered.to_executorch().buffer)
 
     def report(self):
-        """Functions, operations and delegates, and which operations no delegate takes."""
-        meta, functions, kinds = self.method.metadata, {}, Counter()
-        for name, tensor in (("latents", meta.input_tensor_meta(0)), ("video", meta.output_tensor_meta(0))):
-            functions[name] = "x".join(map(str, (*tensor.sizes(), "f32" if self.settings.float32 else "f16")))
+        """Functions, delegates, and the operations that no delegate takes."""
+        meta, found, dtype = self.method.metadata, [], "f32" if self.settings.float32 else "f16"
         for call in (instruction.instr_args for instruction in self.plan.chains[0].instructions):
             if hasattr(call, "delegate_index"):
-                kinds["XNNPACK delegate"] += 1
+                found.append(("XNNPACK delegate", None))
             elif hasattr(call, "op_index"):
-                kinds[self.plan.operators[call.op_index].name.removeprefix("aten::")] += 1
-        outside = {kind: n for kind, n in kinds.items() if kind != "XNNPACK delegate"}
-        why = {"cat": "XNNPACK joins no tensor with itself, as one frame that is repeated"}
-        return {"functions": {"forward": functions}, "kinds": dict(kinds),
-                "off_engine_kinds": {why.get(kind, "not taken by XNNPACK"): {kind: n} for kind, n in outside.items()}}
+                kind = self.plan.operators[call.op_index].name.removeprefix("aten::")
+                found.append((kind, "XNNPACK joins no frame with itself" if kind == "cat" else "unknown to XNNPACK"))
+        return summarise(found, forward=dict(latents=shape_text(meta.input_tensor_meta(0).sizes(), dtype),
+                                             video=shape_text(meta.output_tensor_meta(0).sizes(), dtype)))
 
     def compare(self, student, sample):
         latents, video = sample(self.settings.latent_frames)
@@ -893,14 +865,6 @@ def with_weights_of(function, student):
         variable = palettised.get(f"p_{name.replace('.', '_')}_to_fp16_palettized")
         p.copy_(torch.from_numpy(constant(variable)) if variable else p.half())
     return twin
-
-
-def core_ml(path, latents, units):
-    """The video that Core ML predicts on those compute units of this Mac."""
-    ct = coremltools()
-    package = ct.models.MLModel(str(path), compute_units=ct.ComputeUnit[units])
-    video = package.predict({"latents": latents.numpy().astype(np.float16)})["video"]
-    return torch.from_numpy(np.asarray(video, np.float32))
 
 
 def format_of(path):
@@ -953,9 +917,9 @@ def check_same(program, smaller):
     """Raise ValueError unless two programs are the same."""
     if len(program) != len(smaller):
         raise ValueError(f"{len(program)} operations, {len(smaller)} at the smaller size")
-    for i, (this, that) in enumerate(zip(program, smaller)):
+    for this, that in zip(program, smaller):
         if this != that:
-            raise ValueError(f"operation {i}, {str(this)[:80]}, is not what it is at the smaller size")
+            raise ValueError(f"operation {str(this)[:80]} is not what it is at the smaller size")
 
 
 def check(proof, bounds=BOUNDS):
@@ -982,8 +946,7 @@ def prove_and_report(path, student, whole):
     path = Path(path)
     proof, r = prove(path, student, whole), format_of(path)(path).report()
     size = sum(file.stat().st_size for file in (path, *path.rglob("*")) if file.is_file())
-    r = {"operations": sum(r["kinds"].values()), **r, "package_bytes": size, "proof": proof}
-    return json.dumps(r, indent=1) + "\n"
+    return json.dumps(r | {"package_bytes": size, "proof": proof}, indent=1) + "\n"
 
 
 def export(model, size=(512, 512), latent_frames=None, path="student.mlpackage", bits=None, whole=False, note="",
@@ -997,16 +960,15 @@ def export(model, size=(512, 512), latent_frames=None, path="student.mlpackage",
     the description. graph, stream: Core AI's. "plain" is the student, "engine" its twin; a stream of so many latent
     frames a step has the functions begin, step, end_0, end_1 ... beside clip. float32: not Core ML's.
 
-    A package takes "latents" as the teacher's encoder gives them and gives "video", about [-1, 1], not clamped: as
-    (t, C, h, w) and (T, 3, height, width), Core AI's plain one as (1, C, t, h, w) and (1, 3, T, height, width). Its
-    report, with the proof, lies beside it as .json. What was at `path` stays until the new package is proven. Raises
-    ValueError where it is not the student, and the formats' own errors.
+    A package maps "latents" as the teacher's encoder gives them, (t, C, h, w), to "video" (T, 3, height, width) in
+    about [-1, 1], not clamped; Core AI's plain graph (1, C, t, h, w) to (1, 3, T, height, width). Its report, with the
+    proof, lies beside it as .json. What was at `path` stays until the new package is proven. Raises ValueError where it
+    is not the student, and the formats' own errors.
     """
-    path, size = Path(path), tuple(size)
-    frames = latent_shape(model.config, size, latent_frames)[0]
-    form = format_of(path)
+    path, frames = Path(path), latent_shape(model.config, size, latent_frames)[0]
+    settings = Settings(tuple(size), frames, bits, graph, stream, float32, note)
     with atomically(path.with_suffix(".json")) as file, atomically(path) as package:
-        form.write(package, model, Settings(size, frames, bits, graph, stream, float32, note))
+        format_of(path).write(package, model, settings)
         file.write_text(prove_and_report(package, model, whole))
         path.with_suffix(".json").unlink(missing_ok=True)       # it speaks of the old package
     return path
@@ -1017,28 +979,21 @@ def text_of(text):
     r = json.loads(text)
     count = lambda kinds: ", ".join(f"{n} {kind}" for kind, n in kinds.items())
     off_engine = "; ".join(f"{count(kinds)} ({reason})" for reason, kinds in r["off_engine_kinds"].items())
-    proof = r["proof"]
+    proof, where = r["proof"], "outside XNNPACK" if "forward" in r["functions"] else "kept off the Neural Engine"
     lines = [f"{r['operations']} operations: {count(r['kinds'])}; package {r['package_bytes'] / 1e6:.2f} MB"]
     for name, tensors in r["functions"].items():
-        states = sum(key.startswith("state_") for key in tensors)
-        given = [f"{key} {tensors[key]}" for key in ("latents", "video") if key in tensors]
-        lines.append(f"{name}: {', '.join(given)}{f', {states} states' if states else ''}")
-    where = "outside XNNPACK's delegates" if "forward" in r["functions"] else "kept off the Neural Engine"
+        given = [f"{key} {shape}" for key, shape in tensors.items() if key in ("latents", "video")]
+        lines.append(", ".join([f"{name}: {given[0]}", *given[1:], f"{len(tensors) - len(given)} states"]))
     lines.append(f"{where}: {off_engine or 'none'}")
     if r.get("narrow"):
         lines.append(f"{r['narrow']} operations give rows shorter than 32, which take the memory of 32")
     if "run_at" in proof:
         lines.append(f"run at {proof['run_at']}, where it has the same operations (--whole runs all of it):")
-    for which, words in (("palettised", "its weights against the student's"),
-                         ("float32", "its operations in float32"), ("fp16", "its operations, each rounded to fp16"),
-                         ("core_ml", "Core ML's prediction on the CPU"), ("neural_engine", "with the Neural Engine"),
-                         ("clip", "by its own runtime"), ("stream", "streams to each of its ends"),
-                         ("default_unit", "on this Mac's default unit")):
-        if which in proof:
-            lines.append(f"{words}: worst error {proof[which]['worst_error']:.2g}, PSNR {proof[which]['psnr']:.1f} dB")
-    if "fp16" in proof:
-        largest = proof["fp16"]["largest_sum_of_squares"]
-        lines.append(f"largest sum of squares under a norm {largest:.3g}, fp16 holds 65504")
+    for which, result in proof.items():
+        if which != "run_at":
+            figures = "worst error {worst_error:.2g}, PSNR {psnr:.1f} dB".format(**result)
+            square = result.get("largest_sum_of_squares")
+            lines.append(f"proof, {which}: {figures}" + (f", sums of squares to {square:.3g}" if square else ""))
     return "\n".join(lines)
 
 
@@ -1113,21 +1068,22 @@ def main():
             file.write_text(text)
         return print(text_of(text))
     check_writable(folder)
+    graph, note = args.graph or "plain", "Random weights: for speed only." if args.random else ""
+    ends = {"coreml": "engine" + (f"_{args.bits}bit" if args.bits else ""), "executorch": "executorch",
+            "coreai": f"coreai_{graph}" + (f"_stream{args.stream}" if args.stream else "")}
     paths = {}
-    ends = {"coreml": f"engine_{args.bits}bit" if args.bits else "engine", "executorch": "executorch",
-            "coreai": f"coreai_{args.graph or 'plain'}" + (f"_stream{args.stream}" if args.stream else "")}
     for size, form in itertools.product(args.size or [(512, 512), (720, 1280)], args.format):
         frames = student.config.frames(latent_shape(student.config, size, args.latent_frames)[0])
         end = ends[form] + ("_float32" if args.float32 else "") + FORMATS[form].suffix
-        path = paths[size, form] = folder / f"{name}_{frames}x{size[0]}x{size[1]}_{end}"
+        path = folder / f"{name}_{frames}x{size[0]}x{size[1]}_{end}"
+        paths[path] = size
         if path.exists() and not (folder / OWN_FILE).exists():      # a run's own folder holds packages of one student
-            if not identity(student).items() <= format_of(path)(path).metadata.items():
+            if not identity(student).items() <= FORMATS[form](path).metadata.items():
                 raise ValueError(f"{path} is another student's: name another folder with --out, or delete it")
-    for (size, _), path in paths.items():
+    for path, size in paths.items():
         print(path, flush=True)
-        started, note = time.perf_counter(), "Random weights: for speed only." if args.random else ""
-        export(student, size, args.latent_frames, path, args.bits, args.whole, note, args.graph or "plain",
-               args.stream, args.float32)
+        started = time.perf_counter()
+        export(student, size, args.latent_frames, path, args.bits, args.whole, note, graph, args.stream, args.float32)
         print(text_of(path.with_suffix(".json").read_text()))
         print(f"exported and proven in {time.perf_counter() - started:.0f} s\n", flush=True)
 

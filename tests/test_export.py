@@ -379,13 +379,13 @@ def test_the_newest_student_is_exported_proven_and_verified(tiny, image, tmp_pat
     calls = converted(image)
     command(*IMAGE)
     said = capsys.readouterr().out
-    assert "out/run/student.safetensors" in said and "rounded to fp16: worst error" in said
+    assert "out/run/student.safetensors" in said and "proof, fp16: worst error" in said
     path = tmp_path / "out/run/tiny_4x14x16_engine.mlpackage"
     r = saved(path)
     assert r["proof"]["fp16"]["worst_error"] == pytest.approx(export.verify(path, tiny))
     assert r["operations"] == sum(r["kinds"].values()) and calls[0][1:] == ((14, 16), 1, None, "")
     command("--verify", str(path), "--student", str(SHIPPED))
-    assert "rounded to fp16: worst error" in capsys.readouterr().out
+    assert "proof, fp16: worst error" in capsys.readouterr().out
 
 
 def test_a_package_that_fails_leaves_what_was_there(tiny, image, tmp_path, command, converted, monkeypatch):
@@ -455,7 +455,7 @@ def test_random_weights_say_so(tmp_path, command, capsys):
     command("--config", "tiny", "--random", *IMAGE, "--out", ".")
     assert "speed only" in export.read(tmp_path / "tiny_random_4x14x16_engine.mlpackage")[1]["note"]
     said = capsys.readouterr().out
-    assert "rounded to fp16: worst error" in said and "kept off the Neural Engine: none" in said
+    assert "proof, fp16: worst error" in said and "kept off the Neural Engine: none" in said
 
 
 @pytest.mark.parametrize("flags, message", [
@@ -619,7 +619,7 @@ def test_both_by_the_command_line(tmp_path, command, capsys):
     pytest.importorskip("executorch")
     command("--format", "coreai", "executorch", "--config", "tiny", "--random", *IMAGE, "--out", ".")
     said = capsys.readouterr().out
-    assert "by its own runtime: worst error" in said and "cat (XNNPACK joins no tensor with itself" in said
+    assert "proof, clip: worst error" in said and "cat (XNNPACK joins no frame with itself" in said
     names = {path.name for path in tmp_path.iterdir()}
     assert {"tiny_random_4x14x16_coreai_plain.aimodel", "tiny_random_4x14x16_executorch.pte"} <= names
     command("--verify", "tiny_random_4x14x16_executorch.pte", "--config", "tiny", "--random")
