@@ -37,7 +37,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from model import (BLOCKS, CONFIGS, UPSAMPLING, TurboVAED, atomically, check_writable, choose_student,
-                   count_parameters, find_device, number, parse_size, run_command, summary, text_table)
+                   find_device, number, parse_size, run_command, summary, text_table)
 
 WARM_UP = 3     # rounds that do not count, in which caches fill, clocks rise and kernels are chosen
 PARTS = ("conv_in", *BLOCKS, "out")
@@ -238,7 +238,7 @@ def bench_students(args, device, dtype):
         seconds = take_turns(runs | limits, device, args.rounds)
         base = "teacher" if args.teacher else "eager"
         for way, run in runs.items():
-            row = {"model": name, "way": way, **clip, "parameters": count_parameters(modules[way]),
+            row = {"model": name, "way": way, **clip, "parameters": sum(p.numel() for p in modules[way].parameters()),
                    **timing_row(seconds, way, clip["frames"], base, work.get(way, work["eager"]), amounts)}
             if device.type == "cuda" and way != "teacher":
                 row |= paper_speed("paper_a100", name, *size)
@@ -340,7 +340,7 @@ def bench_blocks(args, device, dtype):
             blocks = {part: times[part] + times.get(f"{part} upsampler", 0) for part in PARTS}
             whole = sum(blocks.values())
             blocks |= upsamplers | {"upsamplers": sum(upsamplers.values())}
-            rows.append({"model": name, "way": way, **clip, "parameters": count_parameters(student),
+            rows.append({"model": name, "way": way, **clip, "parameters": sum(p.numel() for p in student.parameters()),
                          **timing_row(seconds, way, clip["frames"], "pixel_shuffle_3d"),
                          "blocks": blocks, "shares": {part: time / whole for part, time in blocks.items()}})
     return rows

@@ -476,7 +476,8 @@ class H3Teacher(DiffusersTeacher):
     def blocks(self, latents):
         decoder, first, t = self.vae.decoder, self.vae.post_quant_conv, latents.shape[2]
         missing = -(t + self.vae.config.token_drop) % self.images           # decode, too, repeats the last latent
-        windows = repeat_last(latents, missing).unfold(2, self.images + self.vae.token_overlap, self.images).movedim((2, -1), (1, 3))
+        windows = repeat_last(latents, missing).unfold(2, self.images + self.vae.token_overlap, self.images)
+        windows = windows.movedim((2, -1), (1, 3))
         z = first(windows.flatten(0, 1).to(first.weight.dtype))             # (B times windows, C, 7, h, w)
         x = decoder.proj_in(z.flatten(2).transpose(1, 2))
         n, registers = x.shape[1], decoder.register_tokens.expand(len(x), -1, -1)

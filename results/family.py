@@ -10,19 +10,12 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from model import CONFIGS, TurboVAED, number, text_table       # noqa: E402
+from export import count_flops                                  # noqa: E402
+from model import CONFIGS, TurboVAED, number, text_table        # noqa: E402
 
 
 def count_parameters(model):
     return sum(p.numel() for p in model.parameters())
-
-
-def count_flops(config, latent_shape):
-    """FLOP to decode latents of that shape: two for each multiply-add of the convolutions. Nothing is computed."""
-    from torch.utils.flop_counter import FlopCounterMode
-    with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
-        TurboVAED(config)(torch.empty(latent_shape))
-    return counter.get_total_flops()
 
 
 def main():
