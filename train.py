@@ -299,17 +299,17 @@ class Muon(torch.optim.Optimizer):
                     a = x @ x.T
                     x = 3.4445 * x + (2.0315 * a @ a - 4.7750 * a) @ x
                 x = x.T if rows > columns else x
-                p.mul_(1 - group["lr"] * WEIGHT_DECAY)
+                p.mul_(1 - group["lr"] * group["weight_decay"])
                 p.add_(x.reshape(p.shape), alpha=-group["lr"] * max(1, rows / columns) ** 0.5)
 
 
-def make_optimizers(module, lr, muon_lr):
+def make_optimizers(module, lr, muon_lr, weight_decay=WEIGHT_DECAY):
     """AdamW with the paper's betas; with a muon_lr, Muon takes the weights that mix channels (not depthwise ones)."""
     mixing, rest = [], []
     for p in module.parameters():
         (mixing if muon_lr and p.ndim > 1 and p.shape[1] > 1 else rest).append(p)
-    adamw = torch.optim.AdamW(rest, lr, betas=(0.9, 0.95), weight_decay=WEIGHT_DECAY, fused=True)
-    return [adamw, Muon(mixing, {"lr": muon_lr})] if mixing else [adamw]
+    adamw = torch.optim.AdamW(rest, lr, betas=(0.9, 0.95), weight_decay=weight_decay, fused=True)
+    return [adamw, Muon(mixing, dict(lr=muon_lr, weight_decay=weight_decay))] if mixing else [adamw]
 
 
 def clip_noise(seed, purpose, numbers, like):

@@ -478,7 +478,7 @@ def test_muon_steps_along_all_directions_alike():
     u, v = (torch.linalg.qr(torch.randn(n, 6)).Q for n in (6, 54))
     weight = torch.nn.Parameter(torch.zeros(6, 2, 3, 3, 3))
     weight.grad = (u @ torch.diag(torch.logspace(0, -2, 6)) @ v.T).reshape(weight.shape)
-    Muon([weight], dict(lr=1.0)).step()
+    Muon([weight], dict(lr=1.0, weight_decay=0.0)).step()
     values = torch.linalg.svdvals(weight.detach().flatten(1))
     assert values.max() < 1.3 and values.min() > 0.5
     direction = (weight.detach().flatten(1) * weight.grad.flatten(1)).sum()
