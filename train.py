@@ -459,7 +459,7 @@ def open_run(given, out):
         return complete(settings), None
     try:
         saved = torch.load(out / "checkpoint.pt", map_location="cpu", weights_only=True)
-        before, run, _ = saved["args"], Run(**saved["run"]), saved["unchanged"]
+        before, run = saved["args"], Run(**saved["run"])
     except Exception as error:
         raise ValueError(f"nothing to resume: {out}/checkpoint.pt is missing, damaged or of another version of "
                          f"train.py ({type(error).__name__})") from None
