@@ -21,7 +21,7 @@ test: $(VENV)/ready
 	$(MAKE) -j2 test-slow test-rest
 
 # Two halves of about the same time, side by side.
-SLOW = $(addprefix tests/test_, train.py teachers.py export.py bench.py data.py)
+SLOW = $(addprefix tests/test_, train.py teachers.py export.py data.py)
 test-slow: $(VENV)/ready
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -q --durations=5 $(SLOW)
 test-rest: $(VENV)/ready
