@@ -36,8 +36,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from model import (BLOCKS, CONFIGS, UPSAMPLING, TurboVAED, atomically, check_writable, choose_student,
-                   find_device, number, parse_size, run_command, summary, text_table)
+from model import (BLOCKS, CONFIGS, UPSAMPLING, TurboVAED, atomically, check_writable, choose_student, find_device,
+                   number, parse_size, run_command, summary, text_table)
 
 WARM_UP = 3     # rounds that do not count, in which caches fill, clocks rise and kernels are chosen
 PARTS = ("conv_in", *BLOCKS, "out")
@@ -106,6 +106,11 @@ class WorkCounter(TorchDispatchMode):
             self.flops += flop_registry[func.overloadpacket](*args, **kwargs or {}, out_val=out)
             self.moved += sum(x.nbytes for x in tree_leaves((args, kwargs, out)) if isinstance(x, torch.Tensor))
         return out
+
+
+def count(module):
+    """The number of parameters."""
+    return sum(p.numel() for p in module.parameters())
 
 
 def count_work(run):
@@ -238,7 +243,7 @@ def bench_students(args, device, dtype):
         seconds = take_turns(runs | limits, device, args.rounds)
         base = "teacher" if args.teacher else "eager"
         for way, run in runs.items():
-            row = {"model": name, "way": way, **clip, "parameters": sum(p.numel() for p in modules[way].parameters()),
+            row = {"model": name, "way": way, **clip, "parameters": count(modules[way]),
                    **timing_row(seconds, way, clip["frames"], base, work.get(way, work["eager"]), amounts)}
             if device.type == "cuda" and way != "teacher":
                 row |= paper_speed("paper_a100", name, *size)
@@ -340,7 +345,7 @@ def bench_blocks(args, device, dtype):
             blocks = {part: times[part] + times.get(f"{part} upsampler", 0) for part in PARTS}
             whole = sum(blocks.values())
             blocks |= upsamplers | {"upsamplers": sum(upsamplers.values())}
-            rows.append({"model": name, "way": way, **clip, "parameters": sum(p.numel() for p in student.parameters()),
+            rows.append({"model": name, "way": way, **clip, "parameters": count(student),
                          **timing_row(seconds, way, clip["frames"], "pixel_shuffle_3d"),
                          "blocks": blocks, "shares": {part: time / whole for part, time in blocks.items()}})
     return rows

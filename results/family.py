@@ -10,12 +10,9 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from bench import count                                         # noqa: E402
 from export import count_flops                                  # noqa: E402
 from model import CONFIGS, TurboVAED, number, text_table        # noqa: E402
-
-
-def count_parameters(model):
-    return sum(p.numel() for p in model.parameters())
 
 
 def main():
@@ -31,7 +28,7 @@ def main():
         t = 1 if name == "qwen" else next(t for t in range(1, 18) if config.frames(t) >= 16)      # its clips are images
         flops = count_flops(config, (1, config.latent_channels, t, size // d_h, size // d_w))
         with torch.device("meta"):
-            parameters = count_parameters(TurboVAED(config))
+            parameters = count(TurboVAED(config))
         rows.append([name, str(config.latent_channels), str(config.compression), f"{parameters / 1e6:.3f}",
                      f"{flops / 1e9 / config.frames(t):.3f}"])
     print(text_table(rows))

@@ -421,3 +421,10 @@ def test_what_keeps_a_package_from_being_timed_is_one_line(bench, apple, package
     monkeypatch.setattr(module, "UNITS", ("ALL",))
     with pytest.raises(ValueError, match="nothing could be measured; ALL: RuntimeError: out of memory"):
         bench("--mlpackage", str(package))
+
+
+@pytest.mark.parametrize("script", ["results.bench_training", "results.family", "assets.findings",
+                                    "assets.train_tiny_teacher", "examples.generate"])
+def test_what_uses_the_program_from_outside_still_finds_its_parts(script):
+    ran = run_script(script, "--help", cwd=ROOT)
+    assert ran.returncode == 0 and "usage" in ran.stdout, ran.stderr

@@ -23,13 +23,14 @@ from safetensors.torch import load_file, save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import model as model_file
+from bench import count
 from conftest import run_script
+from export import count_flops
 from model import (BLOCKS, CONFIGS, PUBLISHED, SHIPPED, Conv3d, SeparableConv3d, TurboVAED, TurboVAEDConfig,
                    decoupled_pixel_shuffle, pixel_shuffle_3d, rms_norm)
 
 ROOT = Path(__file__).parent.parent
-sys.path[:0] = [str(ROOT / "examples"), str(ROOT / "results")]
-from family import count_flops, count_parameters        # noqa: E402
+sys.path.insert(0, str(ROOT / "examples"))
 from magihuman import MagiHuman                         # noqa: E402
 FIXTURES = Path(__file__).parent / "fixtures"
 KEYS = json.loads((FIXTURES / "student_state_dict.json").read_text())
@@ -98,7 +99,7 @@ def test_parameters_and_arithmetic_are_as_the_readme_has_them(name):
     config, (parameters, gigaflop) = CONFIGS[name], FAMILY[name]
     _, d_h, d_w = config.compression
     t = 1 if name == "qwen" else next(t for t in range(1, 18) if config.frames(t) >= 16)
-    assert count_parameters(on_meta(config)) == parameters
+    assert count(on_meta(config)) == parameters
     flops = count_flops(config, (1, config.latent_channels, t, 512 // d_h, 512 // d_w))
     assert round(flops / config.frames(t) / 1e9, 3) == gigaflop
     said = (f"`{name}`", f"{parameters / 1e6:.2f} M", f"{gigaflop:.1f}")
@@ -125,7 +126,7 @@ def test_a_decoder_that_others_trained_gives_their_numbers(tmp_path):
     with torch.device("meta"):
         full = MagiHuman()
     assert {key: list(v.shape) for key, v in full.state_dict().items()} == shapes["full"]
-    assert count_parameters(full) == 107122892 and full.streamer().delay == 17
+    assert count(full) == 107122892 and full.streamer().delay == 17
     config = replace(full.config, latent_channels=4, widths=(24, 24, 16, 12, 8))
     state = {f"module.decoder.{key}": v for key, v in golden_weights(json.dumps(shapes["small"])).items()}
     torch.save({"ema_state_dict": state, "step": 340000}, tmp_path / "checkpoint-340000.ckpt")
@@ -252,7 +253,7 @@ def test_ablations_decode_to_the_right_size_and_train_every_parameter(change):
 
 def test_separable_deep_blocks_save_parameters_where_the_paper_says():
     """Figure 2: the deeper the block, the more it saves, and mid with up0 save two fifths of the dense decoder."""
-    total = lambda *blocks: count_parameters(on_meta(replace(CONFIGS["ltx"], separable=blocks)))
+    total = lambda *blocks: count(on_meta(replace(CONFIGS["ltx"], separable=blocks)))
     dense = total()
     assert 1 - total("mid", "up0") / dense == pytest.approx(0.4, abs=0.02)
     assert total("up1") < total("up2") < total("up3") < dense
