@@ -231,8 +231,8 @@ def bench_students(args, device, dtype):
         modules = ways_to_decode(args, name, student, latents)
         runs = {way: partial(module, latents) for way, module in modules.items()}
         if args.pte:
-            from export import ExecuTorch, frames_first
-            modules["ExecuTorch"], pte, inputs = student, ExecuTorch(args.pte), [frames_first(latents)]
+            from export import ExecuTorch, frames_first, read
+            modules["ExecuTorch"], pte, inputs = student, read(args.pte, ExecuTorch), [frames_first(latents)]
             runs["ExecuTorch"] = lambda: pte.method.execute(inputs)
         if args.teacher:
             from teachers import load_teacher

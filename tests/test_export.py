@@ -36,9 +36,9 @@ def small(name, **changes):
     return model
 
 
-def convert(path, *arguments, **more):
+def convert(path, student, size, latent_frames=None):
     """A package as it is before its proof."""
-    export.save(export.convert(*arguments, **more), path)
+    export.CoreML.write(path, student, export.Settings(size, latent_frames))
     return path
 
 
@@ -60,11 +60,11 @@ def image(tiny, tmp_path_factory):
 
 @pytest.fixture
 def converted(monkeypatch):
-    """Makes conversions give a copy of a package, and returns the list of their arguments."""
+    """Makes conversions give a copy of a package, and returns the list of their settings."""
     def give(package):
         calls = []
-        monkeypatch.setattr(export, "convert", lambda *arguments: calls.append(arguments) or package)
-        monkeypatch.setattr(export, "save", shutil.copytree)
+        monkeypatch.setattr(export.CoreML, "write", staticmethod(lambda path, student, settings: (
+            calls.append(settings), shutil.copytree(package, path))))
         return calls
     return give
 
@@ -96,7 +96,7 @@ def constant(operations, op, parameter):
     return next(o for o in operations if o.outputs[0].name == name).attributes["val"]
 
 
-report = lambda package: export.report(export.read(package)[0])
+report = lambda package: export.read(package).report()
 saved = lambda package: json.loads(package.with_suffix(".json").read_text())
 
 
@@ -134,11 +134,9 @@ def test_a_large_video_of_many_channels_stays_on_the_engine(tmp_path):
     """At the larger of the default sizes, by the structure with the most channels at full size. Narrow and with few
     resnets: more are more of the same."""
     path = convert(tmp_path / "a.mlpackage", small("cog", resnets=(1, 0, 0, 0, 0)), (720, 1280))
-    function, metadata = export.read(path)
+    function = export.read(path).function
     assert {len(v.shape) for op in export.operations(function) for v in op.outputs} == {4}
-    assert tuple(function.outputs[0].shape) == (17, 3, 720, 1280) and metadata["frames"] == "17"
-    r = export.report(function)
-    assert not r["off_engine_kinds"]
+    assert tuple(function.outputs[0].shape) == (17, 3, 720, 1280) and not report(path)["off_engine_kinds"]
 
 
 def test_what_keeps_off_the_engine_is_found(image, tmp_path):
@@ -154,22 +152,18 @@ def test_what_keeps_off_the_engine_is_found(image, tmp_path):
         x = mb.transpose(x=x, perm=[1, 0, 3, 2])                                            # (4, 2, 20, 6)
         x = mb.conv(x=mb.reshape(x=x, shape=(1, 4, 2, 20, 6)), weight=weight(4, 4, 1, 3, 3))
         x = mb.reshape(x=x, shape=(2, 4, 4, 18))
-        x = mb.conv(x=x, weight=weight(4, 4, 1, 14))                                        # (2, 4, 4, 5)
-        x = mb.slice_by_index(x=x, begin=[0, 0, 0, 1], end=[2, 4, 4, 5])
         x = mb.slice_by_index(x=x, begin=[0, 0, 0, 0], end=[1, 4, 4, 2])                    # allowed
         x = mb.pixel_shuffle(x=mb.concat(values=[x] * 25, axis=1), upscale_factor=5)
-        x = mb.gelu(x=x)
-        return mb.conv(x=mb.reshape(x=x, shape=(1, 1, 1, 800)), weight=weight(70000, 1, 1, 1), name="video")
+        return mb.gelu(x=x, name="video")
 
     path = tmp_path / "planted.mlpackage"
-    ct.convert(program, minimum_deployment_target=ct.target.iOS18, skip_model_load=True).save(str(path))
+    package = ct.convert(program, minimum_deployment_target=ct.target.iOS18, skip_model_load=True)
+    package.user_defined_metadata["settings"] = '{"size": [8, 8]}'
+    package.save(str(path))
     r = report(path)
     found = {reason: dict(kinds) for reason, kinds in r["off_engine_kinds"].items()}
     assert found == {"not known to run there": {"gather": 1, "transpose": 1, "gelu": 1},
-                     "rank above 4": {"reshape": 2, "conv": 1}, "kernel wider than 13": {"conv": 1},
-                     "slice of the last axis with an offset": {"slice_by_index": 1},
-                     "factor other than 2, 3, 4, 8": {"pixel_shuffle": 1},
-                     "height or width above 16384, channels or frames above 65536": {"conv": 1}}
+                     "rank above 4": {"reshape": 2, "conv": 1}, "factor other than 2, 3, 4, 8": {"pixel_shuffle": 1}}
     assert "1 pixel_shuffle (factor other than 2, 3, 4, 8)" in export.text_of(json.dumps({**saved(image), **r}))
 
 
@@ -183,19 +177,26 @@ def test_a_package_is_its_student(tiny, package):
     assert export.verify(package, tiny) == pytest.approx(proof["fp16"]["worst_error"])
 
 
-def test_unscaled_sums_of_squares_would_overflow(tiny, package, tmp_path, monkeypatch):
-    assert saved(package)["proof"]["fp16"]["largest_sum_of_squares"] < 65504 / 4
+@torch.no_grad()
+def test_unscaled_sums_of_squares_would_overflow(tiny, monkeypatch):
+    def largest():
+        squares, norm = [], export.rms_norm
+        with monkeypatch.context() as patch:
+            patch.setattr(export, "rms_norm", lambda x: squares.append(x.square().sum(1).max()) or norm(x))
+            export.phone_twin(tiny)(torch.randn(4, 32, 4, 5, generator=torch.Generator().manual_seed(0)))
+        return max(squares)
+
+    assert largest() < 65504 / 4
     monkeypatch.setattr(export, "rescale", lambda twin: None)
-    unscaled = convert(tmp_path / "unscaled.mlpackage", tiny, (16, 16), 1)
-    assert export.prove(unscaled, tiny)["fp16"]["largest_sum_of_squares"] > 65504 * 4
+    assert largest() > 65504 * 4
 
 
 def test_the_package_says_what_it_is(tiny, package):
     import coremltools as ct
     spec = ct.utils.load_spec(str(package))
-    metadata = export.read(package)[1]
+    metadata = export.read(package).metadata
     assert json.loads(metadata["config"])["latent_channels"] == 32
-    assert metadata["size"] == "32x40" and metadata["frames"] == "16" and metadata["bits"] == "16"
+    assert json.loads(metadata["settings"])["size"] == [32, 40]
     assert metadata["weights_sha256"] == weights_hash(tiny)
     latents, = spec.description.input
     video, = spec.description.output
@@ -213,7 +214,7 @@ def test_any_student_any_size(name, changes, tmp_path):
     space = model.config.compression[1]
     size = 2 * space - space // 2, 2 * space
     path = export.export(model, size, 2, tmp_path / "student.mlpackage")
-    function, _ = export.read(path)
+    function = export.read(path).function
     assert tuple(function.outputs[0].shape) == (model.config.frames(2), 3, *size)
     assert set(report(path)["off_engine_kinds"]) == ({"not known to run there"} if changes else set())
 
@@ -221,14 +222,14 @@ def test_any_student_any_size(name, changes, tmp_path):
 def test_the_smallest_video_of_the_shipped_student(tiny, tmp_path):
     """One latent, for which many slices take all and many splits give one."""
     path = export.export(tiny, (8, 8), 1, tmp_path / "a.mlpackage")
-    assert tuple(export.read(path)[0].outputs[0].shape) == (4, 3, 8, 8)
+    assert tuple(export.read(path).function.outputs[0].shape) == (4, 3, 8, 8)
 
 
 def test_palettised_weights(image, tmp_path, command):
     """Fewer bits are a smaller file and a coarser video, and the package is still proven to the last bit of fp16."""
     command("--student", str(SHIPPED), *IMAGE, "--bits", "4", "--out", ".")
     path = tmp_path / "tiny_student_4x14x16_engine_4bit.mlpackage"
-    assert export.read(path)[1]["bits"] == "4"
+    assert export.read(path).settings.bits == 4
     proof = saved(path)["proof"]
     assert proof["float32"]["worst_error"] < 1e-4 and proof["fp16"]["worst_error"] < 0.01
     assert 22 < proof["palettised"]["psnr"] < 40
@@ -240,7 +241,7 @@ def test_palettised_weights(image, tmp_path, command):
 @pytest.mark.parametrize("psnr", [9.9, float("nan")])
 def test_damaged_palettised_weights_are_found(psnr):
     with pytest.raises(ValueError, match="palettised weights are not the student's"):
-        export.check({"palettised": {"worst_error": 2.9, "psnr": psnr}, "fp16": {"worst_error": 1e-3, "psnr": 80}})
+        export.check("palettised", {"worst_error": 2.9, "psnr": psnr}, export.BOUNDS["palettised"])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -281,7 +282,7 @@ def declared(operations, weights):
         repeated(0), repeated(-1), one_late)),
     ("image", crop, "not the student: worst error .* in float32"),
     ("image", unknown, "operation .*softsign.*not one of the operations known"),
-    ("image", declared, "damaged, or no Core ML program: .*types")])
+    ("image", declared, "damaged, or not written by this program: .*types")])
 def test_a_wrong_package_is_found(tiny, tmp_path, request, which, change, message):
     wrong = copy_of(request.getfixturevalue(which), tmp_path / "wrong.mlpackage", change)
     with pytest.raises(ValueError, match=message):
@@ -289,7 +290,7 @@ def test_a_wrong_package_is_found(tiny, tmp_path, request, which, change, messag
 
 
 def test_a_result_of_another_shape_than_declared_is_found(image, monkeypatch):
-    function, _ = export.read(image)
+    function = export.read(image).function
     monkeypatch.setitem(export.MIL, "silu", lambda x: x[:, :1])
     with pytest.raises(ValueError, match="silu.*declared is"):
         export.run(function, torch.zeros(tuple(function.inputs["latents"].shape)), fp16=False)
@@ -299,7 +300,7 @@ def test_a_result_of_another_shape_than_declared_is_found(image, monkeypatch):
 def test_truncated_files_are_found(tiny, image, tmp_path, file):
     path = copy_of(image, tmp_path / "wrong.mlpackage")
     (path / file).write_bytes((path / file).read_bytes()[:-1000])
-    with pytest.raises(ValueError, match="damaged, or no"):
+    with pytest.raises(ValueError, match="damaged, or not"):
         export.verify(path, tiny)
 
 
@@ -310,7 +311,7 @@ def test_a_large_package_is_proven_at_a_smaller_height(tiny, tmp_path, monkeypat
     monkeypatch.setattr(export.CoreML, "limit", 0)
     calls = converted(lower)
     proof = export.prove(large, tiny)
-    assert proof["run_at"] == "60x16" and calls == [(tiny, (60, 16), 1, None, "")]
+    assert proof["run_at"] == "60x16" and calls == [export.Settings((60, 16), 1)]
     assert proof["float32"]["worst_error"] < 0.005 and proof["fp16"]["worst_error"] < 0.015
 
     def weight(operations, weights):        # one bit of one weight
@@ -339,7 +340,7 @@ def test_a_package_of_another_student_is_found(tiny, image, monkeypatch):
     for student in (other, same_weights):
         with pytest.raises(ValueError, match="exported from other weights, or another configuration"):
             export.verify(image, student)
-    metadata = export.read(image)[1]
+    metadata = export.read(image).metadata
     monkeypatch.setattr(export, "weights_hash", lambda model: metadata["weights_sha256"])
     with pytest.raises(ValueError, match="not the student"):        # also where the metadata lies
         export.verify(image, other)
@@ -380,10 +381,10 @@ def test_the_newest_student_is_exported_proven_and_verified(tiny, image, tmp_pat
     command(*IMAGE)
     said = capsys.readouterr().out
     assert "out/run/student.safetensors" in said and "proof, fp16: worst error" in said
-    path = tmp_path / "out/run/tiny_4x14x16_engine.mlpackage"
+    path = tmp_path / "out/run/run_4x14x16_engine.mlpackage"
     r = saved(path)
     assert r["proof"]["fp16"]["worst_error"] == pytest.approx(export.verify(path, tiny))
-    assert r["operations"] == sum(r["kinds"].values()) and calls[0][1:] == ((14, 16), 1, None, "")
+    assert r["operations"] == sum(r["kinds"].values()) and calls == [export.Settings((14, 16), 1)]
     command("--verify", str(path), "--student", str(SHIPPED))
     assert "proof, fp16: worst error" in capsys.readouterr().out
 
@@ -401,7 +402,7 @@ def test_a_package_that_fails_leaves_what_was_there(tiny, image, tmp_path, comma
             command(*IMAGE)
     assert files() == good
 
-    monkeypatch.setattr(export, "save", lambda package, path: path.mkdir() or (path / "x" / "y").touch())
+    monkeypatch.setattr(export.CoreML, "write", lambda path, *_: path.mkdir() or (path / "x" / "y").touch())
     with pytest.raises(FileNotFoundError):
         command(*IMAGE)
     assert files() == good and not list((tmp_path / "out/run").glob(".*"))
@@ -414,19 +415,19 @@ def test_two_students_of_one_teacher_do_not_share_a_package(tiny, image, tmp_pat
     for path in ("a.safetensors", "out/b/best.safetensors"):
         command("--student", path, *IMAGE)
     assert {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*.mlpackage")} == {
-        "out/export/tiny_a_4x14x16_engine.mlpackage", "out/b/a_teacher_best_4x14x16_engine.mlpackage"}
+        "out/export/a_4x14x16_engine.mlpackage", "out/export/best_4x14x16_engine.mlpackage"}
     torch.manual_seed(0)
     TurboVAED(tiny.config).save_pretrained(tmp_path / "a.safetensors")
-    with pytest.raises(ValueError, match="tiny_a_4x14x16_engine.mlpackage is another student's: name another folder"):
+    with pytest.raises(ValueError, match="a_4x14x16_engine.mlpackage is another student's: name another folder"):
         command("--student", "a.safetensors", *IMAGE)
 
 
 def test_a_stop_leaves_no_half_package(tmp_path):
     """SIGTERM, as schedulers send it, while a package is written."""
     code = ("import sys, time, export\n"
-            "def slow(package, path):\n"
+            "def slow(path, *_):\n"
             "    path.mkdir(); (path / 'half').touch(); print('saved', flush=True); time.sleep(60)\n"
-            "export.save, export.convert = slow, lambda *arguments: None\n"
+            "export.CoreML.write = slow\n"
             "sys.argv = ['export.py', '--config', 'tiny', '--random', '--size', '16x16']\n"
             "export.run_command(export.main, '')")
     process = subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path, env={"PYTHONPATH": str(ROOT)},
@@ -453,14 +454,14 @@ def test_a_full_disk_is_said_and_leaves_nothing(tmp_path, command):
 
 def test_random_weights_say_so(tmp_path, command, capsys):
     command("--config", "tiny", "--random", *IMAGE, "--out", ".")
-    assert "speed only" in export.read(tmp_path / "tiny_random_4x14x16_engine.mlpackage")[1]["note"]
+    assert "speed only" in export.read(tmp_path / "tiny_random_4x14x16_engine.mlpackage").settings.note
     said = capsys.readouterr().out
     assert "proof, fp16: worst error" in said and "kept off the Neural Engine: none" in said
 
 
 @pytest.mark.parametrize("flags, message", [
     (["--size", "512x"], "HEIGHTxWIDTH"), (["--size", "0x512"], "HEIGHTxWIDTH"),
-    (["--random"], "--random needs --config"), (["--config", "ltx"], "--config goes with"),
+    (["--random"], "--config NAME goes with"), (["--config", "ltx"], "--config NAME goes with"),
     (["--latent-frames", "0"], "from 1"), (["--graph", "conv3d"], "invalid choice"),
     (["--stream", "2"], "--stream goes with"), (["--format", "coreai", "--bits", "8"], "--bits goes with"),
     (["--float32"], "--float32 goes without"),
@@ -468,7 +469,7 @@ def test_random_weights_say_so(tmp_path, command, capsys):
     (["--verify", "x.zip"], "x.zip: a package for phones ends with .mlpackage, .aimodel or .pte"),
     (["--student", "nowhere"], "no such file or folder"),
     (["--config", "tiny", "--random", "--out", "/dev/null/x"], "/dev/null"),
-    (["--verify", "nowhere/x.mlpackage"], "no such Core ML package"),
+    (["--verify", "nowhere/x.mlpackage"], "no such file or folder"),
     *((["--verify", "nowhere.mlpackage", *flag.split()], "takes the package as it is")
       for flag in ("--bits 4", "--size 512", "--latent-frames 1", "--out x")),
 ])
@@ -482,7 +483,7 @@ def test_wrong_input_says_what_is_wrong_at_once(command, capsys, tmp_path, monke
 
 def test_without_coremltools_one_line_says_what_to_do(tiny, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "coremltools", None)
-    with pytest.raises(ImportError, match="pip install coremltools"):
+    with pytest.raises(ImportError, match="pip install -r requirements.txt"):
         export.export(tiny, (16, 16), 1, tmp_path / "student.mlpackage")
 
 
@@ -497,7 +498,7 @@ def core_ai(path, student, *arguments, **more):
     """An asset as it is before its proof."""
     pytest.importorskip("coreai_torch")
     export.CoreAI.write(path, student, settings(*arguments, **more))
-    return export.CoreAI(path)
+    return export.read(path)
 
 
 @pytest.fixture(scope="module")
@@ -513,7 +514,7 @@ def pte(tiny, tmp_path_factory):
 
 
 def played(asset, calls, states=None):
-    return asyncio.run(export.CoreAI(asset).play(calls, {} if states is None else states))
+    return asyncio.run(export.read(asset).play(calls, {} if states is None else states))
 
 
 @torch.no_grad()
@@ -541,9 +542,9 @@ def test_a_stream_of_a_student_whose_latents_come_in_groups(tmp_path):
 
 
 def test_all_functions_share_one_set_of_weights_and_the_report_says_them(tiny, stream, tmp_path):
-    one = core_ai(tmp_path / "one.aimodel", tiny, 16, float32=True)
+    core_ai(tmp_path / "one.aimodel", tiny, 16, float32=True)
     size = lambda path: (path / "main.mlirb").stat().st_size
-    assert size(stream) < 1.1 * size(one.path)      # the programs of 2.3 MB of weights; 3 % where there are more
+    assert size(stream) < 1.1 * size(tmp_path / "one.aimodel")      # the programs of 2.3 MB of weights; 3 % where there are more
     r = saved(stream)
     assert list(r["functions"]) == ["clip", "begin", "step", "end_0", "end_1"]
     assert "latents" not in r["functions"]["end_0"] and len(r["functions"]["step"]) == 2 + 29
@@ -574,30 +575,28 @@ def test_a_damaged_asset_or_another_students_is_refused(tiny, stream, tmp_path, 
     shutil.copytree(stream, tmp_path / "cut.aimodel")
     program = tmp_path / "cut.aimodel/main.mlirb"
     program.write_bytes(program.read_bytes()[:-1000])
-    with pytest.raises(ValueError, match="damaged, or no Core AI asset"):
+    with pytest.raises(ValueError, match="damaged, or not written"):
         export.verify(program.parent, tiny)
     torch.manual_seed(1)                        # also where the metadata lies
-    metadata = export.CoreAI(stream).metadata
-    monkeypatch.setattr(export, "identity", lambda student: {"weights_sha256": metadata["weights_sha256"]})
+    monkeypatch.setattr(export, "about", lambda student, settings: {})
     with pytest.raises(ValueError, match="not the student"):
         export.verify(stream, TurboVAED(tiny.config))
 
 
 def test_the_engines_graph_is_float16_throughout(tiny, tmp_path):
     asset = core_ai(tmp_path / "a.aimodel", tiny, 256, graph="engine")
-    assert export.identity(tiny).items() <= asset.metadata.items()
+    assert export.about(tiny, asset.settings).items() <= asset.metadata.items()
     r = asset.report()
     assert not r["off_engine_kinds"] and not r["narrow"]
 
 
 def test_two_sizes_are_one_program_and_other_weights_another(tiny, tmp_path, monkeypatch):
     a, b = (core_ai(tmp_path / f"{n}.aimodel", tiny, n, stream=1) for n in (16, 32))
-    export.check_same(b.program(), a.program())
+    assert b.program() == a.program()
     other = core_ai(tmp_path / "c.aimodel", TurboVAED(CONFIGS["tiny"]), 16, stream=1)
-    with pytest.raises(ValueError, match="at the smaller size"):
-        export.check_same(b.program(), other.program())
+    assert b.program() != other.program()
     monkeypatch.setattr(export.CoreAI, "limit", 0)
-    proof = export.prove(b.path, tiny)
+    proof = export.prove(tmp_path / "32.aimodel", tiny)
     assert proof["run_at"] == "16x16" and proof["stream"]["psnr"] > 60
 
 
@@ -608,7 +607,7 @@ def test_a_pte_is_its_student_in_one_delegate(tiny, pte, tmp_path):
     assert export.verify(pte, tiny) == r["proof"]["clip"]["worst_error"]
     cut = tmp_path / "cut.pte"
     cut.write_bytes(pte.read_bytes()[:5000])
-    with pytest.raises(ValueError, match="damaged, or no ExecuTorch program"):
+    with pytest.raises(ValueError, match="damaged, or not written"):
         export.verify(cut, tiny)
     with pytest.raises(ValueError, match="exported from other weights"):
         export.verify(pte, small("tiny"))
@@ -638,5 +637,5 @@ def test_the_twin_for_cpus_computes_the_same_video(name):
 def test_without_the_packages_one_line_says_what_to_do(monkeypatch, tmp_path, tiny):
     for name, file in (("coreai_torch", "a.aimodel"), ("executorch.exir", "a.pte")):
         monkeypatch.setitem(sys.modules, name, None)
-        with pytest.raises(ImportError, match="pip install -r requirements-phones.txt"):
+        with pytest.raises(ImportError, match="pip install .*-r requirements-phones.txt"):
             export.export(tiny, (16, 16), 1, tmp_path / file)

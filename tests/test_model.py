@@ -25,12 +25,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import model as model_file
 from bench import count
 from conftest import run_script
-from export import count_flops
 from model import (BLOCKS, CONFIGS, PUBLISHED, SHIPPED, Conv3d, SeparableConv3d, TurboVAED, TurboVAEDConfig,
                    decoupled_pixel_shuffle, pixel_shuffle_3d, rms_norm)
 
 ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT / "examples"))
+sys.path[:0] = [str(ROOT / "examples"), str(ROOT / "results")]
+from family import count_flops                          # noqa: E402
 from magihuman import MagiHuman                         # noqa: E402
 FIXTURES = Path(__file__).parent / "fixtures"
 KEYS = json.loads((FIXTURES / "student_state_dict.json").read_text())
