@@ -180,8 +180,8 @@ def test_networks_that_cannot_be_had_are_named_with_what_helps(tmp_path, i3d):
     (tmp_path / "text.pt").write_text("no weights")
     for name, reason in (("unit", "it is another file"), ("text", "it is another file"), ("none", "No such file")):
         file = str(tmp_path / f"{name}.pt")
-        args = SimpleNamespace(metrics=["psnr", "lpips", "fvd"], lpips_weights=file, i3d=file)
-        metrics, without = evaluate.load_metrics(args, "cpu")
+        args = SimpleNamespace(metrics=["psnr", "lpips", "fvd"], lpips_weights=file, i3d=file, device="cpu")
+        metrics, without = evaluate.load_metrics(args)
         assert list(metrics) == ["psnr"] and reason in without["fvd"] and "\n" not in "".join(without.values())
         assert "i3d_torchscript.pt with --i3d" in without["fvd"] and " with --lpips-weights" in without["lpips"]
 
@@ -506,20 +506,18 @@ def test_a_teacher_that_half_precision_breaks_is_named(tmp_path):
     teacher.vae.encoder.project_out["main"].op_list[0].conv.weight.mul_(1e6)
     source = write_video(tmp_path / "in.mp4", list(np.random.default_rng(0).integers(0, 255, (8, 64, 64, 3), np.uint8)))
     with pytest.raises(ValueError, match="the tiny teacher's latents in torch.float16 are not finite"):
-        evaluate.reconstruct(teacher, None, source, tmp_path / "out.mp4", 8, torch.device("cpu"), torch.float16)
+        evaluate.reconstruct(teacher, TurboVAED(CONFIGS["tiny"]).half(), source, tmp_path / "out.mp4", 8)
 
 
 class Same:
     """A teacher and student in one that change nothing."""
-    compression, name = (4, 8, 8), "same"
+    compression, name, device, dtype = (4, 8, 8), "same", "cpu", torch.float32
     encode = staticmethod(lambda video, sample: video)
-
-    def __call__(self, latents):
-        return latents
+    decode = staticmethod(lambda latents: latents)
 
 
 def same(source, target, frames=8):
-    return evaluate.reconstruct(Same(), Same(), source, target, frames, torch.device("cpu"), torch.float32)
+    return evaluate.reconstruct(Same, Same, source, target, frames)
 
 
 @pytest.mark.parametrize("frames", [1, 2, 8])
@@ -882,7 +880,7 @@ def test_saved_latents_become_a_video(tmp_path, monkeypatch, capsys, tensors):
     ({}, "holds no tensor"), ({"latents": (16, 1, 2, 0)}, "(C, t, h, w)"),
     ("numpy", "no safetensors file"), ({"bool": (32, 1, 2, 2)}, "bool"),
     ({"int32": (16, 1, 2, 2)}, "int32"), ({"complex64": (16, 1, 2, 2)}, "floating")])
-def test_latents_that_are_none_are_one_line(tmp_path, tensors, says):
+def test_latents_that_are_none_are_one_line(tmp_path, monkeypatch, tensors, says):
     source, target = tmp_path / "z.safetensors", tmp_path / "out.mp4"
     kind = lambda name: getattr(torch, name, torch.float32)
     if tensors is None:
@@ -892,6 +890,8 @@ def test_latents_that_are_none_are_one_line(tmp_path, tensors, says):
             np.save(file, np.zeros((32, 1, 2, 2), np.float32))
     else:
         save_file({name: torch.zeros(shape, dtype=kind(name)) for name, shape in tensors.items()}, source)
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", "--device", "cpu", "--student", str(SHIPPED),
+                                      "--decode", str(source), str(target)])
     with pytest.raises(ValueError) as error:
-        evaluate.decode_latents(TurboVAED(CONFIGS["tiny"]), source, target, 24, torch.device("cpu"), torch.float32)
+        evaluate.main()
     assert says in str(error.value) and "\n" not in str(error.value) and list(tmp_path.iterdir()) == [source]
