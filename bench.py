@@ -77,13 +77,11 @@ def take_turns(runs, device, rounds=None, least=5, budget=45, warm_up=WARM_UP):
         if i == 0:
             begin = time.perf_counter()
         if i == (rounds or 200) or not rounds and i >= least and time.perf_counter() - begin > budget:
-            return seconds
+            return {name: spent[warm_up:] for name, spent in seconds.items()}
         for name, run in runs.items():
             start = now(device)
             run()
-            spent = now(device) - start
-            if i >= 0:
-                seconds[name].append(spent)
+            seconds[name].append(now(device) - start)
 
 
 def machine(device, dtype):
@@ -262,7 +260,6 @@ def bench_stream(args, device, dtype):
         for _ in student.stream(latents.split(args.chunk, dim=2)):
             first = first or now(device)
         first_seconds.append(first - start)
-        now(device)
 
     rows = []
     for (name, student), size in itertools.product(chosen_students(args), args.size):
@@ -321,11 +318,12 @@ def mark_blocks(student, device):
 def part_times(marks):
     """{part: median milliseconds since the part before it was done}, by the marks of `mark_blocks`."""
     decodes = []
-    for i, (part, moment) in enumerate(marks):
+    for part, moment in marks:
         if part == "start":
             decodes.append(Counter())
         else:
-            decodes[-1][part] += 1000 * (moment - marks[i - 1][1])
+            decodes[-1][part] += 1000 * (moment - before)
+        before = moment
     return {part: statistics.median(decode[part] for decode in decodes[WARM_UP:]) for part in decodes[0]}
 
 
@@ -431,10 +429,10 @@ def bench_packages(args, device, dtype):
         raise ValueError("Core ML runs on Apple hardware: --mlpackage needs macOS, --iphone also Xcode and a connected "
                          "iPhone, and both need a package that `python export.py` made")
     packages = sorted(path for path in Path("out").rglob("*.mlpackage") if not path.name.startswith("."))
-    paths = [Path(path) for path in args.mlpackage or packages]
-    missing = ", ".join(str(path) for path in paths if not path.is_dir()) or ("" if paths else "out/")
+    paths = [Path(path) for path in args.mlpackage or packages or ["out/*.mlpackage"]]
+    missing = [str(path) for path in paths if not path.is_dir()]
     if missing:
-        raise FileNotFoundError(f"{missing}: no such package, or none in it; `python export.py` makes one")
+        raise FileNotFoundError(f"{', '.join(missing)}: no such package; `python export.py` makes one")
     rows = asyncio.run(time_packages(paths, args.rounds or 10, args.team))
     if not any("fps" in row for row in rows):
         raise ValueError(f"nothing could be measured; {rows[0]['way']}: {rows[0]['error']}")
@@ -526,7 +524,7 @@ def parse():
     add("--rounds", type=number(int, 1), help="turns that count (default: 5 to 200 in 45 s; packages: 10)")
     add("--out", default="out/bench", help="folder for bench.json and bench.png (default out/bench)")
     args = parser.parse_args()
-    gpu, args.packages = args.device.split(":")[0] == "cuda", args.iphone or args.mlpackage is not None
+    gpu, args.packages = args.device.startswith("cuda"), args.iphone or args.mlpackage is not None
     if not gpu and args.device != "cpu":
         parser.error(f"--device is cpu or cuda, not {args.device}")
     if args.stream + args.blocks + args.packages > 1:
@@ -542,7 +540,7 @@ def parse():
     if args.student and len(args.config or ()) > 1:
         parser.error("--student goes with one --config at most: its own")
     if args.teacher is None:
-        args.teacher = bool(args.student or not args.config) and not args.decode
+        args.teacher = not args.decode and (args.student or not args.config)
     if args.blocks or args.stream:
         args.size = args.size or [(512, 512) if gpu else (128, 128)]
     args.size = args.size or ([(512, 512), (720, 1280)] if gpu else [(256, 256)])

@@ -45,8 +45,8 @@ from tqdm import tqdm
 from data import (BROKEN, CLIPS_PER_SCENE, DATA_SETS, EXACT, HELD_OUT_SEED, BadVideo, SyntheticClips, VideoClips,
                   check_colours, check_fields, check_shapes, colours, download, find_clips, frames_of, open_video,
                   picture, psnr, video_stream, why)
-from model import (CONFIGS, atomically, channels_last, check_fit, check_writable, choose_student,
-                   find_device, number, parse_size, run_command, summary, text_table, weights_hash)
+from model import (CONFIGS, atomically, check_fit, check_writable, choose_student, find_device, number, parse_size,
+                   run_command, summary, text_table, weights_hash)
 from teachers import TEACHERS, load_teacher
 
 INPUT = "the input"
@@ -54,9 +54,11 @@ RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1
 WRITTEN = "compare.png", "compare.mp4", "results.md", "results.json"
 SAME = "data root split latents dtype seed reference students chosen shape teacher_sha256 metrics".split()
 ROUNDS = 5          # of the speed measurement, after one to warm up
-# name: (heading, decimals)
-METRICS = {"psnr": ("PSNR (dB)", 2), "ssim": ("SSIM", 4), "lpips": ("LPIPS", 4), "temporal": ("temporal error", 2),
-           "fvd": ("rFVD", 2)}
+METRICS = "psnr ssim lpips temporal fvd".split()
+COLUMNS = {     # of the table: heading, text of a cell
+    "psnr": ("PSNR (dB)", "{:.2f}"), "ssim": ("SSIM", "{:.4f}"), "lpips": ("LPIPS", "{:.4f}"),
+    "temporal": ("temporal error", "{:.2f}"), "fvd": ("rFVD", "{:.2f}"),
+    "psnr_kept": ("PSNR kept", "{:.1f}%"), "fps": ("decode FPS", "{:.1f}"), "speed_up": ("speed-up", "{:.2f}x")}
 I3D_URL = "https://huggingface.co/flateon/FVD-I3D-torchscript/resolve/main/i3d_torchscript.pt"
 I3D_SHA256 = "bec6519f66ea534e953026b4ae2c65553c17bf105611c746d904657e5860a5e2"
 CACHE = Path(torch.hub.get_dir()) / "checkpoints"
@@ -126,7 +128,7 @@ def load_i3d(path, device):
                                   rescale=True, resize=True, return_features=True)
 
 
-def load_metrics(args, device):
+def load_metrics(args):
     """({name: function of two clips, fvd's of one}, {name of what cannot be loaded: why})."""
     metrics, without = {"psnr": psnr, "ssim": ssim, "temporal": temporal_error}, {}
     warnings.simplefilter("ignore")         # both networks are made by deprecated functions
@@ -134,7 +136,7 @@ def load_metrics(args, device):
                                      ("fvd", load_i3d, args.i3d, "i3d_torchscript.pt with --i3d")):
         try:
             if name in args.metrics:
-                metrics[name] = load(path, device)
+                metrics[name] = load(path, args.device)
         except Exception as error:      # no network, no such file, another file: all mean "not there"
             without[name] = f"no weights ({summary(error)}); name {wanted}, or put it into {CACHE}"
     return {name: metrics[name] for name in args.metrics if name in metrics}, without
@@ -167,30 +169,31 @@ def share(mine):
 
 def progress(items, total, unit):
     """Passes items on, and shows how many there were: by a bar on a terminal, else by a line every 20 seconds."""
-    lines = {"delay": 20, "mininterval": 20, "bar_format": "{n_fmt} of {total_fmt}\n"}
-    look = {"leave": False} if sys.stderr.isatty() else lines
+    look = {"leave": False} if sys.stderr.isatty() else {
+        "delay": 20, "mininterval": 20, "bar_format": "{n_fmt} of {total_fmt}\n"}
     return tqdm(items, unit, total, disable=RANK > 0, **look)
 
 
-def load_students(args, device):
-    """{label: student}."""
+def load_students(args):
+    """{label: student}, and the first one's label and itself."""
+    device = find_device(args.device)
     students = dict(choose_student(path, None if Path(path or ".").exists() else args.teacher, str if RANK else print)
                     for path in args.student or [None])
     for student in students.values():
         student.to(device, getattr(torch, args.dtype)).eval()
         if device.type == "cuda":
-            channels_last(student)
-    return students
+            student.channels_last()
+    return students, *next(iter(students.items()))
 
 
-def load_fitting_teacher(args, students, device):
-    """The teacher, after a check that the students decode its latents."""
-    name = args.teacher or next(iter(students.values())).metadata["teacher"]
+def load_fitting_teacher(args, students, first):
+    """The teacher, as the first student is, after a check that all students decode its latents."""
+    name = args.teacher or first.metadata["teacher"]
     for label, student in students.items():     # before anything is fetched, where a preset has the teacher's numbers
         like = CONFIGS.get(name, student.config)
         check_fit(student, f"the {name} teacher", (name,), like.latent_channels, like.compression, like.drop_first,
                   label)
-    return load_teacher(name, args.teacher_weights, device, getattr(torch, args.dtype))
+    return load_teacher(name, args.teacher_weights, first.device, first.dtype)
 
 
 def clip_shape(args, teacher):
@@ -205,9 +208,8 @@ def clip_shape(args, teacher):
 
 @dataclass
 class Clips:
-    """Clips (3, T, H, W), or latents (C, t, h, w); names, {number: name}, of those to evaluate; and why not of those
-    skipped, {name: why}. An item is (number, clip), or (number, why not): worker processes cannot hand over errors."""
-
+    """Clips (3, T, H, W), or latents (C, t, h, w); names, {key: name}, of those to evaluate; and why not of those
+    skipped, {name: why}. An item is (key, clip), or (key, why not): worker processes cannot hand over errors."""
     clips: object
     names: dict
     skipped: dict
@@ -218,6 +220,11 @@ class Clips:
             return n, self.clips[n]
         except BadVideo as error:
             return n, str(error).removeprefix(f"{self.names[n]}: ")
+
+    def skip(self, name, reason):
+        self.skipped[name] = reason
+        if RANK == 0:
+            print(f"skipping {name}: {reason}", file=sys.stderr)
 
 
 def open_clips(args, frames, height, width):
@@ -242,6 +249,12 @@ def finite(x, what):
     return x
 
 
+def check_latents(student, teacher):
+    """ValueError unless the student decodes the latents of that teacher; None: not known."""
+    if teacher:
+        check_fit(student, f"latents of {teacher}", (teacher,), None, None, student.config.drop_first)
+
+
 def read_latents(file, student):
     """The latents (C, t, h, w) in a .safetensors file, "latents" or its only tensor; mapped, not loaded. ValueError
     where they are not finite, or where its metadata name another teacher than the student's."""
@@ -252,11 +265,10 @@ def read_latents(file, student):
     except Exception as error:      # safetensors has a class of its own for damaged files
         raise BadVideo(f"no safetensors file ({summary(error)})") from None
     latents = tensors.get("latents", next(iter(tensors.values())) if len(tensors) == 1 else torch.empty(0))
-    if latents.ndim < 4 or latents.shape[:-4] not in ((), (1,)) or not latents.numel() * latents.is_floating_point():
+    if latents.ndim < 4 or math.prod(latents.shape[:-4]) != 1 or not latents.numel() * latents.is_floating_point():
         raise BadVideo(f'holds {", ".join([*tensors][:3]) or "no tensor"} ({latents.dtype}, {tuple(latents.shape)}), '
                        'but "latents" are needed, floating-point, (C, t, h, w) or (1, C, t, h, w)')
-    if teacher:
-        check_fit(student, f"latents of {teacher}", (teacher,), None, None, student.config.drop_first)
+    check_latents(student, teacher)
     latents = latents.flatten(0, -4)
     for t, frame in enumerate(latents.unbind(1)):
         finite(frame.float(), f"its values in latent frame {t}")
@@ -265,31 +277,31 @@ def read_latents(file, student):
 
 def open_latents(args, student):
     """The Clips of the latents in a folder, of the shape that most have of those that the student decodes."""
-    files = sorted(Path(args.latents).glob("[!.]*.safetensors"))[:args.clips]
-    latents, skipped, channels = {}, {}, student.config.latent_channels
-    for n, file in enumerate(files):
+    latents, channels = Clips({}, {}, {}), student.config.latent_channels
+    for file in sorted(Path(args.latents).glob("[!.]*.safetensors"))[:args.clips]:
         try:
-            latents[n] = read_latents(file, student)
+            latents.clips[file.name] = read_latents(file, student)
         except ValueError as error:
-            skipped[file.name] = str(error)
-    shapes = [x.shape for x in latents.values() if len(x) == channels]
+            latents.skip(file.name, str(error))
+    shapes = [x.shape for x in latents.clips.values() if len(x) == channels]
     if not shapes:
         raise ValueError(f"no latents of {channels} channels in {args.latents}: examples/generate.py makes some")
-    names = {n: files[n].name for n, x in latents.items() if x.shape == statistics.mode(shapes)}
-    skipped |= {files[n].name: f"of shape {tuple(latents[n].shape)}" for n in latents if n not in names}
-    for name, reason in skipped.items() if RANK == 0 else ():
-        print(f"skipping {name}: {reason}", file=sys.stderr)
-    return Clips(latents, names, skipped)
+    for name, x in latents.clips.items():
+        if x.shape == statistics.mode(shapes):
+            latents.names[name] = name
+        else:
+            latents.skip(name, f"of shape {tuple(x.shape)}")
+    return latents
 
 
 # ----------------------------------------------------------------------------------------------------------
 # comparing
 
 def measure(args, clips, videos_of, reference, metrics):
-    """{number: what is known of a clip}, measured by all processes together; on the first adds to clips.skipped.
-    videos_of(batch (B, ...)) -> {model: (B, 3, T, H, W)}. Each video is compared with that of `reference`. One batch
-    is in memory at a time. Known are the clip's "hash"; "values", {model: {metric: value}}; and "features",
-    {model: I3D's}. A clip of which some video is not finite is skipped for all models."""
+    """{key: what is known of a clip}, measured by all processes together; adds to clips.skipped.
+    videos_of(batch (B, ...)) -> {model: (B, 3, T, H, W)}. Each video is compared with that of `reference`. Known are
+    a clip's "hash"; its "values", {model: {metric: value}}; and "features", {model: I3D's}. A clip of which some video
+    is not finite is skipped for all models."""
     loader = DataLoader(clips, args.batch, sampler=range(RANK, len(clips.names), WORLD), collate_fn=list,
                         num_workers=args.workers)
     known = {}
@@ -298,9 +310,12 @@ def measure(args, clips, videos_of, reference, metrics):
         good = {n: clip for n, clip in batch if not isinstance(clip, str)}
         videos = videos_of(torch.stack([*good.values()]).to(args.device)) if good else {}
         for i, (n, clip) in enumerate(good.items()):
-            one = {model: video[i:i + 1] for model, video in videos.items()}
-            broken = next((model for model, video in one.items() if not video.isfinite().all()), None)
-            known[n] = f"{broken} gave values that are not finite" if broken else {
+            try:
+                one = {model: finite(video[i:i + 1], f"{model} gave values that") for model, video in videos.items()}
+            except BadVideo as error:
+                known[n] = str(error)
+                continue
+            known[n] = {
                 "hash": hashlib.sha256(clip.float().numpy().tobytes()).hexdigest(),
                 "features": {model: metrics["fvd"](video)[0].cpu() for model, video in one.items() if "fvd" in metrics},
                 "values": {model: {name: metric(video, one[reference]).item() for name, metric in metrics.items()
@@ -308,37 +323,31 @@ def measure(args, clips, videos_of, reference, metrics):
     known = dict(sorted(pair for part in share(known) for pair in part.items()))
     for n, reason in [*known.items()]:
         if isinstance(reason, str):
-            clips.skipped[clips.names[n]] = known.pop(n)
-            if RANK == 0:
-                print(f"skipping {clips.names[n]}: {reason}", file=sys.stderr)
+            clips.skip(clips.names[n], known.pop(n))
     if not known:
         raise ValueError(f"none of the clips can be evaluated: {reason}")
     return known
 
 
-def distances(known, real, models, reference):
-    """({model: Fréchet distance to the real clips, else to those of `reference`}, what to know about them or None)."""
+def distances(known, models, real, truth):
+    """({model: Fréchet distance of the clips in `known` to those of `truth` in `real`}, a note about them or None)."""
     stack = lambda known, model: torch.stack([clip["features"][model] for clip in known.values()])
-    truth = stack(real, INPUT) if real else stack(known, reference)
-    n, d = min(len(known), len(truth)), truth.shape[1]
+    features = stack(real, truth)
+    n, d = min(len(known), len(real)), features.shape[1]
     if n < 2:
         return {}, "needs two clips or more"
     few = f"{n} clips are too few to mean much: I3D has {d} features, and the distance falls with more clips"
-    return {model: frechet_distance(stack(known, model), truth) for model in models
-            if real or model != reference}, few if n <= d else None
-
-
-def cell(value, decimals, unit=""):
-    return f"{value:.{decimals}f}{unit}" if value is not None and math.isfinite(value) else "-"
+    return {model: frechet_distance(stack(known, model), features) for model in models
+            if model != truth}, few if n <= d else None
 
 
 def table(rows, metrics, **style):
     """The rows as text."""
-    cells = [["model", "decoder (M)", *(METRICS[m][0] for m in metrics), "PSNR kept", "decode FPS", "speed-up"]]
+    names = [*metrics, "psnr_kept", "fps", "speed_up"]
+    cells = [["model", "decoder (M)", *(COLUMNS[name][0] for name in names)]]
     for row in rows:
-        cells.append([row["model"].replace("|", "/").replace("\n", " "), cell(row["parameters"] / 1e6, 2),
-                      *(cell(row[m], METRICS[m][1]) for m in metrics), cell(row["psnr_kept"], 1, "%"),
-                      cell(row["fps"], 1), cell(row["speed_up"], 2, "x")])
+        values = [COLUMNS[name][1].format(row[name]) if math.isfinite(row[name]) else "-" for name in names]
+        cells.append([row["model"], f"{row['parameters'] / 1e6:.2f}", *values])
     return text_table(cells, **style)
 
 
@@ -348,10 +357,15 @@ def folder_of(label):
     return path if path.is_dir() else path.parent
 
 
+def read_json(file):
+    """What a JSON file holds; {} where there is none. ValueError that names a damaged one."""
+    with named(file):
+        return json.loads(file.read_text()) if file.is_file() else {}
+
+
 def trained_on(label, clips):
     """How many of the clips a student was trained on, by its run's args.json."""
-    file = folder_of(label) / "args.json"
-    run = json.loads(file.read_text()) if file.is_file() else {}
+    run = read_json(folder_of(label) / "args.json")
     if "held_out" not in run or not isinstance(clips.clips, VideoClips):
         return 0
     files = {Path(clips.clips.root, name).resolve() for name in clips.names.values()}
@@ -360,12 +374,12 @@ def trained_on(label, clips):
 
 
 def results_folder(args, label):
-    """--out, else the first student's run, else out/evaluate; in these two a folder for each data set but made-up
-    video. Raises OSError where it cannot be written."""
+    """--out, else the first student's run or out/evaluate, in these a folder for each data set. May raise OSError."""
     run, out = folder_of(label), Path("out").resolve()
     out = run if run.parent == out else out / "evaluate"
-    if args.latents or args.data != "synthetic":
-        out /= Path(args.latents or args.data).resolve().name
+    what = args.latents or args.data
+    if what != "synthetic":
+        out /= Path(what).resolve().name
     out = Path(args.out or out)
     check_writable(out)
     return out
@@ -373,27 +387,25 @@ def results_folder(args, label):
 
 def check_same(out, settings):
     """ValueError where the results in `out` are of other settings, or of metrics that this run leaves out."""
-    file = out / "results.json"
-    before = json.loads(file.read_text()) if file.is_file() else settings
+    before = read_json(out / "results.json") or settings
     other = [f"{key} {before.get(key)} (now {settings[key]})" for key in SAME if before.get(key) != settings[key]
              and not (key == "metrics" and set(before[key]) < set(settings[key]))]
     if other:
-        raise ValueError(f"{file} is of {', '.join(other)}: name another folder with --out, or delete it")
+        raise ValueError(f"{out}/results.json is of {', '.join(other)}: name another folder with --out, or delete it")
 
 
-def compare(args, device):
+def compare(args):
     """Measures teacher and students on clips, writes the results and prints the table."""
-    students = load_students(args, device)
-    first, student = next(iter(students.items()))
+    students, first, student = load_students(args)
     out = results_folder(args, first)
-    teacher = load_fitting_teacher(args, students, device)
-    label = f"{teacher.name} (teacher)"
+    teacher = load_fitting_teacher(args, students, student)
+    label, device = f"{teacher.name} (teacher)", student.device
     decoders, networks = {label: teacher.decode} | students, {label: teacher.vae} | students
     reference = label if args.latents or args.against == "teacher" else INPUT
     if args.latents:
-        METRICS["fvd"] = "FVD", 2           # of generated video, not of reconstructions
+        COLUMNS["fvd"] = "FVD", "{:.2f}"           # of generated video, not of reconstructions
         clips = open_latents(args, student)
-        shape = student(clips.clips[next(iter(clips.names))][None].to(device, teacher.dtype)).shape[2:]
+        shape = student(clips.clips[next(iter(clips.names))][None].to(device, student.dtype)).shape[2:]
     else:
         shape = clip_shape(args, teacher)
         clips = open_clips(args, *shape)
@@ -402,44 +414,45 @@ def compare(args, device):
         "weights": {name: weights_hash(network) for name, network in networks.items()}}
     settings["teacher_sha256"] = settings["weights"][label]         # a student may have been trained on
     check_same(out, settings)
-    metrics, without = load_metrics(args, device)
-    latents_of = lambda batch: batch.to(teacher.dtype) if args.latents else teacher.encode(batch, sample=False)
+    trained = [f"{name} was trained on {n} of these clips: it is worse on others" for name in students
+               if (n := trained_on(name, clips))]
+    metrics, without = load_metrics(args)
+    latents_of = lambda batch: (batch if args.latents else teacher.encode(batch, sample=False)).to(student.dtype)
 
     def videos_of(batch):
         latents = latents_of(batch)
-        videos = {name: decode(latents) for name, decode in decoders.items()}
-        return videos if args.latents else {INPUT: batch, **videos}
+        inputs = {} if args.latents else {INPUT: batch}
+        return inputs | {name: decode(latents) for name, decode in decoders.items()}
 
-    known, real = measure(args, clips, videos_of, reference, metrics), {}
+    known = measure(args, clips, videos_of, reference, metrics)
+    real, truth = known, reference
     if args.latents and "fvd" in metrics:
         real_clips = open_clips(args, *shape)
-        real = measure(args, real_clips, lambda batch: {INPUT: batch}, INPUT, metrics)
+        real, truth = measure(args, real_clips, lambda batch: {INPUT: batch}, INPUT, metrics), INPUT
         clips.skipped |= real_clips.skipped
     if RANK:
         return
-    fvd, note = distances(known, real, decoders, reference) if "fvd" in metrics else ({}, None)
+    fvd, note = distances(known, decoders, real, truth) if "fvd" in metrics else ({}, None)
     # Small clips are timed four at a time: PyTorch's convolutions on a CPU are slow for one clip of few channels.
     together = max(1, min(4, 2 ** 20 // math.prod(shape)))
     clip = clips.clips[next(iter(known))][None].to(device)
     fps, rows = decode_speeds(decoders, latents_of(clip).repeat(together, 1, 1, 1, 1)), []
     for name, network in networks.items():
         parameters = sum(p.numel() for p in getattr(network, "decoder", network).parameters())
-        row = {"model": name, "parameters": parameters, "fps": fps[name], "speed_up": fps[name] / fps[label],
-               **dict.fromkeys([*METRICS, "psnr_kept"]), "fvd": fvd.get(name)}
+        row = dict.fromkeys(COLUMNS, math.nan) | {"model": name, "parameters": parameters, "fps": fps[name],
+                                                  "speed_up": fps[name] / fps[label], "fvd": fvd.get(name, math.nan)}
         rows.append(row)
-        for metric in metrics.keys() - {"fvd"} if name != reference else ():
-            row[metric] = statistics.fmean(clip["values"][name][metric] for clip in known.values())
-        if row["psnr"] and reference == INPUT:
-            row["psnr_kept"] = 100 * row["psnr"] / rows[0]["psnr"]
+        values = [clip["values"].get(name, {}) for clip in known.values()]
+        row |= {metric: statistics.fmean(value[metric] for value in values) for metric in values[0]}
+        row["psnr_kept"] = 100 * row["psnr"] / rows[0]["psnr"]
 
     hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     notes = [f"{args.latents or args.data}: {len(known)} clips of {'x'.join(map(str, shape))} (frames x height x width)"
-             f"{f', FVD to {len(real)} real clips of {args.data}' if real else ''}"
+             f"{f', FVD to {len(real)} real clips of {args.data}' if real is not known else ''}"
              f"{', against the teacher' if reference == label else ''}; {hardware}, {torch.get_num_threads()} CPU "
              f"threads, {args.dtype}, {together} at a time for speed; {len(clips.skipped)} clips skipped"]
-    notes += [f"{METRICS[metric][0]}: {why}" for metric, why in ({"fvd": note} | without).items() if why]
-    seen = {name: trained_on(name, clips) for name in students}
-    notes += [f"{name} was trained on {n} of these clips: it is worse on others" for name, n in seen.items() if n]
+    notes += [f"{COLUMNS[metric][0]}: {why}" for metric, why in ({"fvd": note} | without).items() if why]
+    notes += trained
     results = settings | {
         "rows": rows, "clips": len(known), "device": hardware, "notes": notes, "skipped": clips.skipped,
         "without": without, "torch": torch.__version__,
@@ -462,7 +475,7 @@ def draw_clips(clips, known, videos_of, student, reference, device):
         rows.append(np.stack([to_image(frame) for frame in torch.cat([*videos.values()], dim=3)]))
         text += f"{clips.names[n]}: {', '.join(videos)}\n"
     film = np.concatenate(rows, axis=1)
-    by = -(-max(film.shape) // 16000)       # H.264 takes sides of 16384 pixels
+    by = 1 + max(film.shape) // 16000       # H.264 takes sides of 16384 pixels
     film = film[:, ::by, ::by]
     title = Image.new("RGB", (film.shape[2], 64), "white")
     ImageDraw.Draw(title).text((4, 4), text, "black", ImageFont.load_default(15))
@@ -504,8 +517,7 @@ COPIED = {".mp4": "aac mp3 mp3float ac3 eac3 alac opus flac".split(), ".mov": "a
 
 
 def add_h264(container, rate, height, width, crf=15, look=(1, 1, 1)):
-    """An H.264 stream that says which colours its numbers mean (data.py's `colours`, else BT.709); full chroma where
-    the size is odd."""
+    """An H.264 stream that is tagged with its colours (data.py's `colours`); full chroma where the size is odd."""
     stream = container.add_stream("libx264", rate=rate, options={"crf": str(crf), "preset": "veryfast"})
     stream.height, stream.width, stream.pix_fmt = height, width, "yuv444p" if height % 2 or width % 2 else "yuv420p"
     codec = stream.codec_context
@@ -543,9 +555,9 @@ def packets_of(container, ends):
 
 
 def upright_frames(container, stream, sounds, ends):
-    """Yields (image (H, W, 3) uint8 RGB, upright, its time stamp, its `colours`) of a video stream; other packets go to
-    the list `sounds`. Frames of another size than the first are brought to it. Packets that cannot be decoded are left
-    out. AVI's stamps are of packets, in the order of decoding: the frames shown take them in turn."""
+    """Yields (image (H, W, 3) uint8, upright; time stamp; `colours`) of a video stream; other packets go to `sounds`.
+    Frames are brought to the size of the first. Packets that cannot be decoded are left out. AVI's stamps are of
+    packets, in the order of decoding: the frames shown take them in turn."""
     size, stamps, name = {}, [], container.name.removeprefix("file:")
     for packet in packets_of(container, ends):
         if packet and packet.stream is not stream:
@@ -567,8 +579,7 @@ def upright_frames(container, stream, sounds, ends):
 
 def rising(latest, stream, stamp, step):
     """The stamp of a stream's next frame or packet, later than the one before: a missing one comes a `step` later.
-    Where stamps go back by more than JOINED, another recording begins and follows the one before. latest {stream: (the
-    last stamp, how much is added)}."""
+    Where stamps go back by more than JOINED, a joined recording begins. latest: {stream: (last stamp, shift)}."""
     last, shift = latest.get(stream, (-step, max(0, -(stamp or 0))))
     given = last + step if stamp is None else stamp + shift
     if given < last - JOINED / stream.time_base:
@@ -583,9 +594,10 @@ def in_windows(frames, through, length, overlap):
     `through`, each shares `overlap` with the one before and is faded into it; the last one may be shorter."""
     waiting, decoded = [], ()           # decoded: of the first of those that wait, by the window before
     for frame in chain(frames, [None]):
-        waiting += [frame] if frame else []
-        if frame and len(waiting) < length:
-            continue
+        if frame:
+            waiting.append(frame)
+            if len(waiting) < length:
+                continue
         if len(waiting) > len(decoded):
             before, decoded = decoded, through([original for original, *_ in waiting])
             for i, image in enumerate(before):
@@ -605,28 +617,29 @@ def named(what):
         raise ValueError(f"{what}: {why(error)}") from None
 
 
-def reconstruct(teacher, student, source, target, frames, device, dtype):
+def reconstruct(teacher, student, source, target, frames):
     """Writes the video `source`, of any size and length, through the teacher's encoder and the student to `target`.
     Size, frames, their time stamps and the sound are kept; stderr says what is not. Windows of `frames` frames overlap
     and are faded into each other, so memory depends on `frames` and the size only. Edges are repeated up to what the
-    teacher takes; the result is cut back.
-    Returns (frames, PSNR in dB, mean over frames, how many the source lacks of those that it promises); ValueError."""
+    teacher takes, and cut off again. Returns (frames, mean PSNR in dB, frames missing in the source); ValueError."""
     (_, d_h, d_w), errors, ends, packets, latest = teacher.compression, [], [0], [], {}
 
     def through(images):
-        video = torch.from_numpy(np.stack(images)).permute(3, 0, 1, 2)[None].to(device, dtype).div(127.5).sub(1)
+        video = torch.from_numpy(np.stack(images)).permute(3, 0, 1, 2)[None]
+        video = video.to(student.device, student.dtype).div(127.5).sub(1)
         t, h, w = video.shape[2:]
         video = F.pad(video, (0, -w % d_w, 0, -h % d_h, 0, frames - t), mode="replicate")
-        latents = finite(teacher.encode(video, sample=False), f"the {teacher.name} teacher's latents in {dtype}")
-        return frames_of(finite(student(latents), f"the student's values after {len(errors)} frames")[..., :t, :h, :w])
+        latents = teacher.encode(video, sample=False).to(student.dtype)
+        decoded = student.decode(finite(latents, f"the {teacher.name} teacher's latents in {student.dtype}"))
+        return frames_of(finite(decoded, f"the student's values after {len(errors)} frames")[..., :t, :h, :w])
 
-    with (named(f"{source} to {target}"), atomically(target) as file, open_video(source) as container,
+    with (named(f"{source} to {target}"), open_video(source) as container, atomically(target) as file,
           av.open(f"file:{file}", "w") as out):
         stream, rate = video_stream(container)
         stream.thread_type, codec = "AUTO", stream.codec_context
         images = in_windows(upright_frames(container, stream, packets, ends), through, frames, min(4, frames // 4))
         first = next(images, None)
-        if first is None:
+        if not first:
             raise BadVideo("no frame in it can be decoded")
         film, shape = add_h264(out, rate, *first[0].shape[:2], look=first[3]), stream.sample_aspect_ratio
         film.time_base = film.codec_context.time_base = stream.time_base
@@ -665,40 +678,28 @@ def reconstruct(teacher, student, source, target, frames, device, dtype):
     return len(errors), statistics.fmean(errors), missing
 
 
-def decode_latents(student, source, target, fps, device, dtype):
-    """Writes the latents saved in `source` (see read_latents), as the teacher's encoder gives them, as the video
-    `target`, four at a time. Returns its frames. ValueError for what cannot be read or written."""
-    def images():
-        for video in student.stream(chunk[None].to(device, dtype) for chunk in latents.split(4, dim=1)):
-            yield from map(to_image, frames_of(finite(video, "the student's values")))
-
-    with named(f"{source} to {target}"), atomically(target) as file:
-        latents = read_latents(source, student)
-        frames = student.config.frames(latents.shape[1])
-        write_film(file, progress(images(), frames, "frames"), fps)
-    return frames
-
-
-def one_film(args, device):
-    """--reconstruct and --decode."""
-    students, dtype = load_students(args, device), getattr(torch, args.dtype)
-    label, student = next(iter(students.items()))
+def one_film(args):
+    """--reconstruct; and --decode, four latent frames at a time. ValueError for what cannot be read or written."""
+    students, label, student = load_students(args)
+    source, target = args.film
     if args.decode:
-        teacher = args.teacher or student.metadata["teacher"]
-        check_fit(student, f"latents of {teacher}", (teacher,), None, None, student.config.drop_first, label)
-        frames = decode_latents(student, *args.decode, args.fps or 24, device, dtype)
-        return print(f"{args.decode[1]}: {frames} frames by {label}")
-    source, target = args.reconstruct
-    teacher = load_fitting_teacher(args, students, device)
-    frames, _, _ = clip_shape(args, teacher)
-    count, quality, missing = reconstruct(teacher, student.decode, source, target, frames, device, dtype)
+        check_latents(student, args.teacher)
+        with named(f"{source} to {target}"), atomically(target) as file:
+            latents = read_latents(source, student)
+            chunks = (chunk[None].to(student.device, student.dtype) for chunk in latents.split(4, dim=1))
+            videos = (finite(video, "the student's values") for video in student.stream(chunks))
+            images = (to_image(image) for video in videos for image in frames_of(video))
+            frames = student.config.frames(latents.shape[1])
+            write_film(file, progress(images, frames, "frames"), args.fps or 24)
+        return print(f"{target}: {frames} frames by {label}")
+    teacher = load_fitting_teacher(args, students, student)
+    frames, *_ = clip_shape(args, teacher)
+    count, quality, missing = reconstruct(teacher, student, source, target, frames)
     print(f"{target}: {count} frames through the {teacher.name} teacher's encoder and {label}, PSNR {quality:.2f} dB")
     if missing:
         print(f"{source} promises {count + missing} frames: {missing} could not be read and are missing from {target}",
               file=sys.stderr)
 
-
-# ----------------------------------------------------------------------------------------------------------
 
 def frame_rate(text):
     """An argparse type: "24", "29.97" or "30000/1001" as a Fraction up to 1000."""
@@ -711,7 +712,15 @@ def frame_rate(text):
     return rate
 
 
+REAL = " data root split download seed"         # of video to compare with
+TAKES = {       # the flags that go with each of these, or with none of them, besides those that go with all
+    "reconstruct": "teacher_weights frames", "decode": "fps",
+    "latents": "teacher_weights metrics lpips_weights i3d clips batch workers out",
+    "data": "teacher_weights metrics lpips_weights i3d clips batch workers out frames size against" + REAL}
+
+
 def parse():
+    """The arguments. OSError or ValueError where they do not go together."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      usage="%(prog)s [--data WHAT] [--student PATH] [options]; --help explains each")
     add, count = parser.add_argument, number(int, 1)
@@ -745,37 +754,29 @@ def parse():
     add("--latents", help="a folder of saved latents: students against teacher, and FVD of both to --data")
     args = parser.parse_args()
     given = {name for name, value in vars(args).items() if value != parser.get_default(name)}
-    usual = ["psnr", "ssim", "temporal"] if args.data == "synthetic" else METRICS
+    usual = "psnr ssim temporal" if args.data == "synthetic" else METRICS
     args.metrics = [metric for metric in METRICS if metric in (args.metrics or usual)]
-    check(args, given)
-    return args
 
-
-def check(args, given):
-    """OSError or ValueError where flags do not go together or something is missing, before anything is fetched."""
-    takes = {"reconstruct": "student teacher teacher_weights frames", "decode": "student teacher fps"}
-    mode = next((mode for mode in takes if mode in given), None)
-    idle = "fps size frames against" if args.latents else "fps"
-    if args.latents and "fvd" not in args.metrics:
-        idle += " data root split download seed"        # of real video
-    takes = f"{mode} device dtype threads {takes[mode]}".split() if mode else given.difference(idle.split())
-    for name in given.difference(takes):
-        other = mode or (f"latents and --metrics {' '.join(args.metrics)}" if args.latents else "data")
-        raise ValueError(f"--{name.replace('_', '-')} does not go with --{other}")
+    args.film = args.reconstruct or args.decode
+    # Flags that do not go together, or what is missing, before anything is fetched.
+    mode = next((mode for mode in TAKES if mode in given), "data")
+    takes = f"{mode} student teacher device dtype threads {TAKES[mode]}"
+    if mode == "latents":
+        takes += REAL * ("fvd" in args.metrics)
+        mode += f" and --metrics {' '.join(args.metrics)}"
+    for name in given.difference(takes.split()):
+        raise ValueError(f"--{name.replace('_', '-')} does not go with --{mode}")
     if given & {"root", "download"} and args.data not in DATA_SETS or "split" in given and args.data == "synthetic":
         raise ValueError(f"--root, --split and --download go with a data set's name: --data {', '.join(DATA_SETS)}")
-    if mode:
-        source, target = map(Path, getattr(args, mode))
-        with named(f"{source} to {target}"):
-            if target.suffix.lower() not in (".mp4", ".mkv", ".mov"):
-                raise ValueError("films are .mp4, .mkv or .mov")
-            if target.is_dir() or target.resolve() == source.resolve():
-                raise ValueError("that would be written over")
-            if mode == "reconstruct":
-                with open_video(source) as container:
-                    video_stream(container)
+    if args.film:
+        source, target = map(Path, args.film)
+        if target.suffix.lower() not in (".mp4", ".mkv", ".mov"):
+            raise ValueError(f"{target}: films are .mp4, .mkv or .mov")
+        if target.resolve() == source.resolve():
+            raise ValueError(f"{target} would be written over")
     elif args.data != "synthetic" and not args.download:
         find_clips(args.data, args.root, args.split)
+    return args
 
 
 @torch.inference_mode()
@@ -786,11 +787,10 @@ def main():
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False     # float32 is float32
     if args.threads:
         torch.set_num_threads(args.threads)
-    device = find_device(args.device)
-    if not (args.reconstruct or args.decode):
-        compare(args, device)
+    if not args.film:
+        compare(args)
     elif RANK == 0:             # one film is the first process's
-        one_film(args, device)
+        one_film(args)
     if WORLD > 1:
         dist.barrier()              # one that leaves while another still works may abort
         dist.destroy_process_group()

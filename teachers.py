@@ -14,9 +14,12 @@ Clips are taken whole, without tiles, but for dc's above 32 frames, which its re
 `python teachers.py` prints the table: parameters, compression, clips, blocks and their shapes, licences.
 """
 import argparse
+import inspect
 import json
+import math
 import re
 import sys
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -41,10 +44,8 @@ class VideoDCAEConfig:
 
     @property
     def compression(self):
-        time, space = 1, self.patch
-        for t, s in self.strides:
-            time, space = time * t, space * s
-        return time, space, space
+        time, space = map(math.prod, zip(*self.strides))
+        return time, self.patch * space, self.patch * space
 
     def blocks(self, stage, depth):
         kind = ResBlock if stage < self.attention_from else EViTBlock
@@ -59,9 +60,9 @@ class RMSNorm(nn.Module):
         self.weight, self.bias = nn.Parameter(torch.ones(channels)), nn.Parameter(torch.zeros(channels))
 
     def forward(self, x):
-        shape = (-1, 1, 1, 1)
         scale = torch.rsqrt(x.float().square().mean(1, keepdim=True) + 1e-5).to(x.dtype)
-        return x * scale * self.weight.view(shape).to(x.dtype) + self.bias.view(shape).to(x.dtype)
+        weight, bias = (p.to(x.dtype).view(-1, 1, 1, 1) for p in (self.weight, self.bias))
+        return x * scale * weight + bias
 
 
 class Conv(nn.Module):
@@ -326,15 +327,15 @@ def temporal_tiles(run, x, tile, out_tile):
     are blended there."""
     if x.shape[2] <= tile:
         return run(x)
-    keep, pieces = out_tile - out_tile // 4, []
+    overlap, pieces = out_tile // 4, []
     for start in range(0, x.shape[2], tile - tile // 4):
         piece = run(x[:, :, start:start + tile])
         if pieces:
-            n = min(out_tile - keep, pieces[-1].shape[2], piece.shape[2])
+            n = min(overlap, piece.shape[2])
             ramp = torch.arange(n, device=x.device, dtype=x.dtype).div(n).view(-1, 1, 1)
             piece = torch.cat([torch.lerp(pieces[-1][:, :, -n:], piece[:, :, :n], ramp), piece[:, :, n:]], 2)
         pieces.append(piece)
-    return torch.cat([piece[:, :, :keep] for piece in pieces], 2)
+    return torch.cat([piece[:, :, :out_tile - overlap] for piece in pieces], 2)
 
 
 class DCAETeacher(Teacher):
@@ -391,32 +392,34 @@ class LTXTeacher(DiffusersTeacher):
         super().__init__(name, vae)
         config = vae.config
         if "decoder_spatial_padding_mode" in config:        # of each class two encoders, whose latents have one shape
-            release = ("ltx23", "ltx25") if len(config.decoder_layers_per_block) > 4 else ("ltx2",)
+            release = "ltx23 or ltx25" if len(config.decoder_layers_per_block) > 4 else "ltx2"
         else:
-            release = ("ltx095",) if "LTXVideo095DownBlock3D" in config.down_block_types else ("ltx",)
-        if name not in release:
-            raise ValueError(f"this VAE is not the {name} teacher's but the {' or '.join(release)} teacher's")
+            release = "ltx095" if "LTXVideo095DownBlock3D" in config.down_block_types else "ltx"
+        if name not in release.split(" or "):
+            raise ValueError(f"this VAE is not the {name} teacher's but the {release} teacher's")
         # Reflection needs something to mirror: a second row and column.
         self.smallest = 2 if config.get("decoder_spatial_padding_mode") == "reflect" else 1
 
+    @contextmanager
     def conditioning(self, latents):
-        """The decoder's timestep for each clip, or None; fixes the noise that the decoder may draw."""
-        if not self.vae.config.timestep_conditioning:
-            return None
-        torch.manual_seed(0)
-        return latents.new_full((len(latents),), self.timestep)
+        """Yields the decoder's timestep for each clip, or None; inside, the decoder draws the same noise every time."""
+        with torch.random.fork_rng(devices=[latents.device] if latents.is_cuda else []):
+            timestep = None
+            if self.vae.config.timestep_conditioning:
+                torch.manual_seed(0)
+                timestep = latents.new_full((len(latents),), self.timestep)
+            yield timestep
 
     def decode(self, latents):
         latents = latents.to(self.dtype)
-        with torch.random.fork_rng(devices=[latents.device] if latents.is_cuda else []):
-            return self.vae.decode(latents, self.conditioning(latents), return_dict=False)[0]
+        with self.conditioning(latents) as timestep:
+            return self.vae.decode(latents, timestep, return_dict=False)[0]
 
     def blocks(self, latents):
         decoder = self.vae.decoder
         causal = {"causal": decoder.is_causal} if hasattr(decoder, "is_causal") else {}     # LTX-2's
-        with torch.random.fork_rng(devices=[latents.device] if latents.is_cuda else []):
-            temb = self.conditioning(latents)
-            temb = temb if temb is None else temb * decoder.timestep_scale_multiplier
+        with self.conditioning(latents) as timestep:
+            temb = timestep if timestep is None else timestep * decoder.timestep_scale_multiplier
             x = decoder.mid_block(decoder.conv_in(latents, **causal), temb, **causal)
             yield from run_blocks(x, decoder.up_blocks, temb, **causal)
 
@@ -440,7 +443,7 @@ class LTX25Teacher(LTXTeacher):
         decoder, rate = self.vae.decoder, 1
         x = decoder.conv_in(repeat_last(latents, decoder.trailing_pad_latent_frames).movedim(1, -1))    # cut off again
         for name, stage, upsample in zip(("mid", "up0", "up1", "up2"), decoder.det_stages, decoder.upsamples):
-            stage = stage if not x.is_meta else ()          # where there is no FlexAttention; shapes stay
+            stage = () if x.is_meta else stage          # where there is no FlexAttention; shapes stay
             mask = stage and stage[0].attn.build_block_mask(x)
             for block in stage:
                 x = block(x, mask)
@@ -533,7 +536,7 @@ class CogTeacher(DiffusersTeacher):
     def blocks(self, latents):
         decoder, n = self.vae.decoder, self.vae.num_latent_frames_batch_size
         first = n + latents.shape[2] % n if latents.shape[2] > 1 else 1
-        z = [latents[:, :, :first], *latents[:, :, first:].split(n, 2)] if latents.shape[2] > first else [latents]
+        z = latents.split([first] + (latents.shape[2] - first) // n * [n], 2)
         if self.vae.post_quant_conv is not None:
             z = [self.vae.post_quant_conv(chunk) for chunk in z]
 
@@ -551,12 +554,12 @@ class CogTeacher(DiffusersTeacher):
 
 
 class WanTeacher(DiffusersTeacher):
-    """Wan 2.1's and 2.2's VAEs, AutoencoderKLWan.
+    """Wan 2.1's and 2.2's VAEs, AutoencoderKLWan; and Qwen-Image's, AutoencoderKLQwenImage: Wan 2.1's, its decoder
+    trained on for images, one latent frame each.
 
     It decodes one latent frame at a time, with a cache for each convolution; here, too, one block runs over all frames
     before the next starts. Its decode clamps to [-1, 1].
     """
-    asks_for_first = True       # its up blocks want to be told of the first frame
 
     def blocks(self, latents):
         decoder = self.vae.decoder
@@ -566,19 +569,15 @@ class WanTeacher(DiffusersTeacher):
             # A causal 3x3x3 convolution needs two frames from before.
             seen = frame if seen is None else torch.cat([seen[:, :, -1:], frame], 2)
 
-        def over_frames(block, x, asks_for_first=False):
+        def over_frames(block, x):
             cache = [None] * len(list(block.modules()))                  # one for each convolution, and more
-            first = lambda j: {"first_chunk": j == 0} if asks_for_first else {}
-            return [block(frame, feat_cache=cache, feat_idx=[0], **first(j)) for j, frame in enumerate(x)]
+            asks = "first_chunk" in inspect.signature(block.forward).parameters         # Wan's up blocks
+            return [block(frame, feat_cache=cache, feat_idx=[0], **{"first_chunk": j == 0} if asks else {})
+                    for j, frame in enumerate(x)]
 
-        x, blocks = over_frames(decoder.mid_block, x), [partial(over_frames, block) for block in decoder.up_blocks]
-        for name, x in run_blocks(x, blocks, self.asks_for_first):
+        x = over_frames(decoder.mid_block, x)
+        for name, x in run_blocks(x, [partial(over_frames, block) for block in decoder.up_blocks]):
             yield name, torch.cat(x, 2)
-
-
-class QwenTeacher(WanTeacher):
-    """Qwen-Image's VAE, AutoencoderKLQwenImage: Wan 2.1's, its decoder trained on for images, one latent frame each."""
-    asks_for_first = False
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -598,7 +597,7 @@ RELEASES = {
     "ltx23": (LTXTeacher, "AutoencoderKLLTX2Video", "diffusers/LTX-2.3-Diffusers", "LTX-2 Community"),
     "hunyuan15": (Hunyuan15Teacher, "AutoencoderKLHunyuanVideo15",
                   "hunyuanvideo-community/HunyuanVideo-1.5-Diffusers-480p_t2v", "Tencent Hunyuan Community"),
-    "qwen": (QwenTeacher, "AutoencoderKLQwenImage", "Qwen/Qwen-Image", "Apache 2.0"),
+    "qwen": (WanTeacher, "AutoencoderKLQwenImage", "Qwen/Qwen-Image", "Apache 2.0"),
     "ltx095": (LTXTeacher, "AutoencoderKLLTXVideo", "Lightricks/LTX-Video-0.9.5", "LTX-Video Open Weights"),
     "ltx25": (LTX25Teacher, "LTX2VideoDiffusionDecoderModel", "Lightricks/LTX-2.5-Diffusers", "LTX-2 Community"),
     "h3": (H3Teacher, "AutoencoderKLMiniMaxH3", "MiniMaxAI/MiniMax-H3", "MiniMax H3 Community"),
@@ -639,12 +638,11 @@ def load_weights(module, path):
     except SafetensorError as error:
         raise ValueError(f"{path} is no whole safetensors file: {error}") from None
     ours = module.state_dict()
-    both = ours.keys() & state.keys()
-    bad = [key for key in both if not (state[key].is_floating_point() and state[key].float().isfinite().all())]
+    bad = [key for key, x in state.items() if not (x.is_floating_point() and x.float().isfinite().all())]
     for problem, keys in (
             ("lacks", ours.keys() - state.keys()),
             ("has besides", state.keys() - ours.keys()),
-            ("has with another shape", [key for key in both if ours[key].shape != state[key].shape]),
+            ("has with another shape", [k for k in ours.keys() & state.keys() if ours[k].shape != state[k].shape]),
             ("has values that are not finite numbers in", bad)):
         if keys:
             more = f" and {len(keys) - 1} more" if len(keys) > 1 else ""
@@ -706,7 +704,7 @@ def build(name, path):
     teacher_of, source, _, _ = RELEASES[name]
     if teacher_of is DCAETeacher:
         teacher = DCAETeacher(name, TINY if name == "tiny" else VideoDCAEConfig())
-        if path is not None:
+        if path:
             load_weights(teacher.vae, path / source if path.is_dir() else path)
         return teacher
     try:
@@ -714,7 +712,7 @@ def build(name, path):
         kind = getattr(diffusers, source)
     except (ImportError, AttributeError):
         raise OSError(f"the {name} teacher needs diffusers with {source}: pip install -U diffusers") from None
-    if path is not None and path.is_dir() and not (path / "config.json").is_file():
+    if path and path.is_dir() and not (path / "config.json").is_file():
         path = path / "vae"
     vae = build_part(diffusers.AutoencoderKLLTX2Video if name == "ltx25" else kind, path, CONFIGURATIONS.get(name, {}))
     if name == "ltx25":         # the decoder is in the pipeline's other folder
@@ -724,7 +722,7 @@ def build(name, path):
 
 def build_part(kind, path, options):
     """A part of a diffusers pipeline by its folder, by a file of weights and options, or with random weights."""
-    if path is None or path.is_file():
+    if not path or path.is_file():
         part = kind(**options)
     else:
         if not (path / "config.json").is_file():
@@ -733,7 +731,7 @@ def build_part(kind, path, options):
         if config.get("_class_name", kind.__name__) != kind.__name__:
             raise ValueError(f"{path} holds an {config['_class_name']}, not an {kind.__name__}")
         part, path = kind.from_config(config), path / WEIGHTS_FILE
-    if path is not None:
+    if path:
         load_weights(part, path)
     return part
 
@@ -767,18 +765,17 @@ def main():
         with torch.device("meta"), torch.no_grad():     # shapes only: nothing is computed
             teacher = build(name, None)
             d_t, d_h, d_w = teacher.compression
-            frames = max(17 if teacher.images is True else 16, teacher.fewest)
+            frames = max(17 if teacher.images else 16, teacher.fewest)
             try:
                 latents = teacher.encode(torch.empty(1, 3, frames, size, size), sample=False)
             except ValueError as error:
                 parser.error(str(error))
-            shapes = [(block, tuple(x.shape[1:])) for block, x in teacher.blocks(latents)]
+            blocks = [f"{block} {'x'.join(map(str, x.shape[1:]))}" for block, x in teacher.blocks(latents)]
         parts = f"encoder {millions(teacher.vae.encoder)} M, decoder {millions(teacher.vae.decoder)} M parameters"
         print(f"{name}: {parts}; {teacher.latent_channels} latent channels at {d_t}x{d_h}x{d_w}; "
               f"{teacher.frame_step}k{f' + {teacher.frame_extra}' if teacher.images else ''} frames, sizes /{d_h}")
         print(f"    weights: {repo or 'assets/tiny_teacher'}; licence: {licence}")
-        print(f"    blocks for {frames}x{size}x{size}: "
-              + ", ".join(f"{b} {'x'.join(map(str, shape))}" for b, shape in shapes))
+        print(f"    blocks for {frames}x{size}x{size}: {', '.join(blocks)}")
 
 
 if __name__ == "__main__":

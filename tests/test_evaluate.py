@@ -180,8 +180,8 @@ def test_networks_that_cannot_be_had_are_named_with_what_helps(tmp_path, i3d):
     (tmp_path / "text.pt").write_text("no weights")
     for name, reason in (("unit", "it is another file"), ("text", "it is another file"), ("none", "No such file")):
         file = str(tmp_path / f"{name}.pt")
-        args = SimpleNamespace(metrics=["psnr", "lpips", "fvd"], lpips_weights=file, i3d=file)
-        metrics, without = evaluate.load_metrics(args, "cpu")
+        args = SimpleNamespace(metrics=["psnr", "lpips", "fvd"], lpips_weights=file, i3d=file, device="cpu")
+        metrics, without = evaluate.load_metrics(args)
         assert list(metrics) == ["psnr"] and reason in without["fvd"] and "\n" not in "".join(without.values())
         assert "i3d_torchscript.pt with --i3d" in without["fvd"] and " with --lpips-weights" in without["lpips"]
 
@@ -212,14 +212,15 @@ def student(tmp_path):
 
 @pytest.fixture
 def run(tmp_path, monkeypatch):
-    """Runs main() in an empty folder; returns results.json."""
+    """Runs main() in an empty folder; returns results.json, if there is one."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(evaluate, "ROUNDS", 1)          # the machine's speed is not what is tested
     def run(*args):
         short = ["--frames", "8"] * (not {"--frames", "--latents", "--decode", "--reconstruct"} & set(args))
         monkeypatch.setattr(sys, "argv", ["evaluate.py", "--device", "cpu", *short, *map(str, args)])
         evaluate.main()
-        return json.loads(max(tmp_path.rglob("results.json"), key=lambda file: file.stat().st_mtime_ns).read_text())
+        newest = max(tmp_path.rglob("results.json"), key=lambda file: file.stat().st_mtime_ns, default=None)
+        return newest and json.loads(newest.read_text())
     return run
 
 
@@ -256,6 +257,16 @@ def test_against_the_teacher(student, run):
         latents = teacher.encode(torch.stack([clips[0], clips[8]]))
         want = psnr(TurboVAED.from_pretrained(student)(latents), teacher.decode(latents)).mean().item()
     assert rows[1]["psnr"] == pytest.approx(want, abs=1e-4)
+
+
+def test_students_in_half_precision_take_a_teacher_that_keeps_its_own(student, run, tmp_path, monkeypatch):
+    """As h3's, whose encoder stays in float32."""
+    load = evaluate.load_teacher
+    monkeypatch.setattr(evaluate, "load_teacher", lambda name, weights, device, dtype: load(name, weights, device))
+    half = "--dtype", "bfloat16"
+    assert run("--clips", 1, "--size", 64, "--metrics", "psnr", *half)["rows"][1]["psnr"] > 0
+    run("--reconstruct", write_video(tmp_path / "in.mp4", texture(9)), "out.mp4", *half)
+    assert len(film(tmp_path / "out.mp4")) == 9
 
 
 def texture(n, height=64, width=96, seed=0):
@@ -313,7 +324,7 @@ def videos(tmp_path):
     return folder
 
 
-def test_clips_that_the_student_was_trained_on_are_said(run, tmp_path, capsys):
+def test_clips_that_the_student_was_trained_on_are_said(run, tmp_path, capsys, monkeypatch):
     """Wherever a path leads to them; a run's held-out videos are not meant, nor others of the same names."""
     for n in range(3):
         write_video(tmp_path / f"mine/sub/{n}.mp4", texture(12, seed=n))
@@ -329,6 +340,11 @@ def test_clips_that_the_student_was_trained_on_are_said(run, tmp_path, capsys):
         line = f"out/demo was trained on {count} of these clips: it is worse on others"
         said = (tmp_path / f"results/{Path(data).name}{count}/results.md").read_text()
         assert (line in capsys.readouterr().out) == (line in said) == (count > 0), data
+    monkeypatch.setattr(evaluate, "measure", None)          # damage is said before anything is measured
+    for damaged in ("results/mine2/results.json", "out/demo/args.json"):
+        (tmp_path / damaged).write_text("{")
+        with pytest.raises(ValueError, match=f"{damaged}: Expecting property name"):
+            run(*flags, "mine", "--out", "results/mine2" if "results" in damaged else "new")
 
 
 def test_a_student_may_have_the_longest_name_that_a_file_can_have(student, run, tmp_path):
@@ -434,11 +450,10 @@ def test_without_weights_the_column_says_so(student, run, videos, capsys):
     ((48, 64), None, "adpcm_ima_wav", ".avi"),          # a codec that .mp4 does not hold
     ((48, 64), None, "pcm_s16le", ".mkv")])             # one that FFmpeg only claims it to hold
 def test_a_video_keeps_frames_time_and_the_sound_that_its_kind_takes(
-        student, run, tmp_path, monkeypatch, capfd, shape, stamps, sound, suffix):
+        student, run, tmp_path, capfd, shape, stamps, sound, suffix):
     source = write_video(tmp_path / f"in{suffix}", texture(19, *shape), stamps=stamps, sound=sound,
                          pixels="yuv444p" if shape[0] % 2 else "yuv420p")
-    monkeypatch.setattr(sys, "argv", ["evaluate.py", "--device", "cpu", "--reconstruct", source.name, "out.mp4"])
-    evaluate.main()
+    run("--reconstruct", source.name, "out.mp4")
 
     def sound_of(path):
         with av.open(str(path)) as video:
@@ -506,20 +521,18 @@ def test_a_teacher_that_half_precision_breaks_is_named(tmp_path):
     teacher.vae.encoder.project_out["main"].op_list[0].conv.weight.mul_(1e6)
     source = write_video(tmp_path / "in.mp4", list(np.random.default_rng(0).integers(0, 255, (8, 64, 64, 3), np.uint8)))
     with pytest.raises(ValueError, match="the tiny teacher's latents in torch.float16 are not finite"):
-        evaluate.reconstruct(teacher, None, source, tmp_path / "out.mp4", 8, torch.device("cpu"), torch.float16)
+        evaluate.reconstruct(teacher, TurboVAED(CONFIGS["tiny"]).half(), source, tmp_path / "out.mp4", 8)
 
 
 class Same:
     """A teacher and student in one that change nothing."""
-    compression, name = (4, 8, 8), "same"
+    compression, name, device, dtype = (4, 8, 8), "same", "cpu", torch.float32
     encode = staticmethod(lambda video, sample: video)
-
-    def __call__(self, latents):
-        return latents
+    decode = staticmethod(lambda latents: latents)
 
 
 def same(source, target, frames=8):
-    return evaluate.reconstruct(Same(), Same(), source, target, frames, torch.device("cpu"), torch.float32)
+    return evaluate.reconstruct(Same, Same, source, target, frames)
 
 
 @pytest.mark.parametrize("frames", [1, 2, 8])
@@ -597,7 +610,7 @@ def test_what_is_not_undone_is_said_once_and_hdr_keeps_its_tags(tmp_path, look, 
 
 
 @pytest.mark.parametrize("suffix", [".mp4", ".mkv"])
-def test_frames_that_a_truncated_file_lacks_are_counted(student, run, tmp_path, monkeypatch, capsys, suffix):
+def test_frames_that_a_truncated_file_lacks_are_counted(student, run, tmp_path, capsys, suffix):
     # what says how many frames there are has to stand before them
     source = write_video(tmp_path / f"whole{suffix}", texture(48), movflags="faststart")
     content = source.read_bytes()
@@ -606,9 +619,7 @@ def test_frames_that_a_truncated_file_lacks_are_counted(student, run, tmp_path, 
     assert same(source, tmp_path / "out.mp4")[0::2] == (48, 0)
     count, _, lost = same(cut, tmp_path / "out.mp4")
     assert count < 40 and count + lost == 48
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["evaluate.py", "--device", "cpu", "--reconstruct", cut.name, "out.mp4"])
-    evaluate.main()
+    run("--reconstruct", cut.name, "out.mp4")
     assert f"cut{suffix} promises 48 frames: {lost} could not be read" in capsys.readouterr().err
 
 
@@ -857,14 +868,11 @@ def test_a_student_of_other_latents_is_refused_before_its_teacher_is_fetched(stu
 
 
 @pytest.mark.parametrize("tensors", [{"latents": (1, 32, 11, 3, 4), "other": (2,)}, {"z": (32, 11, 3, 4)}])
-def test_saved_latents_become_a_video(tmp_path, monkeypatch, capsys, tensors):
+def test_saved_latents_become_a_video(run, tmp_path, capsys, tensors):
     torch.manual_seed(0)
     saved = {name: torch.randn(shape) for name, shape in tensors.items()}
     save_file(saved, tmp_path / "z.safetensors")
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["evaluate.py", "--device", "cpu", "--student", str(SHIPPED),
-                                      "--fps", "30000/1001", "--decode", "z.safetensors", "new/out.mp4"])
-    evaluate.main()
+    run("--student", SHIPPED, "--fps", "30000/1001", "--decode", "z.safetensors", "new/out.mp4")
     assert "new/out.mp4: 44 frames" in capsys.readouterr().out
     with av.open("new/out.mp4") as container:
         assert container.streams.video[0].average_rate == Fraction(30000, 1001)
@@ -882,7 +890,7 @@ def test_saved_latents_become_a_video(tmp_path, monkeypatch, capsys, tensors):
     ({}, "holds no tensor"), ({"latents": (16, 1, 2, 0)}, "(C, t, h, w)"),
     ("numpy", "no safetensors file"), ({"bool": (32, 1, 2, 2)}, "bool"),
     ({"int32": (16, 1, 2, 2)}, "int32"), ({"complex64": (16, 1, 2, 2)}, "floating")])
-def test_latents_that_are_none_are_one_line(tmp_path, tensors, says):
+def test_latents_that_are_none_are_one_line(run, tmp_path, tensors, says):
     source, target = tmp_path / "z.safetensors", tmp_path / "out.mp4"
     kind = lambda name: getattr(torch, name, torch.float32)
     if tensors is None:
@@ -893,5 +901,5 @@ def test_latents_that_are_none_are_one_line(tmp_path, tensors, says):
     else:
         save_file({name: torch.zeros(shape, dtype=kind(name)) for name, shape in tensors.items()}, source)
     with pytest.raises(ValueError) as error:
-        evaluate.decode_latents(TurboVAED(CONFIGS["tiny"]), source, target, 24, torch.device("cpu"), torch.float32)
+        run("--student", SHIPPED, "--decode", source, target)
     assert says in str(error.value) and "\n" not in str(error.value) and list(tmp_path.iterdir()) == [source]

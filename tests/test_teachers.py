@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 import zlib
+from contextlib import contextmanager
 from functools import lru_cache, partial
 from pathlib import Path
 
@@ -138,8 +139,11 @@ def noise(*shape, seed=0):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-def one_line(error, *parts):
-    """The message is one line and names all the parts."""
+@contextmanager
+def one_line(*parts, kind=ValueError):
+    """What is in it raises such an error, whose message is one line and names all the parts."""
+    with pytest.raises(kind) as error:
+        yield
     message = str(error.value)
     assert "\n" not in message and all(part in message for part in parts), message
 
@@ -212,12 +216,10 @@ def test_says_what_its_latents_are(name, compression, channels, images):
 ])
 def test_a_clip_that_does_not_fit_gets_the_nearest_that_do(name, clip, says):
     teacher = (KINDS | OTHERS)[name]()
-    with pytest.raises(ValueError) as error:
+    with one_line(*says):
         teacher.check_clip(*clip)
-    one_line(error, *says)
-    with pytest.raises(ValueError) as error:
+    with one_line(*says):
         teacher.encode(torch.zeros(1, 3, *clip))
-    one_line(error, *says)
 
 
 def test_a_clip_that_fits_passes():
@@ -437,9 +439,8 @@ def test_no_block_runs_deeper_than_the_last_one_named(name, blocks, ran):
 @pytest.mark.parametrize("name", KINDS)
 @torch.no_grad()
 def test_a_block_that_is_not_there_is_one_line(name):
-    with pytest.raises(ValueError) as error:
+    with one_line(name.split()[0], "['up9']", "'mid'", "'up0'"):
         KINDS[name]().features(noise(*LATENTS[name]), ("mid", "up9"))
-    one_line(error, name.split()[0], "['up9']", "'mid'", "'up0'")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -489,6 +490,26 @@ def test_half_precision_stays_near_single():
 # ---------------------------------------------------------------------------------------------------------------------
 # Loading.
 
+class Hub:
+    """In the place of the hub: `folder` holds its files; what is not cached is fetched; `asked` for what, and how."""
+
+    def __init__(self, folder):
+        self.folder, self.asked, self.cached = folder, [], True
+
+    def download(self, repo, file, local_files_only=False):
+        self.asked.append((repo, file, local_files_only))
+        if not (self.folder / file).is_file() or local_files_only and not self.cached:
+            raise FileNotFoundError(file)
+        return str(self.folder / file)
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    hub = Hub(tmp_path)
+    monkeypatch.setattr(pytest.importorskip("huggingface_hub"), "hf_hub_download", hub.download)
+    return hub
+
+
 def test_random_weights_are_the_same_every_time_and_disturb_nobody(monkeypatch):
     seeded = []
     monkeypatch.setattr(torch.cuda, "manual_seed_all", seeded.append)       # accelerators' random numbers neither
@@ -523,20 +544,13 @@ def test_folders_as_on_the_hub(tmp_path, name, inside):
 
 
 @torch.no_grad()
-def test_h3_comes_in_shards_and_keeps_its_precision(tmp_path, monkeypatch):
-    hub, asked = pytest.importorskip("huggingface_hub"), set()
+def test_h3_comes_in_shards_and_keeps_its_precision(tmp_path, hub):
     h3().vae.save_pretrained(tmp_path / "vae", max_shard_size="100KB")
     assert len(list((tmp_path / "vae").glob("*-of-*.safetensors"))) > 1
-
-    def download(repo, file, local_files_only=False):
-        asked.add((repo, file))
-        if not (tmp_path / file).is_file():
-            raise FileNotFoundError(file)
-        return str(tmp_path / file)
-    monkeypatch.setattr(hub, "hf_hub_download", download)
     for teacher in (load_teacher("h3", tmp_path), load_teacher("h3")):
         assert all(torch.equal(p, q) for p, q in zip(teacher.vae.parameters(), h3().vae.parameters()))
-    assert asked >= {("MiniMaxAI/MiniMax-H3", f"vae/{file.name}") for file in (tmp_path / "vae").iterdir()}
+    assert {asked[:2] for asked in hub.asked} >= {
+        ("MiniMaxAI/MiniMax-H3", f"vae/{file.name}") for file in (tmp_path / "vae").iterdir()}
     half, latents = load_teacher("h3", tmp_path, dtype=torch.bfloat16), noise(1, 4, 7, 2, 2)
     assert {key.split(".")[0] for key, p in half.vae.named_parameters() if p.dtype == torch.bfloat16} == {
         "post_quant_conv", "decoder"} and half.vae.decoder.norm_out.weight.dtype == torch.float32
@@ -546,26 +560,22 @@ def test_h3_comes_in_shards_and_keeps_its_precision(tmp_path, monkeypatch):
 
 
 @torch.no_grad()
-def test_ltx25_is_of_two_folders(tmp_path, monkeypatch):
-    hub, latents = pytest.importorskip("huggingface_hub"), noise(1, 8, 3, 1, 1)
+def test_ltx25_is_of_two_folders(tmp_path, hub):
+    latents = noise(1, 8, 3, 1, 1)
     small_vae("ltx23").save_pretrained(tmp_path / "vae")
-    monkeypatch.setattr(hub, "hf_hub_download", lambda repo, file, local_files_only=False: str(tmp_path / file))
-    with pytest.raises(FileNotFoundError) as error:
+    with one_line("diffusion_decoder", kind=FileNotFoundError):
         load_teacher("ltx25", tmp_path)
-    one_line(error, "diffusion_decoder")
     diffusion_decoder().save_pretrained(tmp_path / "diffusion_decoder")
     for weights in (tmp_path, tmp_path / "vae", None):
         torch.testing.assert_close(load_teacher("ltx25", weights).decode(latents), ltx25().decode(latents))
 
 
 def test_an_ltx_folder_that_is_not_whole_is_one_line(tmp_path):
-    with pytest.raises(FileNotFoundError) as error:
+    with one_line(str(tmp_path), "config.json", kind=FileNotFoundError):
         load_teacher("ltx", tmp_path)
-    one_line(error, str(tmp_path), "config.json")
     small_vae("ltx").save_config(tmp_path)
-    with pytest.raises(FileNotFoundError) as error:
+    with one_line(str(tmp_path), "diffusion_pytorch_model.safetensors", kind=FileNotFoundError):
         load_teacher("ltx", tmp_path)
-    one_line(error, str(tmp_path), "diffusion_pytorch_model.safetensors")
 
 
 @pytest.mark.parametrize("name, other, says", [
@@ -577,9 +587,8 @@ def test_an_ltx_folder_that_is_not_whole_is_one_line(tmp_path):
 ])
 def test_a_folder_of_another_vae_is_one_line(tmp_path, name, other, says):
     small_vae(other).save_pretrained(tmp_path)
-    with pytest.raises(ValueError) as error:
+    with one_line(*says):
         load_teacher(name, tmp_path)
-    one_line(error, *says)
 
 
 @torch.no_grad()
@@ -602,39 +611,38 @@ def test_qwens_decoder_is_wan21s_with_other_weights():
     ("tiny", ".", FileNotFoundError, ("model.safetensors",)),                   # a folder without weights
 ])
 def test_a_teacher_that_is_not_there_is_one_line(tmp_path, name, weights, kind, says):
-    with pytest.raises(kind) as error:
+    with one_line(*says, kind=kind):
         load_teacher(name, weights and tmp_path / weights)
-    one_line(error, *says)
 
 
-@pytest.mark.parametrize("kept", [0, 5, 0.5, 0.999])
-def test_a_truncated_file_is_one_line(tmp_path, kept):
-    file = tmp_path / "x.safetensors"
-    data = TINY_WEIGHTS.read_bytes()
-    file.write_bytes(data[:kept if isinstance(kept, int) else int(kept * len(data))])
-    with pytest.raises(ValueError) as error:
-        load_teacher("tiny", weights=file)
-    one_line(error, str(file), "safetensors")
+def truncated(kept):
+    """What is left of the embedded weights: so many bytes, or that share."""
+    content = TINY_WEIGHTS.read_bytes()
+    return content[:kept if isinstance(kept, int) else int(kept * len(content))]
 
 
 KEY = "decoder.project_in.main.conv.bias"
 
 
 @pytest.mark.parametrize("damage, says", [
+    *((kept, ("no whole safetensors file",)) for kept in (0, 5, 0.5, 0.999)),
     (lambda s: s.pop(KEY), ("lacks", KEY)),
     (lambda s: s.update({"decoder.gain": torch.ones(1)}), ("has besides", "decoder.gain")),
     (lambda s: s.update({KEY: torch.ones(5)}), ("another shape", KEY)),
     (lambda s: [s.pop(key) for key in list(s)[:5]], ("lacks", "and 4 more")),
     (lambda s: s.update({KEY: s[KEY] * torch.nan}), (KEY, "not finite")),
     (lambda s: s.update({KEY: s[KEY].int()}), (KEY, "not finite numbers")),
-], ids=["missing", "extra", "shape", "many", "nan", "int"])
-def test_weights_that_do_not_fit_say_where(tmp_path, damage, says):
-    state = dict(tiny().vae.state_dict())
-    damage(state)
-    save_file(state, tmp_path / "x.safetensors")
-    with pytest.raises(ValueError) as error:
-        load_teacher("tiny", weights=tmp_path / "x.safetensors")
-    one_line(error, str(tmp_path / "x.safetensors"), *says)
+], ids=["0", "5", "half", "0.999", "missing", "extra", "shape", "many", "nan", "int"])
+def test_weights_that_are_damaged_or_do_not_fit_say_where(tmp_path, damage, says):
+    file = tmp_path / "x.safetensors"
+    if callable(damage):
+        state = dict(tiny().vae.state_dict())
+        damage(state)
+        save_file(state, file)
+    else:
+        file.write_bytes(truncated(damage))
+    with one_line(str(file), *says):
+        load_teacher("tiny", weights=file)
 
 
 def offline(*args, **kwargs):
@@ -646,37 +654,22 @@ def offline(*args, **kwargs):
                                                  ("ltx", "someone/else", "someone/else")])
 def test_without_the_hub_it_is_one_line(monkeypatch, name, weights, repo):
     monkeypatch.setattr(pytest.importorskip("huggingface_hub"), "hf_hub_download", offline)
-    with pytest.raises(OSError) as error:
+    with one_line(f"of {repo} from", "ConnectionError", "weights", kind=OSError):
         load_teacher(name, weights)
-    one_line(error, f"of {repo} from", "ConnectionError", "weights")
 
 
+@pytest.mark.parametrize("name, repo, files", [
+    ("ltx", "Lightricks/LTX-Video", ["vae/config.json", "vae/diffusion_pytorch_model.safetensors"]),
+    ("dc", "hpcai-tech/Open-Sora-v2-Video-DC-AE", ["F32T4C128_AE.safetensors"])])
 @pytest.mark.parametrize("cached", [True, False])
-def test_a_vae_comes_from_the_hub_or_its_cache(tmp_path, monkeypatch, cached):
-    hub, asked = pytest.importorskip("huggingface_hub"), []
-    small_vae("ltx").save_pretrained(tmp_path / "vae")
-
-    def download(repo, file, local_files_only=False):
-        asked.append((repo, file, local_files_only))
-        if local_files_only and not cached:
-            raise FileNotFoundError("not in the cache")
-        return str(tmp_path / file)
-    monkeypatch.setattr(hub, "hf_hub_download", download)
-    assert load_teacher("ltx").latent_channels == 8
-    assert {a[:2] for a in asked} == {("Lightricks/LTX-Video", f"vae/{f}") for f in
-                                      ("config.json", "diffusion_pytorch_model.safetensors")}
-    assert all(local for _, _, local in asked) == cached
-
-
-def test_dc_comes_from_the_hub(tmp_path, monkeypatch):
-    hub, asked = pytest.importorskip("huggingface_hub"), []
-    save_file(dc().vae.state_dict(), tmp_path / "released.safetensors")
-
-    def download(repo, name, local_files_only=False):
-        asked.append((repo, name))
-        return str(tmp_path / "released.safetensors")
-    monkeypatch.setattr(hub, "hf_hub_download", download)
+def test_weights_come_from_the_hub_or_its_cache(tmp_path, monkeypatch, hub, name, repo, files, cached):
+    teacher, hub.cached = KINDS[name](), cached
     monkeypatch.setattr(teachers_file, "VideoDCAEConfig", lambda: SMALL)
-    loaded = load_teacher("dc").vae.state_dict()
-    assert asked == [("hpcai-tech/Open-Sora-v2-Video-DC-AE", "F32T4C128_AE.safetensors")]
-    assert all(torch.equal(loaded[key], v) for key, v in dc().vae.state_dict().items())
+    if name == "dc":
+        save_file(teacher.vae.state_dict(), tmp_path / files[0])
+    else:
+        teacher.vae.save_pretrained(tmp_path / "vae")
+    loaded = load_teacher(name).vae.state_dict()
+    assert all(torch.equal(loaded[key], value) for key, value in teacher.vae.state_dict().items())
+    assert {asked[:2] for asked in hub.asked} == {(repo, file) for file in files}
+    assert all(local for _, _, local in hub.asked) == cached
