@@ -9,7 +9,6 @@ Clips are (3, T, H, W), float32, RGB in [-1, 1].
 import glob
 import hashlib
 import json
-import math
 import os
 import re
 import shutil
@@ -26,10 +25,11 @@ import torch
 import torch.nn.functional as F
 from av.stream import Disposition
 from av.video.reformatter import Interpolation, VideoReformatter
+from numpy.random import default_rng
 from PIL import Image, ImageOps
 from safetensors import SafetensorError
 from safetensors.torch import load, save
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import BatchSampler, DataLoader, Dataset
 from tqdm import tqdm
 
 
@@ -89,11 +89,10 @@ def warn_once(line):
 def check_colours(path, frame, tagged=False):
     """Warns, once a file, of colours that `picture` does not undo; tagged: what is made of it says its transfer."""
     _, primaries, transfer = colours(frame)
+    kind = {16: "PQ", 18: "HLG"}.get(transfer, "BT.2020" if primaries == 9 else None)
     if frame.colorspace not in (*MATRICES, 0, 2, 3):
         warn_once(f"{path}: its colours will be wrong: nothing here undoes matrix {frame.colorspace} (FFmpeg's number)")
-        return
-    kind = {16: "PQ", 18: "HLG"}.get(transfer, "BT.2020" if primaries == 9 else None)
-    if kind and not tagged:
+    elif kind and not tagged:
         warn_once(f"{path} is {kind} video: its values are taken as they are, not converted to BT.709's")
 
 
@@ -165,13 +164,13 @@ def find_frames(path):
         by_packet = container.format.name == "avi" and stream.codec_context.has_b_frames
     if by_packet or None in shown + keys or len(set(shown)) < len(shown) or order != sorted(order):
         return range(len(shown)), []
-    return np.array(sorted(shown)), np.array(sorted(keys))
+    return np.sort(shown), np.sort(keys)
 
 
 def decode_from(path, start):
     """Yields a file's decoded frames from number `start` on; raises one of BROKEN where it is damaged."""
     stamps, keys = find_frames(path) if start else ([], [])
-    begin, passed = (stamps[start], 0) if len(keys) else (-math.inf, start)     # first time stamp, or frames to pass
+    begin, passed = (stamps[start], 0) if len(keys) else (-np.inf, start)     # first time stamp, or frames to pass
     last = keys[1:np.searchsorted(keys, begin, "right")][-1:]                   # key frame, unless it is the first one
     for key in (*last, None):                                   # None: from the start, without a seek
         with open_video(path) as container:
@@ -183,12 +182,9 @@ def decode_from(path, start):
             seen, damaged = 0, False
             for packet in container.demux(stream):
                 stamp = stamp_of(packet)
-                if key is not None:
-                    if not packet.is_keyframe or stamp is None or stamp < key:
-                        continue
-                    if stamp > key:
-                        break                                   # the seek came out behind it
-                    key = None
+                if key not in (None, stamp):                    # not there yet, or the seek came out behind it
+                    continue
+                key = None
                 early = stamp is not None and stamp < begin
                 codec.skip_frame = "NONREF" if early else "DEFAULT"     # on the way, what no other frame needs
                 for frame in packet.decode():
@@ -238,7 +234,7 @@ def read_frames(path, start, frames):
 @lru_cache(maxsize=4)
 def shuffled(n, *key):
     """The numbers below n in the order that `key` stands for; every worker draws the same."""
-    return np.random.default_rng(key).permutation(n)
+    return default_rng(key).permutation(n)
 
 
 def find_videos(root, images=False):
@@ -305,7 +301,7 @@ class VideoClips(Dataset):
             lines[10:] = [f"skipping {len(lines) - 10} more files"]
         if others:
             lines.append(f"{root}: {len(others)} other files are left out, such as {others[0]}")
-        if lines and int(os.environ.get("RANK", 0)) == 0:       # all processes of a run find the same
+        if lines and os.environ.get("RANK", "0") == "0":       # all processes of a run find the same
             print(*lines, sep="\n", file=sys.stderr)
         if not self.files:
             raise ValueError(f"no usable video in {root}: found {len(names)} and skipped them all; it takes {frames} "
@@ -327,7 +323,8 @@ class VideoClips(Dataset):
     def without(self, others):
         """Drops the files that the VideoClips `others` has too, links and copies, and returns itself."""
         taken = {others.known[name] for name in others.files}
-        return self.subset([i for i, name in enumerate(self.files) if self.known[name] not in taken])
+        self.files = [name for name in self.files if self.known[name] not in taken]
+        return self
 
     def fingerprint(self):
         known = zip(*(self.known[name] for name in self.files))
@@ -346,9 +343,8 @@ class VideoClips(Dataset):
         if not self.train:
             return self.files[n], self.clip(n, 0, 0.5, 0.5)
         epoch, place = divmod(n, len(self))
-        order = shuffled(len(self), self.seed, 1, epoch)
-        window, y, x, flip = np.random.default_rng((self.seed, 2, n)).random(4)
-        for i in np.roll(order, -place):
+        window, y, x, flip = default_rng((self.seed, 2, n)).random(4)
+        for i in np.roll(shuffled(len(self), self.seed, 1, epoch), -place):
             try:
                 video = self.clip(i, window, y, x)
                 return self.files[i], video.flip(-1) if flip < 0.5 else video
@@ -379,7 +375,7 @@ class VideoClips(Dataset):
         scale = min(height / self.height, width / self.width)
         h, w = max(1, round(scale * self.height)), max(1, round(scale * self.width))
         top, left = int(y * (height - h + 1)), int(x * (width - w + 1))
-        image = torch.from_numpy(np.ascontiguousarray(image[top:top + h, left:left + w])).permute(2, 0, 1)[None]
+        image = torch.from_numpy(image[top:top + h, left:left + w]).permute(2, 0, 1)[None]
         return F.interpolate(image, (self.height, self.width), mode="bicubic", antialias=True)
 
 
@@ -471,13 +467,12 @@ CLIPS_PER_SCENE = 8     # made-up clips that share one painted scene, since pain
 
 
 def pink_noise(rng, channels, size, slope):
-    """(channels, size, size) noise of amplitude 1/f^slope, zero mean and unit variance a channel."""
-    fy, fx = np.fft.fftfreq(size)[:, None], np.fft.rfftfreq(size)[None]
-    amplitude = np.maximum(np.hypot(fy, fx), 1 / size) ** -slope
+    """(channels, size, size) noise of amplitude 1/f^slope, zero mean and unit variance a channel; size is even."""
+    frequency = np.hypot(np.fft.fftfreq(size)[:, None], np.fft.rfftfreq(size))
+    amplitude = np.maximum(frequency, 1 / size) ** -slope
     amplitude[0, 0] = 0
-    spectrum = (rng.standard_normal((channels, size, size // 2 + 1, 2)).astype(np.float32)
-                @ np.array([1, 1j], np.complex64))
-    noise = np.fft.irfft2(spectrum * amplitude, s=(size, size)).astype(np.float32)
+    spectrum = rng.standard_normal((channels, size, size // 2 + 1, 2)).astype(np.float32).view(np.complex64)[..., 0]
+    noise = np.fft.irfft2(spectrum * amplitude).astype(np.float32)
     return noise / noise.std(axis=(1, 2), keepdims=True)
 
 
@@ -498,13 +493,13 @@ def dead_leaves(rng, size):
     smooth = pink_noise(rng, 1, size, rng.uniform(1.6, 2.2))
     scene = random_colours(rng, 1)[0][:, None, None] + 0.12 * smooth + 0.12 * texture
 
-    n = int(rng.integers(80, 400))
+    n = rng.integers(80, 400)
     # sizes fall as r^-3 (scale invariance) between the smallest visible and half of the scene; large ones first
     low, high = rng.uniform(2, 6), size * rng.uniform(0.12, 0.4)
     u = rng.random(n)
     radius = np.sort((low ** -1.6 * (1 - u) + high ** -1.6 * u) ** (-1 / 1.6))[::-1]
     order = np.argsort(np.arange(n) + rng.standard_normal(n) * n * 0.2)
-    palette = random_colours(rng, int(rng.integers(4, 24)))
+    palette = random_colours(rng, rng.integers(4, 24))
     colours = palette[rng.integers(len(palette), size=n)] + 0.04 * rng.standard_normal((n, 3)).astype(np.float32)
     contrast = rng.gamma(1.0, 0.08, n).astype(np.float32)
     centres, angles = rng.random((n, 2)) * size, rng.random(n) * np.pi
@@ -517,7 +512,7 @@ def dead_leaves(rng, size):
         rows, columns = (slice(max(int(c - reach), 0), int(c + reach) + 2) for c in centres[i])
         y, x = place[rows, None] - centres[i, 0], place[columns] - centres[i, 1]
         c, s = np.cos(angles[i]) / r, np.sin(angles[i]) / r
-        u, v = np.abs(c * x + s * y) * a, np.abs(c * y - s * x) / a
+        u, v = abs(c * x + s * y) * a, abs(c * y - s * x) / a
         distance = np.maximum(u, v) if boxes[i] else np.sqrt(u * u + v * v)
         mask = np.clip((1 - distance) * r + 0.5, 0, 1)     # one pixel of anti-aliasing
         shade = (shading[i, 0] * y / r + shading[i, 1] * x / r).astype(np.float32)
@@ -530,21 +525,21 @@ def dead_leaves(rng, size):
 def motion(rng, frames, speed):
     """(frames, 2, 2) rotation-and-zoom matrices and (frames, 2) shifts in pixels of a smooth path whose speed
     is about `speed` pixels a frame: constant velocity, some acceleration, slow rotation and zoom."""
-    t = torch.arange(frames) - (frames - 1) / 2
+    t = torch.arange(frames)[:, None] - (frames - 1) / 2
     pace = min(speed * np.exp(rng.normal(0, 1.0)) * (rng.random() > 0.15), 6.0)
     heading = rng.random() * 2 * np.pi
     velocity = torch.tensor([np.cos(heading), np.sin(heading)]) * pace
     bend = torch.from_numpy(rng.normal(0, 0.03, 2)) * pace
-    shift = t[:, None] * velocity + 0.5 * t[:, None] ** 2 * bend
+    shift = t * velocity + 0.5 * t ** 2 * bend
     turn, zoom = (rng.normal(0, most) * (rng.random() < 0.5) * t for most in (0.008, 0.006))
     c, s = zoom.exp() * turn.cos(), zoom.exp() * turn.sin()
-    return torch.stack((c, -s, s, c), 1).view(-1, 2, 2), shift.float()
+    return torch.cat((c, -s, s, c), 1).view(-1, 2, 2), shift.float()
 
 
 def film(image, points):
     """Samples `image` (C, M, M), periodic, at `points` (T, H, W, 2), in pixels (x, y): (T, C, H, W)."""
     size = image.shape[-1]
-    grid = torch.remainder(points, size) * (2 / size) - 1
+    grid = points.remainder(size) * (2 / size) - 1
     image = F.pad(image[None], (0, 1, 0, 1), mode="circular").expand(len(points), -1, -1, -1)
     grid = grid * (size / (size + 1)) + (size / (size + 1) - 1)    # the wrapped row and column moved the centre
     return F.grid_sample(image, grid, align_corners=False, padding_mode="border")
@@ -559,54 +554,55 @@ class SyntheticClips(Dataset):
     """
 
     def __init__(self, frames=8, size=64, seed=0, length=1_000_000, distinct=None):
-        self.frames, self.size, self.seed, self.length, self.distinct = frames, size, seed, length, distinct
+        self.frames, self.size, self.seed, self.length, self.distinct = frames, size, seed, length, distinct or 2 ** 62
 
     def __len__(self):
         return self.length
 
     def describe(self, n):
-        return f"made-up clip {n % (self.distinct or n + 1)}"
+        return f"made-up clip {n % self.distinct}"
 
     @lru_cache(maxsize=2)
     def paint(self, number):
         """A scene, and the noise that gives objects their outlines."""
-        scene = dead_leaves(np.random.default_rng((self.seed, 1, number)), 4 * self.size)
-        return scene, torch.from_numpy(pink_noise(np.random.default_rng((self.seed, 3, number)), 1, 256, 1.8))
+        scene = dead_leaves(default_rng((self.seed, 1, number)), 4 * self.size)
+        return scene, torch.from_numpy(pink_noise(default_rng((self.seed, 3, number)), 1, 256, 1.8))
 
     def __getitem__(self, n):
         if not 0 <= n < self.length:
             raise IndexError(f"clip {n} of {self.length}")
-        n %= self.distinct or n + 1
-        rng = np.random.default_rng((self.seed, 2, n))
+        n %= self.distinct
+        rng = default_rng((self.seed, 2, n))
         scene, outlines = self.paint(n // CLIPS_PER_SCENE)
         if rng.random() < 0.5:
             scene = scene.flip(-1)
         if rng.random() < 0.5:
             scene = scene.transpose(-1, -2)
-        scene = scene[rng.permutation(3).tolist()] if rng.random() < 0.3 else scene
+        if rng.random() < 0.3:
+            scene = scene[rng.permutation(3)]
         # film at twice the size, then average: every pixel integrates over its area, as a camera's does
         size = 2 * self.size
-        magnify = float(np.exp(rng.uniform(np.log(0.5), np.log(1.6))))     # scene pixels per filmed pixel
+        magnify = np.exp(rng.uniform(np.log(0.5), np.log(1.6)))     # scene pixels per filmed pixel
         axis = torch.arange(size) - (size - 1) / 2
         pixels = torch.stack(torch.meshgrid(axis, axis, indexing="xy"), -1)
 
-        def path(speed):
+        def follow(speed, centre=0):
+            """The filmed pixels' places along a path, where that begins in the scene, and what is seen there."""
             matrix, shift = motion(rng, self.frames, speed)
             start = torch.from_numpy(rng.random(2) * scene.shape[-1]).float()
-            return torch.einsum("tij,hwj->thwi", matrix, pixels) - 2 * shift[:, None, None], start
+            points = torch.einsum("tij,hwj->thwi", matrix, pixels) - 2 * shift[:, None, None] - centre
+            return points, start, film(scene, points * magnify + start)
 
-        points, start = path(0.5)
-        video = film(scene, points * magnify + start)
+        _, _, video = follow(0.5)
         for _ in range(rng.choice(4, p=(0.3, 0.3, 0.25, 0.15))):       # objects, the nearest last
             centre = torch.from_numpy(rng.uniform(-0.4, 0.4, 2) * size).float()
-            points, start = path(1.0)
-            points = points - centre
-            extent = size * float(rng.uniform(0.08, 0.3))
+            points, start, surface = follow(1.0, centre)
+            extent = size * rng.uniform(0.08, 0.3)
             wobble = film(outlines, points * (48 / extent) + start)
-            mask = ((1 - points[..., 0].hypot(points[..., 1])[:, None] / extent + 0.35 * wobble) * extent
-                    + 0.5).clamp(0, 1)
-            tint = torch.from_numpy(rng.normal(0, 0.15, (3, 1, 1)).astype(np.float32))
-            video = video + mask * (film(scene, points * magnify + start) + tint - video)
+            radius = torch.hypot(*points.unbind(-1))[:, None]
+            mask = ((1 - radius / extent + 0.35 * wobble) * extent + 0.5).clamp(0, 1)
+            tint = torch.from_numpy(rng.normal(0, 0.15, (3, 1, 1))).float()
+            video = video + mask * (surface + tint - video)
         video = F.avg_pool2d(video, 2)
         if rng.random() < 0.3:                                        # out of focus
             video = F.avg_pool2d(F.pad(video, (1, 1, 1, 1), mode="replicate"), 3, 1)
@@ -631,7 +627,7 @@ def check_shapes(a, b):
         raise ValueError(f"cannot compare clips of shapes {tuple(a.shape)} and {tuple(b.shape)}")
 
 
-def psnr(a, b, most=math.inf):
+def psnr(a, b, most=np.inf):
     """PSNR in dB of each clip, (B,): the mean of its frames', with a peak of 1 in [0, 1].
 
     a, b: (B, 3, T, H, W) in [-1, 1]. most: what a frame counts for at most, in dB; equal frames are infinite.
@@ -665,17 +661,17 @@ class CachedClips(Dataset):
 
     `cache[n]`, any n >= 0, is a dict of tensors. Every `count` consecutive n are all entries, in a new order each time.
     Entry m holds clip m of a training stream (`video`, as uint8: what files hold) and what else `put` was given, in
-    `dtype`: one safetensors file, whole or missing, so that filling resumes.
+    float16: one safetensors file, whole or missing, so that filling resumes.
 
     settings (str -> anything JSON holds) says whose cache it is. Raises ValueError if the folder's manifest says
     otherwise, or when an entry is damaged, which is then removed; OSError where the disk has no room.
     """
 
-    def __init__(self, folder, count, settings, dtype=torch.float16, blocks=(), seed=0):
-        self.folder, self.count, self.seed = Path(folder).absolute(), count, seed
-        self.dtype, self.blocks = dtype, blocks
+    def __init__(self, folder, count, settings, blocks=(), seed=0):
+        self.folder, self.count = Path(folder).absolute(), count
+        self.blocks, self.seed = blocks, seed
         manifest = self.folder / "manifest.json"
-        settings = settings | {"dtype": str(dtype)[6:], "entries": count, "blocks": list(blocks)}
+        settings = settings | {"dtype": "float16", "entries": count, "blocks": list(blocks)}
         if not manifest.exists():
             self.folder.mkdir(parents=True, exist_ok=True)
             if os.listdir(folder):
@@ -699,9 +695,9 @@ class CachedClips(Dataset):
         """Writes entry m: a clip in [-1, 1] and {name: tensor}, scalars in float32."""
         entry = {"video": video.cpu().add(1).mul(127.5).round().to(torch.uint8).contiguous()}
         for name, t in tensors.items():
-            entry[name] = t.to(self.dtype if t.ndim else torch.float32).cpu().contiguous()
+            entry[name] = t.to(torch.float16 if t.ndim else torch.float32).cpu().contiguous()
             if not entry[name].isfinite().all():
-                raise ValueError(f"{name} of clip {m} does not fit into {self.dtype}: go without --cache")
+                raise ValueError(f"{name} of clip {m} does not fit into torch.float16: go without --cache")
         self.path(m).parent.mkdir(exist_ok=True)
         write_file(self.path(m), save(entry))
 
@@ -714,7 +710,7 @@ class CachedClips(Dataset):
         missing = {m for m in range(self.count) if not self.path(m).exists()}
         say(f"the cache {self.folder}: {self.count} entries, {len(missing)} to make")
         barrier()                                               # all have seen the same ones missing
-        groups = [group.tolist() for group in torch.arange(self.count).split(batch)]
+        groups = BatchSampler(range(self.count), batch, drop_last=False)
         groups = [group for group in groups if missing.intersection(group)][rank::world]
         loader = DataLoader(clips, batch_sampler=groups, num_workers=workers, worker_init_fn=begin_worker)
         bar = tqdm(loader, desc="cache", unit="batch", disable=rank > 0 or None)    # None: without a terminal
@@ -731,13 +727,12 @@ class CachedClips(Dataset):
 
     def describe(self, n):
         epoch, place = divmod(n, self.count)
-        return str(self.path(int(shuffled(self.count, self.seed, 5, epoch)[place])))
+        return str(self.path(shuffled(self.count, self.seed, 5, epoch)[place]))
 
     def __getitem__(self, n):
         path = Path(self.describe(n))
-        held = path.read_bytes()
         try:
-            entry = load(held)
+            entry = load(path.read_bytes())
             entry["video"] = entry["video"].float().div(127.5).sub(1)
         except (SafetensorError, ValueError, KeyError):
             path.unlink()                                       # `fill` makes anew what is not there
