@@ -7,23 +7,25 @@ number of processes and workers, sees the same clips in the same order. train.py
 Clips are (3, T, H, W), float32, RGB in [-1, 1].
 """
 import glob
-import hashlib
 import json
 import os
 import re
 import shutil
-import signal
 import sys
 import tempfile
+from bisect import bisect
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
+from hashlib import sha256
+from itertools import islice
+from os.path import abspath, basename, exists, getsize, isdir, isfile, join, realpath, relpath
 from pathlib import Path
+from signal import SIG_IGN, SIGINT, SIGTERM, signal
 
 import av
 import numpy as np
 import torch
 import torch.nn.functional as F
-from av.stream import Disposition
 from av.video.reformatter import Interpolation, VideoReformatter
 from numpy.random import default_rng
 from PIL import Image, ImageOps
@@ -41,7 +43,7 @@ IMAGES = tuple(".jpg .jpeg .png .bmp .webp .tif .tiff".split())           # a fo
 BROKEN = (av.FFmpegError, OSError, ValueError, MemoryError)     # all that PyAV raises on damaged files
 # The default loses 2 of 255 levels.
 EXACT = Interpolation.BILINEAR | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT
-MATRICES = (1, 4, 5, 6, 7, 9)       # that swscale undoes
+MATRICES, UNTAGGED = (1, 4, 5, 6, 7, 9), (0, 2, 3)     # FFmpeg's numbers: what swscale undoes; no colours are named
 
 
 class BadVideo(ValueError):
@@ -62,10 +64,15 @@ def open_video(path, **options):
 
 def colours(frame):
     """FFmpeg's (matrix, primaries, transfer) of a frame; untagged: BT.709 from 720 rows on and of RGB, else BT.601."""
-    assumed = 1 if frame.height >= 720 or frame.format.is_rgb else 6
-    matrix = frame.colorspace if frame.colorspace in MATRICES else assumed
-    said, belong = (frame.color_primaries, frame.color_trc), {1: (1, 1), 9: (9, 14)}.get(matrix, (6, 6))
-    return matrix, *(other if tag in (0, 2, 3) else tag for tag, other in zip(said, belong))
+    matrix = frame.colorspace
+    if matrix not in MATRICES:
+        matrix = 1 if frame.height >= 720 or frame.format.is_rgb else 6
+    primaries, transfer = {1: (1, 1), 9: (9, 14)}.get(matrix, (6, 6))
+    if frame.color_primaries not in UNTAGGED:
+        primaries = frame.color_primaries
+    if frame.color_trc not in UNTAGGED:
+        transfer = frame.color_trc
+    return matrix, primaries, transfer
 
 
 def picture(frame, **how):
@@ -90,7 +97,7 @@ def check_colours(path, frame, tagged=False):
     """Warns, once a file, of colours that `picture` does not undo; tagged: what is made of it says its transfer."""
     _, primaries, transfer = colours(frame)
     kind = {16: "PQ", 18: "HLG"}.get(transfer, "BT.2020" if primaries == 9 else None)
-    if frame.colorspace not in (*MATRICES, 0, 2, 3):
+    if frame.colorspace not in MATRICES + UNTAGGED:
         warn_once(f"{path}: its colours will be wrong: nothing here undoes matrix {frame.colorspace} (FFmpeg's number)")
     elif kind and not tagged:
         warn_once(f"{path} is {kind} video: its values are taken as they are, not converted to BT.709's")
@@ -104,7 +111,7 @@ def check_fields(path, frame):
 def video_stream(container):
     """The first video stream that is not a cover picture, and its frame rate."""
     for stream in container.streams.video:
-        if not stream.disposition & Disposition.attached_pic and stream.codec_context is not None:
+        if not stream.disposition & av.stream.Disposition.attached_pic and stream.codec_context:
             return stream, stream.average_rate or stream.guessed_rate or 25
     raise BadVideo("no video stream that can be decoded")
 
@@ -115,19 +122,19 @@ def visible(names, suffixes):
 
 
 def image_files(path):
-    """The images of a folder in the order of the numbers in their names, 2 before 10; or of `path`, if it is one."""
-    if not os.path.isdir(path):
-        return [path] if str(path).lower().endswith(IMAGES) else None
+    """The images of a folder in the order of the numbers in their names, 2 before 10, or `path`, if it is one."""
+    if not isdir(path):
+        return visible([path], IMAGES)
     parts = lambda name: [int(part) if k % 2 else part for k, part in enumerate(re.split("([0-9]+)", name))]
-    return [os.path.join(path, name) for name in sorted(visible(os.listdir(path), IMAGES), key=parts)]
+    return [f"{path}/{name}" for name in sorted(visible(os.listdir(path), IMAGES), key=parts)]
 
 
 def count_frames(path):
     """How many frames the file's header promises, or the folder holds; raises one of BROKEN if it is no video."""
     images = image_files(path)
-    if images is not None:
+    if images or isdir(path):
         return len(images)
-    if not os.path.getsize(path):
+    if not getsize(path):
         raise BadVideo("empty file")
     # Without a decoder FFmpeg cannot decode a first frame to learn more than we ask: 0.3 ms a file, not 10.
     with open_video(path, codec_whitelist="none") as container:
@@ -150,8 +157,7 @@ def find_frames(path):
     tell frames apart there are no key frames, and frames are counted from the file's beginning: AVI stamps packets in
     the order of decoding; the stamps of joined files jump back.
     """
-    images = image_files(path)
-    if images is not None:
+    if images := image_files(path):
         return images, []
     shown, keys, order = [], [], []
     with open_video(path) as container:
@@ -164,37 +170,38 @@ def find_frames(path):
         by_packet = container.format.name == "avi" and stream.codec_context.has_b_frames
     if by_packet or None in shown + keys or len(set(shown)) < len(shown) or order != sorted(order):
         return range(len(shown)), []
-    return np.sort(shown), np.sort(keys)
+    return np.sort(shown), sorted(keys)
 
 
 def decode_from(path, start):
     """Yields a file's decoded frames from number `start` on; raises one of BROKEN where it is damaged."""
-    stamps, keys = find_frames(path) if start else ([], [])
-    begin, passed = (stamps[start], 0) if len(keys) else (-np.inf, start)     # first time stamp, or frames to pass
-    last = keys[1:np.searchsorted(keys, begin, "right")][-1:]                   # key frame, unless it is the first one
+    stamps, keys = find_frames(path) if start else ([0], [])
+    begin = stamps[start]                                       # a time stamp, or without key frames a number
+    last = keys[1:bisect(keys, begin)][-1:]                    # key frame, unless it is the first one
     for key in (*last, None):                                   # None: from the start, without a seek
         with open_video(path) as container:
             stream, _ = video_stream(container)
-            codec = stream.codec_context
-            codec.thread_count = 1                              # the loader's workers are the parallelism
+            stream.codec_context.thread_count = 1               # the loader's workers are the parallelism
             if key is not None:
-                container.seek(int(key), stream=stream)
-            seen, damaged = 0, False
+                container.seek(key, stream=stream)
+            number, damaged = -1, False
             for packet in container.demux(stream):
                 stamp = stamp_of(packet)
-                if key not in (None, stamp):                    # not there yet, or the seek came out behind it
+                if key is not None and (stamp != key or not packet.is_keyframe):
+                    # Not there yet, or the seek came out behind it.
                     continue
                 key = None
-                early = stamp is not None and stamp < begin
-                codec.skip_frame = "NONREF" if early else "DEFAULT"     # on the way, what no other frame needs
+                early = keys and stamp is not None and stamp < begin
+                # On the way, what no other frame needs is passed over.
+                stream.codec_context.skip_frame = "NONREF" if early else "DEFAULT"
                 for frame in packet.decode():
-                    seen += 1
+                    number += 1
                     damaged = frame.is_corrupt or damaged and not frame.key_frame   # until the next key frame
-                    if seen <= passed or frame.pts is not None and frame.pts < begin:
-                        continue
-                    if damaged:
-                        raise BadVideo("damaged")
-                    yield frame
+                    place = (frame.pts or 0) if keys else number
+                    if place >= begin:
+                        if damaged:
+                            raise BadVideo("damaged")
+                        yield frame
             if key is None:
                 return
 
@@ -203,32 +210,28 @@ def read_image(path):
     """(H, W, 3) uint8 RGB, upright."""
     try:
         with Image.open(path) as image:
-            if image.mode.startswith(("I", "F")):               # Pillow would clip more than 8 bits to white
+            if image.mode[0] in "IF":               # Pillow would clip more than 8 bits to white
                 raise BadVideo(f"images of 8 bits are needed, not mode {image.mode}")
             return np.array(ImageOps.exif_transpose(image).convert("RGB"))
     except Exception as error:                                  # Pillow raises many kinds
-        raise BadVideo(f"{os.path.basename(path)}: {why(error)}") from None
+        raise BadVideo(f"{basename(path)}: {why(error)}") from None
 
 
-def read_frames(path, start, frames):
-    """Yields frames from number `start` on, (H, W, 3) uint8 RGB; raises one of BROKEN where they end or are damaged."""
-    images = image_files(path)
-    if images is not None:
+def read_frames(path, start):
+    """Yields frames from number `start` on, (H, W, 3) uint8 RGB; raises one of BROKEN where they are damaged."""
+    if images := image_files(path):
         shape = None
-        for name in images[start:start + frames]:
+        for name in images[start:]:
             image = read_image(name)
-            if shape not in (None, image.shape):
-                raise BadVideo(f"{os.path.basename(name)} is of another size than the images before it")
-            shape = image.shape
+            shape = shape or image.shape
+            if image.shape != shape:
+                raise BadVideo(f"{basename(name)} is of another size than the images before it")
             yield image
         return
-    number = 0
-    for number, frame in zip(range(1, frames + 1), decode_from(path, start)):
+    for frame in decode_from(path, start):
         check_colours(path, frame)
         check_fields(path, frame)
         yield picture(frame)
-    if number < frames:
-        raise BadVideo(f"only {number} of {frames} frames could be read")
 
 
 @lru_cache(maxsize=4)
@@ -242,15 +245,15 @@ def find_videos(root, images=False):
     of the files that are none of these."""
     seen, videos, others = set(), [], []
     for folder, below, names in os.walk(root, followlinks=True):
-        real = os.path.realpath(folder)
+        real = realpath(folder)
         # Not below links that lead back, nor below . and @, which are what systems keep beside the files.
         below[:] = sorted(name for name in below if name[0] not in ".@" and real not in seen)
         if real not in seen:
-            path_of = lambda name: os.path.relpath(os.path.join(folder, name), root)
+            path_of = lambda name: relpath(f"{folder}/{name}", root)
             taken = visible(names, SUFFIXES + IMAGES * images)
             frames = [] if taken else visible(names, IMAGES)
-            videos += map(path_of, taken or [""] * bool(frames))
-            others += [path_of(name) for name in visible(names, "") if name not in {*taken, *frames}]
+            videos += map(path_of, taken or frames and [""])
+            others += map(path_of, {*visible(names, "")} - {*taken, *frames})
         seen.add(real)
     return sorted(videos), sorted(others)
 
@@ -258,10 +261,10 @@ def find_videos(root, images=False):
 def part_of(path):
     """A hash of the size of a file, or sizes of its images, and of a piece from the middle of it, or of the first."""
     files = image_files(path) or [path]
-    sizes = [os.path.getsize(file) for file in files]
+    sizes = [getsize(file) for file in files]
     with open(files[0], "rb") as file:
         file.seek(sizes[0] // 2)
-        return hashlib.sha256(json.dumps(sizes).encode() + file.read(4096)).hexdigest()
+        return sha256(json.dumps(sizes).encode() + file.read(4096)).hexdigest()
 
 
 class VideoClips(Dataset):
@@ -282,14 +285,14 @@ class VideoClips(Dataset):
     """
 
     def __init__(self, root, frames, size, train=True, seed=0, names=None):
-        self.height, self.width = (size, size) if isinstance(size, int) else size
-        self.root, self.frames, self.train, self.seed = os.path.abspath(root), frames, train, seed
-        if not os.path.exists(root):
+        self.root, self.frames, self.train, self.seed = abspath(root), frames, train, seed
+        self.size = (size, size) if isinstance(size, int) else size
+        if not exists(root):
             raise FileNotFoundError(f"no video file or folder {root}")
         others = []
         if names is None:
             names, others = find_videos(root, images=frames == 1)
-        if os.path.isfile(root) or names == ["."]:
+        if isfile(root) or names == ["."]:
             self.root, *names = os.path.split(self.root)
 
         with ThreadPoolExecutor(8) as pool:                     # opening waits for the disk, mostly
@@ -308,7 +311,7 @@ class VideoClips(Dataset):
                              f"frames or more, in {' '.join(SUFFIXES)} or folders of images")
 
     def probe(self, name):
-        path = os.path.join(self.root, name)
+        path = join(self.root, name)
         try:
             count = count_frames(path)
             return (count, part_of(path)) if count >= self.frames else f"{count} frames, {self.frames} needed"
@@ -327,8 +330,8 @@ class VideoClips(Dataset):
         return self
 
     def fingerprint(self):
-        known = zip(*(self.known[name] for name in self.files))
-        return hashlib.sha256(json.dumps([self.files, *known]).encode()).hexdigest()
+        known = map(self.known.get, self.files)
+        return sha256(json.dumps([self.files, *zip(*known)]).encode()).hexdigest()
 
     def __len__(self):
         return len(self.files)
@@ -355,12 +358,14 @@ class VideoClips(Dataset):
     def clip(self, i, window, y, x):
         """File i's clip at `window`, `y`, `x`, each in [0, 1): how far along the room there is. BadVideo names it."""
         name, start = self.files[i], 0
-        path = os.path.join(self.root, name)
+        path = join(self.root, name)
         try:
             if window:
                 count = min(self.known[name][0], len(find_frames(path)[0]))     # headers may promise too much
                 start = int(window * max(count - self.frames + 1, 1))
-            images = [self.crop(image, y, x) for image in read_frames(path, start, self.frames)]
+            images = [self.crop(image, y, x) for image in islice(read_frames(path, start), self.frames)]
+            if len(images) < self.frames:
+                raise BadVideo(f"only {len(images)} of {self.frames} frames could be read")
         except BROKEN as error:
             if not window:
                 raise BadVideo(f"{name}: {why(error)}") from None
@@ -372,11 +377,12 @@ class VideoClips(Dataset):
     def crop(self, image, y, x):
         """(H, W, 3) uint8 to (1, 3, height, width) uint8: the largest crop of that shape at `y`, `x`, resized."""
         height, width, _ = image.shape
-        scale = min(height / self.height, width / self.width)
-        h, w = max(1, round(scale * self.height)), max(1, round(scale * self.width))
+        tall, wide = self.size
+        scale = min(height / tall, width / wide)
+        h, w = max(1, round(scale * tall)), max(1, round(scale * wide))
         top, left = int(y * (height - h + 1)), int(x * (width - w + 1))
         image = torch.from_numpy(image[top:top + h, left:left + w]).permute(2, 0, 1)[None]
-        return F.interpolate(image, (self.height, self.width), mode="bicubic", antialias=True)
+        return F.interpolate(image, self.size, mode="bicubic", antialias=True)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -402,12 +408,12 @@ ARCHIVES = {
 
 def split_names(root, split):
     """The lines of a split's file, wherever under `root` it lies, or of the file `split`."""
-    lists = [split] if os.path.isfile(split) else sorted(
+    lists = [split] if isfile(split) else sorted(
         glob.glob(f"{glob.escape(root)}/**/{split.removesuffix('.txt')}.txt", recursive=True))
     if not lists:
         raise FileNotFoundError(f"no split {split}: neither a file of that name nor {split}.txt under {root}")
     with open(lists[0]) as file:
-        return [line.strip() for line in file if line.strip()]
+        return [name for name in map(str.strip, file) if name]
 
 
 def find_clips(data, root=None, split=None):
@@ -420,22 +426,22 @@ def find_clips(data, root=None, split=None):
 
     Raises FileNotFoundError that says where to get the videos.
     """
-    folder = lists = str(root or (data if os.path.exists(data) else f"data/{data}"))
+    folder = lists = str(root or (data if exists(data) else f"data/{data}"))
     if data == "davis":
-        if os.path.isdir(f"{folder}/DAVIS"):                    # what the archive unpacks into
+        if isdir(f"{folder}/DAVIS"):                    # what the archive unpacks into
             folder += "/DAVIS"
         folder, lists = f"{folder}/JPEGImages/480p", f"{folder}/ImageSets/2017"
-        split = split or ("test-dev" if os.path.exists(f"{lists}/test-dev.txt") else "val")
-    if not os.path.exists(folder):
+        split = split or ("test-dev" if exists(f"{lists}/test-dev.txt") else "val")
+    if not exists(folder):
         source = f"; get it from {DATA_SETS[data][1]}" if data in DATA_SETS else ""
         source += ", or by --download" * (data in ARCHIVES)
         raise FileNotFoundError(f"no videos called {data}: put them into the folder {folder}, "
                                 f"or name the folder that holds them{source}")
     if data == "ucf101":
         # The mirror has one folder for all classes. Lines for training end with a class's number.
-        there = {os.path.basename(name): name for name in find_videos(folder)[0]}
+        there = {basename(name): name for name in find_videos(folder)[0]}
         names = [re.sub(r"\s+\d+$", "", name) for name in split_names(folder, split or "testlist01")]
-        return folder, [there.get(os.path.basename(name), name) for name in names]
+        return folder, [there.get(basename(name), name) for name in names]
     return folder, split_names(lists, split) if split else None
 
 
@@ -473,7 +479,7 @@ def pink_noise(rng, channels, size, slope):
     amplitude[0, 0] = 0
     spectrum = rng.standard_normal((channels, size, size // 2 + 1, 2)).astype(np.float32).view(np.complex64)[..., 0]
     noise = np.fft.irfft2(spectrum * amplitude).astype(np.float32)
-    return noise / noise.std(axis=(1, 2), keepdims=True)
+    return noise / noise.std((1, 2), keepdims=True)
 
 
 def random_colours(rng, n):
@@ -489,9 +495,9 @@ def dead_leaves(rng, size):
     sharp edges of natural images (Lee, Mumford and Huang 2001)."""
     texture = pink_noise(rng, 4, size, rng.uniform(0.7, 1.5))
     tint = 0.35 * (random_colours(rng, 4).T - 0.4)
-    texture = np.tensordot(tint + 0.325 * rng.standard_normal((1, 4)).astype(np.float32), texture, 1)
+    texture = np.tensordot(tint + 0.325 * rng.standard_normal(4).astype(np.float32), texture, 1)
     smooth = pink_noise(rng, 1, size, rng.uniform(1.6, 2.2))
-    scene = random_colours(rng, 1)[0][:, None, None] + 0.12 * smooth + 0.12 * texture
+    scene = random_colours(rng, 1).T[..., None] + 0.12 * smooth + 0.12 * texture
 
     n = rng.integers(80, 400)
     # sizes fall as r^-3 (scale invariance) between the smallest visible and half of the scene; large ones first
@@ -500,7 +506,7 @@ def dead_leaves(rng, size):
     radius = np.sort((low ** -1.6 * (1 - u) + high ** -1.6 * u) ** (-1 / 1.6))[::-1]
     order = np.argsort(np.arange(n) + rng.standard_normal(n) * n * 0.2)
     palette = random_colours(rng, rng.integers(4, 24))
-    colours = palette[rng.integers(len(palette), size=n)] + 0.04 * rng.standard_normal((n, 3)).astype(np.float32)
+    colours = rng.choice(palette, n) + 0.04 * rng.standard_normal((n, 3)).astype(np.float32)
     contrast = rng.gamma(1.0, 0.08, n).astype(np.float32)
     centres, angles = rng.random((n, 2)) * size, rng.random(n) * np.pi
     aspects = np.exp(rng.normal(0, 0.7, n)).clip(0.1, 10) ** 0.5
@@ -526,7 +532,7 @@ def motion(rng, frames, speed):
     """(frames, 2, 2) rotation-and-zoom matrices and (frames, 2) shifts in pixels of a smooth path whose speed
     is about `speed` pixels a frame: constant velocity, some acceleration, slow rotation and zoom."""
     t = torch.arange(frames)[:, None] - (frames - 1) / 2
-    pace = min(speed * np.exp(rng.normal(0, 1.0)) * (rng.random() > 0.15), 6.0)
+    pace = min(speed * np.exp(rng.normal()) * (rng.random() > 0.15), 6.0)
     heading = rng.random() * 2 * np.pi
     velocity = torch.tensor([np.cos(heading), np.sin(heading)]) * pace
     bend = torch.from_numpy(rng.normal(0, 0.03, 2)) * pace
@@ -541,7 +547,8 @@ def film(image, points):
     size = image.shape[-1]
     grid = points.remainder(size) * (2 / size) - 1
     image = F.pad(image[None], (0, 1, 0, 1), mode="circular").expand(len(points), -1, -1, -1)
-    grid = grid * (size / (size + 1)) + (size / (size + 1) - 1)    # the wrapped row and column moved the centre
+    share = size / (size + 1)
+    grid = grid * share + (share - 1)                           # the wrapped row and column moved the centre
     return F.grid_sample(image, grid, align_corners=False, padding_mode="border")
 
 
@@ -569,15 +576,13 @@ class SyntheticClips(Dataset):
         return scene, torch.from_numpy(pink_noise(default_rng((self.seed, 3, number)), 1, 256, 1.8))
 
     def __getitem__(self, n):
-        if not 0 <= n < self.length:
-            raise IndexError(f"clip {n} of {self.length}")
-        n %= self.distinct
+        n = range(self.length)[n] % self.distinct
         rng = default_rng((self.seed, 2, n))
         scene, outlines = self.paint(n // CLIPS_PER_SCENE)
         if rng.random() < 0.5:
             scene = scene.flip(-1)
         if rng.random() < 0.5:
-            scene = scene.transpose(-1, -2)
+            scene = scene.mT
         if rng.random() < 0.3:
             scene = scene[rng.permutation(3)]
         # film at twice the size, then average: every pixel integrates over its area, as a camera's does
@@ -607,7 +612,7 @@ class SyntheticClips(Dataset):
         if rng.random() < 0.3:                                        # out of focus
             video = F.avg_pool2d(F.pad(video, (1, 1, 1, 1), mode="replicate"), 3, 1)
         gain, drift = np.exp(rng.normal(0, 0.25)), rng.normal(0, 0.004)
-        light = gain * torch.exp(drift * torch.arange(self.frames)).view(-1, 1, 1, 1)
+        light = gain * torch.exp(drift * torch.arange(self.frames))[:, None, None, None]
         video = (video - 0.45) * light + 0.45 + rng.normal(0, 0.06)
         noise = torch.Generator().manual_seed(int(rng.integers(2 ** 62)))
         video = video + abs(rng.normal(0, 0.008)) * torch.randn(video.shape, generator=noise)
@@ -641,8 +646,9 @@ def psnr(a, b, most=np.inf):
 # what a teacher makes of clips, computed once
 
 def write_file(path, data):
-    """Writes bytes beside `path`, then renames: a file is whole, or is what was there before."""
+    """Writes bytes beside `path`, then renames: a file is whole, or is what was there before. Makes its folder."""
     partial = Path(f"{path}.{os.getpid()}.partial")             # another process may write the same
+    partial.parent.mkdir(parents=True, exist_ok=True)
     try:
         partial.write_bytes(data)
         partial.replace(path)
@@ -652,8 +658,8 @@ def write_file(path, data):
 
 def begin_worker(number):
     """For DataLoaders: their processes leave signals to the one that they serve, which may need them to finish."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal(SIGINT, SIG_IGN)
+    signal(SIGTERM, SIG_IGN)
 
 
 class CachedClips(Dataset):
@@ -673,19 +679,18 @@ class CachedClips(Dataset):
         manifest = self.folder / "manifest.json"
         settings = settings | {"dtype": "float16", "entries": count, "blocks": list(blocks)}
         if not manifest.exists():
-            self.folder.mkdir(parents=True, exist_ok=True)
-            if os.listdir(folder):
+            if any(self.folder.glob("*")):
                 raise ValueError(f"{folder} holds files but no cache's manifest.json: name an empty or a new folder")
             write_file(manifest, json.dumps(settings, indent=1).encode())
         try:
-            self.made = json.loads(manifest.read_bytes())
+            made = self.made = json.loads(manifest.read_bytes())
             # more entries and blocks than are needed do no harm
-            fits = {"entries": self.made["entries"] >= count, "blocks": set(blocks) <= set(self.made["blocks"])}
+            fits = {"entries": made["entries"] >= count, "blocks": set(blocks) <= set(made["blocks"])}
         except (ValueError, TypeError, KeyError):
             raise ValueError(f"{manifest} is damaged: delete the cache, or name another folder") from None
         for key, value in settings.items():
-            if not fits.get(key, self.made.get(key) == value):
-                raise ValueError(f"the cache {folder} was made with {key} {self.made.get(key)}, this run has {value}: "
+            if not fits.get(key, made.get(key) == value):
+                raise ValueError(f"the cache {folder} was made with {key} {made.get(key)}, this run has {value}: "
                                  "delete it, or name another folder")
 
     def path(self, m):
@@ -693,12 +698,11 @@ class CachedClips(Dataset):
 
     def put(self, m, video, tensors):
         """Writes entry m: a clip in [-1, 1] and {name: tensor}, scalars in float32."""
-        entry = {"video": video.cpu().add(1).mul(127.5).round().to(torch.uint8).contiguous()}
+        entry = {"video": video.cpu().add(1).mul(127.5).round().byte().contiguous()}
         for name, t in tensors.items():
-            entry[name] = t.to(torch.float16 if t.ndim else torch.float32).cpu().contiguous()
+            entry[name] = t.to("cpu", torch.float16 if t.ndim else torch.float32).contiguous()
             if not entry[name].isfinite().all():
                 raise ValueError(f"{name} of clip {m} does not fit into torch.float16: go without --cache")
-        self.path(m).parent.mkdir(exist_ok=True)
         write_file(self.path(m), save(entry))
 
     def fill(self, clips, make, batch, rank=0, world=1, barrier=lambda: None, workers=0, say=print):
@@ -713,8 +717,8 @@ class CachedClips(Dataset):
         groups = BatchSampler(range(self.count), batch, drop_last=False)
         groups = [group for group in groups if missing.intersection(group)][rank::world]
         loader = DataLoader(clips, batch_sampler=groups, num_workers=workers, worker_init_fn=begin_worker)
-        bar = tqdm(loader, desc="cache", unit="batch", disable=rank > 0 or None)    # None: without a terminal
-        for group, video in zip(groups, bar):
+        # disable=None: without a terminal.
+        for group, video in zip(groups, tqdm(loader, desc="cache", unit="batch", disable=rank > 0 or None)):
             for m, v, tensors in zip(group, video, make(group, video)):
                 if m in missing:
                     self.put(m, v, tensors)
