@@ -3,7 +3,6 @@
 Every data set is a function of one number. In training, `clips[n]` for n = 0, 1, 2, ... is an endless stream: file,
 window, crop and flip, or the whole made-up scene, depend on the seed and on n alone. So a resumed run, or one on any
 number of processes and workers, sees the same clips in the same order. train.py asks for n = step * batch + slot.
-
 Clips are (3, T, H, W), float32, RGB in [-1, 1].
 """
 import glob
@@ -15,7 +14,7 @@ import sys
 import tempfile
 from bisect import bisect
 from concurrent.futures import ThreadPoolExecutor
-from functools import lru_cache
+from functools import cache, lru_cache
 from hashlib import sha256
 from itertools import islice
 from os.path import abspath, basename, exists, getsize, isdir, isfile, join, realpath, relpath
@@ -41,8 +40,7 @@ from tqdm import tqdm
 SUFFIXES = tuple(".mp4 .m4v .mov .mkv .webm .avi .mpg .mpeg .ts .wmv .flv .3gp .ogv .gif".split())
 IMAGES = tuple(".jpg .jpeg .png .bmp .webp .tif .tiff".split())           # a folder of these is a video too
 BROKEN = (av.FFmpegError, OSError, ValueError, MemoryError)     # all that PyAV raises on damaged files
-# The default loses 2 of 255 levels.
-EXACT = Interpolation.BILINEAR | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT
+EXACT = Interpolation.BILINEAR | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT     # else 2 levels off
 MATRICES, UNTAGGED = (1, 4, 5, 6, 7, 9), (0, 2, 3)     # FFmpeg's numbers: what swscale undoes; no colours are named
 
 
@@ -68,10 +66,8 @@ def colours(frame):
     if matrix not in MATRICES:
         matrix = 1 if frame.height >= 720 or frame.format.is_rgb else 6
     primaries, transfer = {1: (1, 1), 9: (9, 14)}.get(matrix, (6, 6))
-    if frame.color_primaries not in UNTAGGED:
-        primaries = frame.color_primaries
-    if frame.color_trc not in UNTAGGED:
-        transfer = frame.color_trc
+    primaries = primaries if frame.color_primaries in UNTAGGED else frame.color_primaries
+    transfer = transfer if frame.color_trc in UNTAGGED else frame.color_trc
     return matrix, primaries, transfer
 
 
@@ -88,7 +84,7 @@ def picture(frame, **how):
     return np.ascontiguousarray(np.rot90(rgb.to_ndarray(), round(frame.rotation / 90)))    # phones store the angle
 
 
-@lru_cache(maxsize=None)
+@cache
 def warn_once(line):
     print(line, file=sys.stderr)
 
@@ -145,17 +141,12 @@ def count_frames(path):
     return round(seconds * rate) or len(find_frames(path)[0])           # webm from a browser tells no length
 
 
-def stamp_of(packet):
-    return packet.dts if packet.pts is None else packet.pts
-
-
-@lru_cache(maxsize=10_000)
+@lru_cache(10_000)
 def find_frames(path):
     """(time stamps of a file's frames in the order in which they are shown, time stamps of its key frames).
 
-    Packets are read but not decoded: stamps are exact in every container and at variable rates. Where stamps do not
-    tell frames apart there are no key frames, and frames are counted from the file's beginning: AVI stamps packets in
-    the order of decoding; the stamps of joined files jump back.
+    Packets are read but not decoded. Where stamps do not tell frames apart there are no key frames, and frames are
+    counted: AVI stamps packets in the order of decoding; the stamps of joined files jump back.
     """
     if images := image_files(path):
         return images, []
@@ -164,8 +155,9 @@ def find_frames(path):
         stream, _ = video_stream(container)
         for packet in container.demux(stream):
             if packet.size:
-                shown += [stamp_of(packet)] * (not packet.is_discard)
-                keys += [stamp_of(packet)] * packet.is_keyframe
+                stamp = packet.dts if packet.pts is None else packet.pts
+                shown += [stamp] * (not packet.is_discard)
+                keys += [stamp] * packet.is_keyframe
                 order += [packet.dts] * (packet.dts is not None)
         by_packet = container.format.name == "avi" and stream.codec_context.has_b_frames
     if by_packet or None in shown + keys or len(set(shown)) < len(shown) or order != sorted(order):
@@ -177,7 +169,7 @@ def decode_from(path, start):
     """Yields a file's decoded frames from number `start` on; raises one of BROKEN where it is damaged."""
     stamps, keys = find_frames(path) if start else ([0], [])
     begin = stamps[start]                                       # a time stamp, or without key frames a number
-    last = keys[1:bisect(keys, begin)][-1:]                    # key frame, unless it is the first one
+    last = keys[1:bisect(keys, begin)][-1:]                     # key frame, unless it is the first one
     for key in (*last, None):                                   # None: from the start, without a seek
         with open_video(path) as container:
             stream, _ = video_stream(container)
@@ -186,13 +178,11 @@ def decode_from(path, start):
                 container.seek(key, stream=stream)
             number, damaged = -1, False
             for packet in container.demux(stream):
-                stamp = stamp_of(packet)
+                stamp = packet.dts if packet.pts is None else packet.pts
                 if key is not None and (stamp != key or not packet.is_keyframe):
-                    # Not there yet, or the seek came out behind it.
-                    continue
+                    continue                                    # until the key frame, or the seek came out behind it
                 key = None
-                early = keys and stamp is not None and stamp < begin
-                # On the way, what no other frame needs is passed over.
+                early = keys and stamp is not None and stamp < begin        # then not what no other frame needs
                 stream.codec_context.skip_frame = "NONREF" if early else "DEFAULT"
                 for frame in packet.decode():
                     number += 1
@@ -234,7 +224,7 @@ def read_frames(path, start):
         yield picture(frame)
 
 
-@lru_cache(maxsize=4)
+@lru_cache(4)
 def shuffled(n, *key):
     """The numbers below n in the order that `key` stands for; every worker draws the same."""
     return default_rng(key).permutation(n)
@@ -253,7 +243,7 @@ def find_videos(root, images=False):
             taken = visible(names, SUFFIXES + IMAGES * images)
             frames = [] if taken else visible(names, IMAGES)
             videos += map(path_of, taken or frames and [""])
-            others += map(path_of, {*visible(names, "")} - {*taken, *frames})
+            others += map(path_of, set(visible(names, "")).difference(taken, frames))
         seen.add(real)
     return sorted(videos), sorted(others)
 
@@ -294,7 +284,6 @@ class VideoClips(Dataset):
             names, others = find_videos(root, images=frames == 1)
         if isfile(root) or names == ["."]:
             self.root, *names = os.path.split(self.root)
-
         with ThreadPoolExecutor(8) as pool:                     # opening waits for the disk, mostly
             self.known = dict(zip(names, pool.map(self.probe, names)))      # {name: (frames, hash) or why not}
         self.skipped = {name: reason for name, reason in self.known.items() if isinstance(reason, str)}
@@ -303,7 +292,7 @@ class VideoClips(Dataset):
         if len(lines) > 11:
             lines[10:] = [f"skipping {len(lines) - 10} more files"]
         if others:
-            lines.append(f"{root}: {len(others)} other files are left out, such as {others[0]}")
+            lines += [f"{root}: {len(others)} other files are left out, such as {others[0]}"]
         if lines and os.environ.get("RANK", "0") == "0":       # all processes of a run find the same
             print(*lines, sep="\n", file=sys.stderr)
         if not self.files:
@@ -330,8 +319,8 @@ class VideoClips(Dataset):
         return self
 
     def fingerprint(self):
-        known = map(self.known.get, self.files)
-        return sha256(json.dumps([self.files, *zip(*known)]).encode()).hexdigest()
+        counts, hashes = zip(*map(self.known.get, self.files))
+        return sha256(json.dumps([self.files, counts, hashes]).encode()).hexdigest()
 
     def __len__(self):
         return len(self.files)
@@ -372,17 +361,17 @@ class VideoClips(Dataset):
             video = self.clip(i, 0, y, x)
             warn_once(f"{name}: the first window stands in for those that cannot be decoded")
             return video
-        return torch.cat(images).movedim(1, 0).float().div(127.5).sub(1).contiguous()
+        return torch.stack(images, 1).float().div(127.5).sub(1).contiguous()
 
     def crop(self, image, y, x):
-        """(H, W, 3) uint8 to (1, 3, height, width) uint8: the largest crop of that shape at `y`, `x`, resized."""
+        """(H, W, 3) uint8 to (3, height, width) uint8: the largest crop of that shape at `y`, `x`, resized."""
         height, width, _ = image.shape
         tall, wide = self.size
         scale = min(height / tall, width / wide)
         h, w = max(1, round(scale * tall)), max(1, round(scale * wide))
         top, left = int(y * (height - h + 1)), int(x * (width - w + 1))
         image = torch.from_numpy(image[top:top + h, left:left + w]).permute(2, 0, 1)[None]
-        return F.interpolate(image, self.size, mode="bicubic", antialias=True)
+        return F.interpolate(image, self.size, mode="bicubic", antialias=True)[0]
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -390,8 +379,8 @@ class VideoClips(Dataset):
 
 # name: (height and width the paper evaluates at, where the data set is to be had)
 DATA_SETS = {
-    "davis": ((512, 512), "https://davischallenge.org/davis2017/code.html"),
-    "ucf101": ((256, 256), "https://www.crcv.ucf.edu/data/UCF101.php"),
+    "davis": ((512, 512), "https://davischallenge.org/davis2017/code.html, or by --download"),
+    "ucf101": ((256, 256), "https://www.crcv.ucf.edu/data/UCF101.php, or by --download"),
     "vidgen": ((256, 256), "https://huggingface.co/datasets/Fudan-FUXI/VIDGEN-1M"),
     "openvid": ((360, 640), "https://huggingface.co/datasets/nkp37/OpenVid-1M"),
 }
@@ -434,11 +423,9 @@ def find_clips(data, root=None, split=None):
         split = split or ("test-dev" if exists(f"{lists}/test-dev.txt") else "val")
     if not exists(folder):
         source = f"; get it from {DATA_SETS[data][1]}" if data in DATA_SETS else ""
-        source += ", or by --download" * (data in ARCHIVES)
         raise FileNotFoundError(f"no videos called {data}: put them into the folder {folder}, "
                                 f"or name the folder that holds them{source}")
-    if data == "ucf101":
-        # The mirror has one folder for all classes. Lines for training end with a class's number.
+    if data == "ucf101":    # The mirror has one folder for all classes. Lines for training end with a class's number.
         there = {basename(name): name for name in find_videos(folder)[0]}
         names = [re.sub(r"\s+\d+$", "", name) for name in split_names(folder, split or "testlist01")]
         return folder, [there.get(basename(name), name) for name in names]
@@ -446,20 +433,18 @@ def find_clips(data, root=None, split=None):
 
 
 def download(data, root=None):
-    """Fetches and unpacks davis (0.8 GB) or ucf101 (7 GB) into data/<name>, or `root`.
-
-    Raises ValueError for other data sets, and OSError where an archive cannot be had or its checksum is another.
-    """
+    """Fetches and unpacks davis (0.8 GB) or ucf101 (7 GB) into data/<name>, or `root`. Raises ValueError for other
+    data sets, and OSError where an archive cannot be had or its checksum is another."""
     if data not in ARCHIVES:
         raise ValueError(f"--download fetches {' and '.join(ARCHIVES)}; {data} is to be had from {DATA_SETS[data][1]}")
     root = root or f"data/{data}"
     os.makedirs(root, exist_ok=True)
-    for address, sha256 in ARCHIVES[data]:
+    for address, checksum in ARCHIVES[data]:
         print(f"fetching {address} into {root}", flush=True)
         with tempfile.TemporaryDirectory(dir=root) as folder:
             archive = f"{folder}/archive.zip"
             try:
-                torch.hub.download_url_to_file(address, archive, hash_prefix=sha256, progress=sys.stderr.isatty())
+                torch.hub.download_url_to_file(address, archive, hash_prefix=checksum, progress=sys.stderr.isatty())
             except (OSError, RuntimeError) as error:            # the latter: of a wrong checksum
                 raise OSError(f"{address} could not be fetched ({why(error)}): unpack it by hand in {root}") from None
             shutil.unpack_archive(archive, root)
@@ -569,7 +554,7 @@ class SyntheticClips(Dataset):
     def describe(self, n):
         return f"made-up clip {n % self.distinct}"
 
-    @lru_cache(maxsize=2)
+    @lru_cache(2)
     def paint(self, number):
         """A scene, and the noise that gives objects their outlines."""
         scene = dead_leaves(default_rng((self.seed, 1, number)), 4 * self.size)
@@ -633,10 +618,8 @@ def check_shapes(a, b):
 
 
 def psnr(a, b, most=np.inf):
-    """PSNR in dB of each clip, (B,): the mean of its frames', with a peak of 1 in [0, 1].
-
-    a, b: (B, 3, T, H, W) in [-1, 1]. most: what a frame counts for at most, in dB; equal frames are infinite.
-    """
+    """PSNR in dB of each clip, (B,): the mean of its frames', with a peak of 1 in [0, 1]. a, b: (B, 3, T, H, W) in
+    [-1, 1]. most: what a frame counts for at most, in dB; equal frames are infinite."""
     check_shapes(a, b)
     error = (frames_of(a) - frames_of(b)).square().mean((1, 2, 3))
     return (-10 * error.log10()).clamp(max=most).view(len(a), -1).mean(1)
@@ -674,17 +657,15 @@ class CachedClips(Dataset):
     """
 
     def __init__(self, folder, count, settings, blocks=(), seed=0):
-        self.folder, self.count = Path(folder).absolute(), count
-        self.blocks, self.seed = blocks, seed
+        self.folder, self.count, self.blocks, self.seed = Path(folder).absolute(), count, blocks, seed
         manifest = self.folder / "manifest.json"
         settings = settings | {"dtype": "float16", "entries": count, "blocks": list(blocks)}
         if not manifest.exists():
             if any(self.folder.glob("*")):
                 raise ValueError(f"{folder} holds files but no cache's manifest.json: name an empty or a new folder")
             write_file(manifest, json.dumps(settings, indent=1).encode())
-        try:
+        try:                                                    # more entries and blocks than are needed do no harm
             made = self.made = json.loads(manifest.read_bytes())
-            # more entries and blocks than are needed do no harm
             fits = {"entries": made["entries"] >= count, "blocks": set(blocks) <= set(made["blocks"])}
         except (ValueError, TypeError, KeyError):
             raise ValueError(f"{manifest} is damaged: delete the cache, or name another folder") from None
@@ -714,10 +695,9 @@ class CachedClips(Dataset):
         missing = {m for m in range(self.count) if not self.path(m).exists()}
         say(f"the cache {self.folder}: {self.count} entries, {len(missing)} to make")
         barrier()                                               # all have seen the same ones missing
-        groups = BatchSampler(range(self.count), batch, drop_last=False)
-        groups = [group for group in groups if missing.intersection(group)][rank::world]
+        groups = [group for group in BatchSampler(range(self.count), batch, False) if missing.intersection(group)]
+        groups = groups[rank::world]
         loader = DataLoader(clips, batch_sampler=groups, num_workers=workers, worker_init_fn=begin_worker)
-        # disable=None: without a terminal.
         for group, video in zip(groups, tqdm(loader, desc="cache", unit="batch", disable=rank > 0 or None)):
             for m, v, tensors in zip(group, video, make(group, video)):
                 if m in missing:
