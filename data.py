@@ -144,7 +144,6 @@ def count_frames(path):
 @lru_cache(10_000)
 def find_frames(path):
     """(time stamps of a file's frames in the order in which they are shown, time stamps of its key frames).
-
     Packets are read but not decoded. Where stamps do not tell frames apart there are no key frames, and frames are
     counted: AVI stamps packets in the order of decoding; the stamps of joined files jump back.
     """
@@ -200,7 +199,7 @@ def read_image(path):
     """(H, W, 3) uint8 RGB, upright."""
     try:
         with Image.open(path) as image:
-            if image.mode[0] in "IF":               # Pillow would clip more than 8 bits to white
+            if image.mode[0] in "IF":                           # Pillow would clip more than 8 bits to white
                 raise BadVideo(f"images of 8 bits are needed, not mode {image.mode}")
             return np.array(ImageOps.exif_transpose(image).convert("RGB"))
     except Exception as error:                                  # Pillow raises many kinds
@@ -251,7 +250,7 @@ def find_videos(root, images=False):
 def part_of(path):
     """A hash of the size of a file, or sizes of its images, and of a piece from the middle of it, or of the first."""
     files = image_files(path) or [path]
-    sizes = [getsize(file) for file in files]
+    sizes = list(map(getsize, files))
     with open(files[0], "rb") as file:
         file.seek(sizes[0] // 2)
         return sha256(json.dumps(sizes).encode() + file.read(4096)).hexdigest()
@@ -259,7 +258,6 @@ def part_of(path):
 
 class VideoClips(Dataset):
     """Clips from a video or from all videos in a folder, at any depth: (3, frames, height, width).
-
     A video is a file, or a folder of its frames as images; with one frame a clip, every image is one.
 
     names    the videos of `root` to take, as relative paths, instead of all
@@ -483,7 +481,6 @@ def dead_leaves(rng, size):
     texture = np.tensordot(tint + 0.325 * rng.standard_normal(4).astype(np.float32), texture, 1)
     smooth = pink_noise(rng, 1, size, rng.uniform(1.6, 2.2))
     scene = random_colours(rng, 1).T[..., None] + 0.12 * smooth + 0.12 * texture
-
     n = rng.integers(80, 400)
     # sizes fall as r^-3 (scale invariance) between the smallest visible and half of the scene; large ones first
     low, high = rng.uniform(2, 6), size * rng.uniform(0.12, 0.4)
@@ -540,7 +537,6 @@ def film(image, points):
 class SyntheticClips(Dataset):
     """Endless made-up video with the statistics of natural images: 1/f textures and dead leaves under a panning camera,
     with objects that move by themselves and occlude what lies behind them.
-
     `clips[n]`, any n >= 0, is (3, frames, size, size) in [-1, 1], by `seed` and n only. `length`: for code that walks
     the set from start to end; `distinct`: after so many they come again.
     """
@@ -579,7 +575,7 @@ class SyntheticClips(Dataset):
         def follow(speed, centre=0):
             """The filmed pixels' places along a path, where that begins in the scene, and what is seen there."""
             matrix, shift = motion(rng, self.frames, speed)
-            start = torch.from_numpy(rng.random(2) * scene.shape[-1]).float()
+            start = torch.from_numpy(rng.random(2) * 2 * size).float()     # scenes are twice as large
             points = torch.einsum("tij,hwj->thwi", matrix, pixels) - 2 * shift[:, None, None] - centre
             return points, start, film(scene, points * magnify + start)
 
@@ -647,7 +643,6 @@ def begin_worker(number):
 
 class CachedClips(Dataset):
     """Clips with the teacher's latents and features, from files that a teacher filled once.
-
     `cache[n]`, any n >= 0, is a dict of tensors. Every `count` consecutive n are all entries, in a new order each time.
     Entry m holds clip m of a training stream (`video`, as uint8: what files hold) and what else `put` was given, in
     float16: one safetensors file, whole or missing, so that filling resumes.
@@ -660,7 +655,7 @@ class CachedClips(Dataset):
         self.folder, self.count, self.blocks, self.seed = Path(folder).absolute(), count, blocks, seed
         manifest = self.folder / "manifest.json"
         settings = settings | {"dtype": "float16", "entries": count, "blocks": list(blocks)}
-        if not manifest.exists():
+        if not exists(manifest):
             if any(self.folder.glob("*")):
                 raise ValueError(f"{folder} holds files but no cache's manifest.json: name an empty or a new folder")
             write_file(manifest, json.dumps(settings, indent=1).encode())
@@ -692,7 +687,7 @@ class CachedClips(Dataset):
         make([m, ...], clips (B, 3, T, H, W)) returns a dict of tensors for each clip. Always the same `batch` clips go
         together: which clips share a batch shows in the last bit of what is made.
         """
-        missing = {m for m in range(self.count) if not self.path(m).exists()}
+        missing = {m for m in range(self.count) if not exists(self.path(m))}
         say(f"the cache {self.folder}: {self.count} entries, {len(missing)} to make")
         barrier()                                               # all have seen the same ones missing
         groups = [group for group in BatchSampler(range(self.count), batch, False) if missing.intersection(group)]
@@ -703,7 +698,7 @@ class CachedClips(Dataset):
                 if m in missing:
                     self.put(m, v, tensors)
             if rank == 0 and group == groups[0]:
-                size = self.path(m).stat().st_size
+                size = getsize(self.path(m))
                 say(f"{self.count} entries of {size / 1e6:.2f} MB")
                 if len(missing) * size > shutil.disk_usage(self.folder).free:
                     raise OSError(f"the disk of the cache {self.folder} has no room for them")
