@@ -7,6 +7,7 @@ import pickle
 import shutil
 import struct
 import zlib
+from itertools import islice
 from pathlib import Path
 
 import av
@@ -334,7 +335,7 @@ def test_what_was_read_before_decides_nothing(folder, monkeypatch):
 
 def test_damage_in_the_middle_does_not_get_into_clips(tmp_path):
     whole = write(tmp_path / "v.mp4", texture(60), H264)
-    truth = torch.from_numpy(np.stack(list(data.read_frames(whole, 0, 60)))).float()
+    truth = torch.from_numpy(np.stack(list(data.read_frames(str(whole), 0)))).float()
     damage(whole, 0.35, 0.5)
     clips = VideoClips(tmp_path, 4, (64, 96))
     for n in range(40):
@@ -406,11 +407,11 @@ def test_windows_are_exact_in_any_container_and_at_any_rate(tmp_path, name):
     codec, options, stamps = RAMPS[name]
     write(tmp_path / name, [np.full((64, 96, 3), 16 + 2 * k, np.uint8) for k in range(100)],
           (codec, "yuv420p", options), stamps)
-    levels = np.array([image.mean() for image in data.read_frames(tmp_path / name, 0, 100)])
+    levels = np.array([image.mean() for image in data.read_frames(str(tmp_path / name), 0)])
     assert np.diff(levels).min() > 0.9 and abs(levels - np.arange(16, 216, 2)).max() < 2
     number_of = lambda image: int(abs(levels - float(image.mean())).argmin())
     for start in range(0, 90, 3):
-        read = list(data.read_frames(tmp_path / name, start, 10))
+        read = list(islice(data.read_frames(str(tmp_path / name), start), 10))
         assert [number_of(image) for image in read] == list(range(start, start + 10))
     clips, starts = VideoClips(tmp_path, 8, 16), set()
     for n in range(60):
