@@ -229,9 +229,8 @@ def bench_students(args, device, dtype):
         modules = ways_to_decode(args, name, student, latents)
         runs = {way: partial(module, latents) for way, module in modules.items()}
         if args.pte:
-            from export import ExecuTorch, frames_first, read
-            modules["ExecuTorch"], pte, inputs = student, read(args.pte, ExecuTorch), [frames_first(latents)]
-            runs["ExecuTorch"] = lambda: pte.method.execute(inputs)
+            from export import player
+            modules["ExecuTorch"], runs["ExecuTorch"] = student, player(args.pte, student, latents)
         if args.teacher:
             from teachers import load_teacher
             teacher = load_teacher(name, None if name == "tiny" else "random", device, dtype)
@@ -527,8 +526,8 @@ def parse():
     gpu, args.packages = args.device.startswith("cuda"), args.iphone or args.mlpackage is not None
     if not gpu and args.device != "cpu":
         parser.error(f"--device is cpu or cuda, not {args.device}")
-    if args.stream + args.blocks + args.packages > 1:
-        parser.error("--stream, --blocks and --mlpackage or --iphone go without each other")
+    if args.stream + args.blocks + args.packages + bool(args.pte) > 1:
+        parser.error("--stream, --blocks, --pte and --mlpackage or --iphone go without each other")
     if args.iphone != bool(args.team):
         parser.error("--iphone and --team go together: Xcode signs the app that runs packages for a development team")
     if (args.student or args.decode) and (args.blocks or args.packages):

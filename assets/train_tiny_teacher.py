@@ -136,7 +136,7 @@ held_out = {frames: [clips[CLIPS_PER_SCENE * i] for i in range(8)] for frames, c
 model = VideoDCAE(TINY)
 trained = model.decoder if args.blocks_anew else model
 for name, module in model.named_modules():      # residual branches start small: the shortcuts carry the first steps
-    if name.endswith("norm"):
+    if name.endswith("norm") and hasattr(module, "weight"):
         nn.init.constant_(module.weight, 0.1)
 if args.blocks_anew:
     model.load_state_dict(load_file(TINY_WEIGHTS))

@@ -53,8 +53,13 @@ def test_a_pte_against_pytorch(bench, tmp_path):
     eager, pte = bench(*flags, tmp_path / "a.pte")
     assert (pte["way"], pte["compared_with"], pte["frames"]) == ("ExecuTorch", "eager", 16) and pte["speed_up"] > 0
     assert pte["parameters"] == eager["parameters"] and pte["flops"] == eager["flops"]
-    with pytest.raises(ValueError, match="damaged, or not written by this program"):
-        bench(*flags, tmp_path / "bench.json")
+    for more, message in ((["bench.json"], "damaged, or not written by this program"),
+                          (["a.pte", "--dtype", "float16"], "takes torch.float32 of .*, not torch.float16"),
+                          (["a.pte", "--frames", "4"], r"of \(4, .*, not .* of \(1, ")):
+        with pytest.raises(ValueError, match=message):
+            bench(*flags, tmp_path / more[0], *more[1:])
+    with pytest.raises(ValueError, match="is not the student's: PSNR"):
+        bench("--config", "tiny", *flags[2:], tmp_path / "a.pte")
 
 
 def test_eager_against_compiled_and_without_a_compiler(bench, monkeypatch, capsys):
