@@ -403,7 +403,7 @@ def compare(args):
     decoders, networks = {label: teacher.decode} | students, {label: teacher.vae} | students
     reference = label if args.latents or args.against == "teacher" else INPUT
     if args.latents:
-        COLUMNS["fvd"] = "FVD", "{:.2f}"           # of generated video, not of reconstructions
+        COLUMNS["fvd"] = "FVD", "{:.2f}"        # of generated video, not of reconstructions
         clips = open_latents(args, student)
         shape = student(clips.clips[next(iter(clips.names))][None].to(device, student.dtype)).shape[2:]
     else:
@@ -439,8 +439,8 @@ def compare(args):
     fps, rows = decode_speeds(decoders, latents_of(clip).repeat(together, 1, 1, 1, 1)), []
     for name, network in networks.items():
         parameters = sum(p.numel() for p in getattr(network, "decoder", network).parameters())
-        row = dict.fromkeys(COLUMNS, math.nan) | {"model": name, "parameters": parameters, "fps": fps[name],
-                                                  "speed_up": fps[name] / fps[label], "fvd": fvd.get(name, math.nan)}
+        row = {"model": name, "parameters": parameters, **dict.fromkeys(COLUMNS, math.nan), "fps": fps[name],
+               "speed_up": fps[name] / fps[label], "fvd": fvd.get(name, math.nan)}
         rows.append(row)
         values = [clip["values"].get(name, {}) for clip in known.values()]
         row |= {metric: statistics.fmean(value[metric] for value in values) for metric in values[0]}
