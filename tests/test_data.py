@@ -207,7 +207,8 @@ BT601, BT709, BT2020 = (0.299, 0.114), (0.2126, 0.0722), (0.2627, 0.0593)
 
 @pytest.mark.parametrize("tag, height, full, weights", [
     (1, 64, False, BT709), (5, 64, False, BT601), (6, 720, False, BT601), (9, 64, False, BT2020), (9, 64, True, BT2020),
-    (2, 64, False, BT601), (0, 719, False, BT601), (3, 64, True, BT601), (2, 720, False, BT709), (0, 720, False, BT709)])
+    (2, 64, False, BT601), (0, 719, False, BT601), (3, 64, True, BT601), (2, 720, False, BT709),
+    (0, 720, False, BT709)])
 def test_colours_are_the_standards(tag, height, full, weights):
     """By FFmpeg's number of the matrix, else by the size."""
     y, u, v = 120, 100, 160
@@ -220,9 +221,9 @@ def test_colours_are_the_standards(tag, height, full, weights):
 
 
 @pytest.mark.parametrize("matrix, primaries, transfer, means, says", [
-    (2, 2, 2, (6, 6, 6), None), (1, 2, 0, (1, 1, 1), None), (9, 3, 2, (9, 9, 14), "BT.2020"), (9, 9, 16, (9, 9, 16), "PQ"),
-    (9, 9, 18, (9, 9, 18), "HLG"), (1, 9, 1, (1, 9, 1), "BT.2020"), (8, 1, 1, (6, 1, 1), "matrix 8"),
-    (10, 9, 16, (6, 9, 16), "matrix 10")])
+    (2, 2, 2, (6, 6, 6), None), (1, 2, 0, (1, 1, 1), None), (9, 3, 2, (9, 9, 14), "BT.2020"),
+    (9, 9, 16, (9, 9, 16), "PQ"), (9, 9, 18, (9, 9, 18), "HLG"), (1, 9, 1, (1, 9, 1), "BT.2020"),
+    (8, 1, 1, (6, 1, 1), "matrix 8"), (10, 9, 16, (6, 9, 16), "matrix 10")])
 def test_colours_that_are_not_undone_are_said(tmp_path, capfd, matrix, primaries, transfer, means, says):
     frame = av.VideoFrame(64, 64, "yuv420p")
     frame.colorspace, frame.color_primaries, frame.color_trc = matrix, primaries, transfer
