@@ -583,7 +583,7 @@ class WanTeacher(DiffusersTeacher):
 # ----------------------------------------------------------------------------------------------------------
 # loading
 
-# name: (kind, class of diffusers or file of weights, hub repository, the weights' licence by its model card)
+# name: (kind, class or its name in diffusers or file of weights, hub repository, the weights' licence by its model card)
 RELEASES = {
     "ltx": (LTXTeacher, "AutoencoderKLLTXVideo", "Lightricks/LTX-Video", "LTX-Video Open Weights"),
     "hunyuan": (HunyuanTeacher, "AutoencoderKLHunyuanVideo", "hunyuanvideo-community/HunyuanVideo",
@@ -709,7 +709,7 @@ def build(name, path):
         return teacher
     try:
         import diffusers
-        kind = getattr(diffusers, source)
+        kind = getattr(diffusers, source) if isinstance(source, str) else source
     except (ImportError, AttributeError):
         raise OSError(f"the {name} teacher needs diffusers with {source}: pip install -U diffusers") from None
     if path and path.is_dir() and not (path / "config.json").is_file():

@@ -61,7 +61,8 @@ def use_student(pipe_or_vae, student):
     """
     student = getattr(student, "_orig_mod", student)        # under torch.compile; optimize_for_inference stays
     parts = [pipe_or_vae, *(getattr(pipe_or_vae, name, None) for name in ("vae", "diffusion_decoder"))]
-    vaes = [getattr(part, "_orig_mod", part) for part in parts if hasattr(part, "decode")]      # under torch.compile
+    vaes = [getattr(part, "_orig_mod", part) for part in parts      # under torch.compile
+            if hasattr(part, "decode") and hasattr(getattr(part, "config", None), "items")]
     if not vaes or not isinstance(student, TurboVAED | None):
         raise TypeError(f"takes a pipeline or VAE and a TurboVAED, or None for its own decoder; "
                         f"not a {type(pipe_or_vae).__name__} and a {type(student).__name__}")

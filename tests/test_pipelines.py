@@ -100,6 +100,8 @@ def test_a_student_of_other_latents_is_refused_in_one_line():
         with one_line(ValueError, *parts):
             use_student(target, student)
         assert "decode" not in vars(target)
+    with one_line(TypeError, "TurboVAED"):          # it has a decode of its own
+        use_student(hunyuan, hunyuan)
     with one_line(TypeError, "object"):
         use_student(object(), on_meta(CONFIGS["ltx"]))
 

@@ -673,3 +673,14 @@ def test_weights_come_from_the_hub_or_its_cache(tmp_path, monkeypatch, hub, name
     assert all(torch.equal(loaded[key], value) for key, value in teacher.vae.state_dict().items())
     assert {asked[:2] for asked in hub.asked} == {(repo, file) for file in files}
     assert all(local for _, _, local in hub.asked) == cached
+
+
+def test_a_teacher_by_a_class_that_is_not_diffusers(monkeypatch):
+    diffusers = pytest.importorskip("diffusers")
+
+    class MineVAE(diffusers.AutoencoderKLWan):
+        pass
+
+    monkeypatch.setitem(RELEASES, "mine", (RELEASES["wan21"][0], MineVAE, "me/mine", "MIT"))
+    monkeypatch.setitem(CONFIGURATIONS, "mine", SMALL_DIFFUSERS["wan21"])
+    assert isinstance(teachers_file.build("mine", None).vae, MineVAE)
