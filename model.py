@@ -127,7 +127,7 @@ SHIPPED = Path(__file__).resolve().parent / "assets/tiny_student.safetensors"
 # ---------- Layers. Their attribute names are those of the published checkpoints' keys.
 
 class Context:
-    """Where a layer's frames stand in their clip, which may come in chunks, and the earlier frames that it needs again.
+    """Where a layer's frames stand in their clip, which may come in chunks, and what it keeps for the next chunk.
 
     `kept` is a queue: each place in a layer takes its frames from the front and puts the next ones at the end.
     """
@@ -136,7 +136,7 @@ class Context:
         self.first, self.last, self.kept = first, last, list(kept)
 
 
-WHOLE = Context()
+WHOLE = Context()       # of whole clips: it keeps nothing
 
 
 def pad_time(x, n, context=WHOLE):
@@ -486,7 +486,7 @@ class TurboVAED(nn.Module):
     def step(self, latents, kept):
         """A chunk (B, C, n, h, w) in the middle of a stream as a plain function, to be compiled.
 
-        kept: for each of `layers` and for `out` a list of its earlier frames. Returns (frames (B, 3, d_t n, H, W),
+        kept: for each of `layers` and for `out` its Context's `kept`. Returns (frames (B, 3, d_t n, H, W),
         kept for the next chunk). Every layer must have begun.
         """
         contexts = [Context(False, False, frames) for frames in kept]
@@ -642,7 +642,7 @@ class Stream:
         self.student, self.delay, self.closed = student, student.reach(0), False
         self.latents = None             # none of the clip's, but of their shape
         self.longest = self.latest = 0  # latent frames of the longest and of the latest chunk
-        self.steps, rate = [], 1        # (layer, frames that it looks ahead, its frames for one latent, its context)
+        self.steps, rate = [], 1        # (layer, frames that it looks ahead, frames it gets for a latent, its context)
         for layer in (*student.layers(), student.out):
             ahead = getattr(layer, "reach", student.conv_out.reach)(0, 0)
             self.steps.append((layer, ahead, rate, Context(last=False)))
@@ -676,7 +676,7 @@ class Stream:
         self.longest, self.closed = max(self.longest, self.latest), True
         contexts = [context for *_, context in self.steps]
         begun = not last and not any(context.first for context in contexts)
-        if self.student.compiles and begun and before == self.latest:       # anew for each length, so not for one chunk
+        if self.student.compiles and begun and before == self.latest:       # each length compiles: only one that recurs
             step = torch.compile(self.student.step, **self.student.compiles)
             frames, kept = step(latents, [context.kept for context in contexts])
             for context, tensors in zip(contexts, kept):
@@ -708,7 +708,7 @@ class Stream:
             x, length = x[:, :, length:], self.longest * rate
         context.last = last
         x = layer(x, context)
-        context.first = False
+        context.first = False           # only now: for every convolution of the layer
         yield from self.through(i + 1, x, last)
 
 
