@@ -323,7 +323,9 @@ def about(student, settings):
 
 
 def library(name):
-    """A module that only one format needs, imported; warnings of untried PyTorch versions stay unseen."""
+    """A module that only one format needs, imported; what it was not tried with and lacks here stays unseen."""
+    for logger in ("coremltools", "torch.utils._pytree"):
+        logging.getLogger(logger).setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -363,7 +365,6 @@ def difference(video, expected):
 
 def coremltools():
     """The package, told how the two norms above are written in MIL."""
-    logging.getLogger("coremltools").setLevel(logging.ERROR)        # it tells at length what a Mac would have
     ct = library("coremltools")
     from coremltools.converters.mil import Builder as mb
     from coremltools.converters.mil import register_torch_op
@@ -702,8 +703,7 @@ class CoreAI:
             yield "stream", played(stream_calls(latents, n, ahead), {})
 
 
-class ExecuTorch:
-    """The twin, whose operations XNNPACK runs."""
+class ExecuTorch:       # the twin, whose operations XNNPACK runs
     suffix, limit, proven_at = ".pte", math.inf, ()
 
     def __init__(self, path):
@@ -830,8 +830,8 @@ def prove(path, student, whole=False):
 def player(path, student, latents):
     """A function that runs the .pte at `path`, of that student, on latents (1, C, t, h, w). ValueError: of others."""
     opened, frames = read(path, ExecuTorch), frames_first(latents)
-    takes = opened.settings.dtype, tuple(opened.method.metadata.input_tensor_meta(0).sizes())
-    if takes != (frames.dtype, tuple(frames.shape)):
+    takes = opened.settings.dtype, opened.method.metadata.input_tensor_meta(0).sizes()
+    if takes != (frames.dtype, frames.shape):
         raise ValueError(f"{path} takes {takes[0]} of {takes[1]}, not {frames.dtype} of {tuple(frames.shape)}")
     run = lambda: opened.method.execute([frames])[0]
     psnr = difference(run().float(), frames_first(crop(student(latents), opened.settings.size)))["psnr"]
