@@ -328,8 +328,10 @@ def test_clips_that_the_student_was_trained_on_are_said(run, tmp_path, capsys, m
     """Wherever a path leads to them; a run's held-out videos are not meant, nor others of the same names."""
     for n in range(3):
         write_video(tmp_path / f"mine/sub/{n}.mp4", texture(12, seed=n))
+    save_file({key: value + 1e-3 for key, value in load_file(TINY_WEIGHTS).items()}, tmp_path / "teacher.safetensors")
     trained = run_script("train", *("--data mine --size 16 --frames 8 --batch 1 --micro-batch 1 --steps 1 --workers 0 "
-                                    "--dtype float32 --out out/demo").split(), cwd=tmp_path)
+                                    "--dtype float32 --out out/demo --teacher-weights teacher.safetensors").split(),
+                         cwd=tmp_path)
     assert trained.returncode == 0, trained.stderr
     shutil.copytree(tmp_path / "mine", tmp_path / "others")
     (tmp_path / "link").symlink_to("mine")
@@ -340,6 +342,13 @@ def test_clips_that_the_student_was_trained_on_are_said(run, tmp_path, capsys, m
         line = f"out/demo was trained on {count} of these clips: it is worse on others"
         said = (tmp_path / f"results/{Path(data).name}{count}/results.md").read_text()
         assert (line in capsys.readouterr().out) == (line in said) == (count > 0), data
+    # the teacher is the one that it was trained with
+    for other, weights in ((["tiny"], "teacher.safetensors"), (["tiny", "--teacher-weights", TINY_WEIGHTS], None)):
+        results = run(*flags, "others", "--out", f"results/{weights}", "--teacher", *other)
+        assert results["teacher_sha256"] == weights_hash(evaluate.load_teacher("tiny", weights).vae)
+    about = json.loads(Path("out/demo/args.json").read_text())
+    Path("out/demo/args.json").write_text(json.dumps(about | {"teacher": "cog"}))
+    assert run(*flags, "others", "--out", "results/None")       # what another teacher's weights were matters not
     monkeypatch.setattr(evaluate, "measure", None)          # damage is said before anything is measured
     for damaged in ("results/mine2/results.json", "out/demo/args.json"):
         (tmp_path / damaged).write_text("{")
@@ -347,12 +356,15 @@ def test_clips_that_the_student_was_trained_on_are_said(run, tmp_path, capsys, m
             run(*flags, "mine", "--out", "results/mine2" if "results" in damaged else "new")
 
 
-def test_a_student_may_have_the_longest_name_that_a_file_can_have(student, run, tmp_path):
-    for name in ("s" * 243, "\u00e9" * 121):
-        student.rename(tmp_path / f"{name}.safetensors")
-        student = tmp_path / f"{name}.safetensors"
+def test_a_student_may_have_any_name_that_a_file_can_have(student, run, tmp_path, capsys):
+    """The longest, and one that would break a table."""
+    for name in ("s" * 243, "\u00e9" * 121, "a|b\nc"):
+        student, shown = student.rename(tmp_path / f"{name}.safetensors"), name.replace("|", "/").replace("\n", " ")
         rows = run("--student", student, "--clips", 1, "--size", 64, "--metrics", "psnr", "--out", "x")["rows"]
         assert rows[1]["model"] == student.name
+        lines, markdown = capsys.readouterr().out.splitlines(), (tmp_path / "x/results.md").read_text().splitlines()
+        assert lines[3].startswith(f"{shown}.safetensors  ") and lines[4].startswith("synthetic: 1 clips")
+        assert markdown[3].startswith(f"| {shown}.safetensors | 0.58 |") and markdown[3].count("|") == 7
         shutil.rmtree(tmp_path / "x")
 
 
@@ -767,8 +779,7 @@ def test_a_second_data_set_does_not_overwrite_the_results_of_the_first(student, 
             run(*other, *flags, "--out", "out/demo")
     weights = tmp_path / "teacher.safetensors"
     save_file({key: value + 1e-3 for key, value in load_file(TINY_WEIGHTS).items()}, weights)
-    for other, said in ((["--clips", 2], r"chosen 1 \(now 2\)"),
-                        (["--size", 32], r"shape \[8, 64, 64\] \(now \[8, 32, 32\]\)"),
+    for other, said in ((["--size", 32], r"shape \[8, 64, 64\] \(now \[8, 32, 32\]\)"),
                         (["--seed", 3], r"seed 10000 \(now 3\)"), (["--frames", 4], r"shape .* \(now \[4, 64, 64\]\)"),
                         (["--dtype", "bfloat16"], "dtype float32"), (["--metrics", "ssim"], r"metrics \['psnr'\]"),
                         (["--teacher-weights", weights], "teacher_sha256 ")):
@@ -777,6 +788,14 @@ def test_a_second_data_set_does_not_overwrite_the_results_of_the_first(student, 
     assert json.loads((tmp_path / "out/demo/results.json").read_text()) == made_up
     TurboVAED(CONFIGS["tiny"]).save_pretrained(student, {"teacher": "tiny"})
     run("--clips", 1, *flags, "--batch", 2)                 # the same again is no other's, nor a student trained on
+    run("--clips", 2, *flags)                               # nor are more clips and more metrics
+    more = run("--clips", 2, *flags, "ssim")
+    for fewer, said in (([1, *flags, "ssim"], r"chosen 2 \(now 1\)"),
+                        ([2, *flags], r"metrics \['psnr', 'ssim'\] \(now \['psnr'\]\)"),
+                        ([3, *flags], "metrics"), ([1, *flags, "ssim", "temporal"], "chosen")):
+        with pytest.raises(ValueError, match=f"out/demo/results.json is of {said}.*: name another folder with --out"):
+            run("--clips", *fewer)
+    assert json.loads((tmp_path / "out/demo/results.json").read_text()) == more
 
 
 def test_a_full_disk_is_one_line_that_names_the_file_and_leaves_all_that_was_there(student, run, tmp_path):
@@ -819,13 +838,13 @@ def test_a_stop_leaves_no_half_film(student, tmp_path):
     (["--reconstruct", "a.mp4", "b.webm"], "films are .mp4, .mkv or .mov"),
     (["--reconstruct", "a.mp4", "a.mp4"], "would be written over"),
     (["--decode", "a.safetensors", "b.gif"], "films are .mp4, .mkv or .mov"),
-    (["--decode", "a.safetensors", "b.mp4"], "No such file"), (["--decode", __file__, "b.mp4"], "no safetensors file"),
+    (["--decode", __file__, "b.mp4"], "no safetensors file"),
     (["--reconstruct", "a.mp4", "b.mp4", "--out", "x"], "--out does not go with --reconstruct"),
     (["--reconstruct", "a.mp4", "b.mp4", "--metrics", "psnr"], "--metrics does not go with --reconstruct"),
     (["--decode", "a.safetensors", "b.mp4", "--latents", "x"], "--latents does not go with --decode"),
     (["--decode", "a.safetensors", "b.mp4", "--teacher-weights", "x"], "--teacher-weights does not go with --decode"),
-    (["--decode", "z.safetensors", "b.mp4", "--teacher", "cog"], "does not fit latents of cog: .* latents of tiny"),
-    (["--reconstruct", "nowhere.mp4", "out.mp4"], "nowhere.mp4 to out.mp4: No such file"),
+    (["--decode", "z.safetensors", "b.mp4", "--teacher", "cog", "--student", "out/demo", SHIPPED],
+     "z.safetensors to b.mp4 by out/demo: the student does not fit latents of cog: .* latents of tiny"),
     (["--reconstruct", "file", "out.mp4"], "file to out.mp4: "), (["--data", "nowhere"], "no videos called nowhere"),
     (["--fps", "30"], "--fps does not go with --data"),
     (["--decode", "cog.safetensors", "b.mp4"], "does not fit latents of cog: .* latents of tiny, not cog"),
@@ -839,7 +858,8 @@ def test_a_stop_leaves_no_half_film(student, tmp_path):
     (["--teacher", "dc", "--teacher-weights", "nowhere"], "does not fit the dc teacher"),
 ])
 def test_wrong_arguments_say_what_would_be_right(student, run, tmp_path, args, message):
-    (tmp_path / "file").touch()
+    for name in ("file", "a.mp4"):
+        (tmp_path / name).touch()
     for name in ("z", "cog"):
         about = {"teacher": name} if name == "cog" else None
         save_file({"z": torch.zeros(32, 1, 2, 2)}, tmp_path / f"{name}.safetensors", about)
@@ -856,6 +876,13 @@ def test_numbers_that_mean_nothing_are_refused_before_anything_is_loaded(run, ca
         run(*flags.split())
     lines = capsys.readouterr().err.splitlines()
     assert end.value.code == 2 and len(lines) == 2 and flags.split()[0] in lines[1]
+
+
+@pytest.mark.parametrize("flag", ["--reconstruct", "--decode"])
+def test_a_film_of_nothing_is_refused_before_anything_is_loaded(run, monkeypatch, flag):
+    monkeypatch.setattr(evaluate, "load_students", None)
+    with pytest.raises(FileNotFoundError, match="No such file or directory: '.*nowhere'"):
+        run(flag, "nowhere", "out.mp4")
 
 
 def test_a_student_of_other_latents_is_refused_before_its_teacher_is_fetched(student, run, monkeypatch):
