@@ -376,7 +376,7 @@ def check_same(out, settings):
     before = read_json(out / "results.json") or settings
     other = [f"{key} {before.get(key)} (now {settings[key]})" for key in SAME if before.get(key) != settings[key]
              and not (key == "metrics" and set(before[key]) < set(settings[key])
-                      or key == "chosen" and before.get(key, math.inf) < settings[key])]
+                      or key == "chosen" and before[key] < settings[key])]
     if other:
         raise ValueError(f"{out}/results.json is of {', '.join(other)}: name another folder with --out, or delete it")
 
