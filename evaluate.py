@@ -119,7 +119,7 @@ def load_i3d(path, device):
     [-1, 1] (rescale) and to 224x224 (resize) itself. Others may not, so its checksum is checked. path: as above."""
     file = Path(path or CACHE / "i3d_torchscript.pt")
     if not path and not file.is_file():
-        CACHE.mkdir(parents=True, exist_ok=True)
+        check_writable(CACHE)
         torch.hub.download_url_to_file(I3D_URL, str(file), I3D_SHA256, progress=False)
     if hashlib.sha256(file.read_bytes()).hexdigest() != I3D_SHA256:
         raise OSError("it is another file")
@@ -193,6 +193,9 @@ def load_fitting_teacher(args, students, first):
         like = CONFIGS.get(name, student.config)
         check_fit(student, f"the {name} teacher", (name,), like.latent_channels, like.compression, like.drop_first,
                   label)
+        run = read_json(folder_of(label) / "args.json")
+        if run.get("teacher") == name:
+            args.teacher_weights = args.teacher_weights or run["teacher_weights"]
     return load_teacher(name, args.teacher_weights, first.device, first.dtype)
 
 
@@ -249,26 +252,21 @@ def finite(x, what):
     return x
 
 
-def check_latents(student, teacher):
-    """ValueError unless the student decodes the latents of that teacher; None: not known."""
-    if teacher:
-        check_fit(student, f"latents of {teacher}", (teacher,), None, None, student.config.drop_first)
-
-
-def read_latents(file, student):
+def read_latents(file, student, teacher=None):
     """The latents (C, t, h, w) in a .safetensors file, "latents" or its only tensor; mapped, not loaded. ValueError
-    where they are not finite, or where its metadata name another teacher than the student's."""
+    where they are not finite, or where the student does not decode those of `teacher` or of the one in its metadata."""
     try:
         with safe_open(file, "pt") as held:
             tensors = {name: held.get_tensor(name) for name in held.keys()}
-            teacher = (held.metadata() or {}).get("teacher")
+            about = held.metadata() or {}
     except Exception as error:      # safetensors has a class of its own for damaged files
         raise BadVideo(f"no safetensors file ({summary(error)})") from None
     latents = tensors.get("latents", next(iter(tensors.values())) if len(tensors) == 1 else torch.empty(0))
     if latents.ndim < 4 or math.prod(latents.shape[:-4]) != 1 or not latents.numel() * latents.is_floating_point():
         raise BadVideo(f'holds {", ".join([*tensors][:3]) or "no tensor"} ({latents.dtype}, {tuple(latents.shape)}), '
                        'but "latents" are needed, floating-point, (C, t, h, w) or (1, C, t, h, w)')
-    check_latents(student, teacher)
+    for name in filter(None, (teacher, about.get("teacher"))):
+        check_fit(student, f"latents of {name}", (name,), None, None, student.config.drop_first)
     latents = latents.flatten(0, -4)
     for t, frame in enumerate(latents.unbind(1)):
         finite(frame.float(), f"its values in latent frame {t}")
@@ -347,7 +345,7 @@ def table(rows, metrics, **style):
     cells = [["model", "decoder (M)", *(COLUMNS[name][0] for name in names)]]
     for row in rows:
         values = [COLUMNS[name][1].format(row[name]) if math.isfinite(row[name]) else "-" for name in names]
-        cells.append([row["model"], f"{row['parameters'] / 1e6:.2f}", *values])
+        cells.append([row["model"].replace("|", "/").replace("\n", " "), f"{row['parameters'] / 1e6:.2f}", *values])
     return text_table(cells, **style)
 
 
@@ -373,23 +371,12 @@ def trained_on(label, clips):
     return sum(file.is_relative_to(Path(run["data"]).resolve()) for file in files)
 
 
-def results_folder(args, label):
-    """--out, else the first student's run or out/evaluate, in these a folder for each data set. May raise OSError."""
-    run, out = folder_of(label), Path("out").resolve()
-    out = run if run.parent == out else out / "evaluate"
-    what = args.latents or args.data
-    if what != "synthetic":
-        out /= Path(what).resolve().name
-    out = Path(args.out or out)
-    check_writable(out)
-    return out
-
-
 def check_same(out, settings):
-    """ValueError where the results in `out` are of other settings, or of metrics that this run leaves out."""
+    """ValueError where the results in `out` are of other settings, of more clips, or of metrics left out now."""
     before = read_json(out / "results.json") or settings
     other = [f"{key} {before.get(key)} (now {settings[key]})" for key in SAME if before.get(key) != settings[key]
-             and not (key == "metrics" and set(before[key]) < set(settings[key]))]
+             and not (key == "metrics" and set(before[key]) < set(settings[key])
+                      or key == "chosen" and before[key] < settings[key])]
     if other:
         raise ValueError(f"{out}/results.json is of {', '.join(other)}: name another folder with --out, or delete it")
 
@@ -397,7 +384,13 @@ def check_same(out, settings):
 def compare(args):
     """Measures teacher and students on clips, writes the results and prints the table."""
     students, first, student = load_students(args)
-    out = results_folder(args, first)
+    # --out, else the first student's run or out/evaluate, in these a folder for each data set
+    run, what = folder_of(first), args.latents or args.data
+    out = run if run.parent == Path("out").resolve() else Path("out/evaluate")
+    if what != "synthetic":
+        out /= Path(what).resolve().name
+    out = Path(args.out or out)
+    check_writable(out)
     teacher = load_fitting_teacher(args, students, student)
     label, device = f"{teacher.name} (teacher)", student.device
     decoders, networks = {label: teacher.decode} | students, {label: teacher.vae} | students
@@ -409,10 +402,10 @@ def compare(args):
     else:
         shape = clip_shape(args, teacher)
         clips = open_clips(args, *shape)
-    settings = vars(args) | {
+    weights = {name: weights_hash(network) for name, network in networks.items()}
+    settings = vars(args) | {           # of weights the teacher's matter: a student may have been trained on
         "reference": reference, "students": [*students], "chosen": len(clips.names), "shape": [*shape],
-        "weights": {name: weights_hash(network) for name, network in networks.items()}}
-    settings["teacher_sha256"] = settings["weights"][label]         # a student may have been trained on
+        "weights": weights, "teacher_sha256": weights[label]}
     check_same(out, settings)
     trained = [f"{name} was trained on {n} of these clips: it is worse on others" for name in students
                if (n := trained_on(name, clips))]
@@ -438,16 +431,16 @@ def compare(args):
     clip = clips.clips[next(iter(known))][None].to(device)
     fps, rows = decode_speeds(decoders, latents_of(clip).repeat(together, 1, 1, 1, 1)), []
     for name, network in networks.items():
-        parameters = sum(p.numel() for p in getattr(network, "decoder", network).parameters())
-        row = {"model": name, "parameters": parameters, **dict.fromkeys(COLUMNS, math.nan), "fps": fps[name],
-               "speed_up": fps[name] / fps[label], "fvd": fvd.get(name, math.nan)}
+        parameters = getattr(network, "decoder", network).parameters()
+        row = {"model": name, "parameters": sum(p.numel() for p in parameters), **dict.fromkeys(COLUMNS, math.nan),
+               "fps": fps[name], "speed_up": fps[name] / fps[label], "fvd": fvd.get(name, math.nan)}
         rows.append(row)
         values = [clip["values"].get(name, {}) for clip in known.values()]
         row |= {metric: statistics.fmean(value[metric] for value in values) for metric in values[0]}
         row["psnr_kept"] = 100 * row["psnr"] / rows[0]["psnr"]
 
     hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    notes = [f"{args.latents or args.data}: {len(known)} clips of {'x'.join(map(str, shape))} (frames x height x width)"
+    notes = [f"{what}: {len(known)} clips of {'x'.join(map(str, shape))} (frames x height x width)"
              f"{f', FVD to {len(real)} real clips of {args.data}' if real is not known else ''}"
              f"{', against the teacher' if reference == label else ''}; {hardware}, {torch.get_num_threads()} CPU "
              f"threads, {args.dtype}, {together} at a time for speed; {len(clips.skipped)} clips skipped"]
@@ -466,10 +459,10 @@ def compare(args):
 # pictures
 
 def draw_clips(clips, known, videos_of, student, reference, device):
-    """A film (T, H, W, 3) uint8: rows with the worst, the median and the best clip of `student` by the first metric,
+    """A film, [(H, W, 3) uint8]: rows with the worst, the median and the best clip of `student` by the first metric,
     columns with the models' videos and the error. Clips are decoded again: keeping all would take memory."""
     order, rows, text = sorted(known, key=lambda n: [*known[n]["values"][student].values(), 0][0]), [], ""
-    for n in dict.fromkeys((order[0], order[len(order) // 2], order[-1])):
+    for n in dict.fromkeys(order[i] for i in (0, len(order) // 2, -1)):
         videos = {name: frames_of(video) for name, video in videos_of(clips.clips[n][None].to(device)).items()}
         videos["|error| x4"] = (videos[student] - videos[reference]).abs().mul(4).clamp(max=1)
         rows.append(np.stack([to_image(frame) for frame in torch.cat([*videos.values()], dim=3)]))
@@ -502,7 +495,7 @@ def write_results(out, film, text, results):
     with named(out), ExitStack() as stack:
         files = [stack.enter_context(atomically(out / name)) for name in WRITTEN]
         Image.fromarray(film[len(film) // 2]).save(files[0])
-        write_film(files[1], [*film] * -(-48 // len(film)), rate=12, crf=22)            # four seconds
+        write_film(files[1], film * -(-48 // len(film)), 12, crf=22)            # four seconds
         files[2].write_text(text + "\n")
         finite = json.loads(json.dumps(results), parse_constant=lambda _: None)         # JSON has no infinities nor NaN
         files[3].write_text(json.dumps(finite, indent=1) + "\n")
@@ -520,14 +513,13 @@ def add_h264(container, rate, height, width, crf=15, look=(1, 1, 1)):
     """An H.264 stream that is tagged with its colours (data.py's `colours`); full chroma where the size is odd."""
     stream = container.add_stream("libx264", rate=rate, options={"crf": str(crf), "preset": "veryfast"})
     stream.height, stream.width, stream.pix_fmt = height, width, "yuv444p" if height % 2 or width % 2 else "yuv420p"
-    codec = stream.codec_context
-    codec.colorspace, codec.color_primaries, codec.color_trc, codec.color_range = *look, 1      # limited range
+    stream.colorspace, stream.color_primaries, stream.color_trc, stream.color_range = *look, 1      # limited range
     return stream
 
 
 def to_frame(image, stream):
     """(H, W, 3) uint8 RGB as a frame of that stream."""
-    matrix = stream.codec_context.colorspace
+    matrix = stream.colorspace
     convert = lambda image: av.VideoFrame.from_ndarray(image, format="rgb24").reformat(
         format=stream.pix_fmt, dst_colorspace=5 if matrix == 6 else matrix, dst_color_range="MPEG",
         interpolation=EXACT, threads=1)
@@ -535,7 +527,7 @@ def to_frame(image, stream):
     if stream.pix_fmt == "yuv420p":
         # The converter's chroma is the mean of two columns, and players take it to be of the left one. Of an image
         # that is blurred to the right it is the mean of three, the left one in the middle.
-        left = image[:, np.r_[0, 0:image.shape[1] - 1]]
+        left = image[:, [0, *range(stream.width - 1)]]
         chroma = convert(np.uint8((np.uint16(left) + image + 1) // 2))
         for n in (1, 2):
             frame.planes[n].update(chroma.planes[n])
@@ -564,7 +556,7 @@ def upright_frames(container, stream, sounds, ends):
             sounds.append(packet)
             continue
         try:
-            frames = stream.codec_context.decode(packet)
+            frames = stream.decode(packet)
         except av.InvalidDataError:
             continue
         if container.format.name == "avi" and packet and packet.size:
@@ -636,7 +628,7 @@ def reconstruct(teacher, student, source, target, frames):
     with (named(f"{source} to {target}"), open_video(source) as container, atomically(target) as file,
           av.open(f"file:{file}", "w") as out):
         stream, rate = video_stream(container)
-        stream.thread_type, codec = "AUTO", stream.codec_context
+        stream.thread_type = "AUTO"
         images = in_windows(upright_frames(container, stream, packets, ends), through, frames, min(4, frames // 4))
         first = next(images, None)
         if not first:
@@ -644,7 +636,7 @@ def reconstruct(teacher, student, source, target, frames):
         film, shape = add_h264(out, rate, *first[0].shape[:2], look=first[3]), stream.sample_aspect_ratio
         film.time_base = film.codec_context.time_base = stream.time_base
         if shape:
-            film.codec_context.sample_aspect_ratio = shape if film.height == stream.height else 1 / shape
+            film.sample_aspect_ratio = shape if film.height == stream.height else 1 / shape
         takes = COPIED.get(file.suffix.lower(), out.supported_codecs)
         # A track without a codec context is one that no decoder knows.
         sounds = {track: out.add_stream_from_template(track) for track in container.streams.audio
@@ -672,7 +664,7 @@ def reconstruct(teacher, student, source, target, frames):
         missing = max(by_time, sum(not entry.is_discard for entry in stream.index_entries) - len(errors))
         lost = [f"{other.type} {other.name}" for other in container.streams if other not in (stream, *sounds)]
         lost += ["chapters"] * bool(container.chapters())
-        lost += [f"{codec.pix_fmt} (but {film.pix_fmt})"] * (codec.pix_fmt != film.pix_fmt)
+        lost += [f"{stream.pix_fmt} (but {film.pix_fmt})"] * (stream.pix_fmt != film.pix_fmt)
     if lost:
         print(f"{source} to {target}: not kept: {', '.join(lost)}", file=sys.stderr)
     return len(errors), statistics.fmean(errors), missing
@@ -683,18 +675,16 @@ def one_film(args):
     students, label, student = load_students(args)
     source, target = args.film
     if args.decode:
-        check_latents(student, args.teacher)
-        with named(f"{source} to {target}"), atomically(target) as file:
-            latents = read_latents(source, student)
+        with named(f"{source} to {target} by {label}"), atomically(target) as file:
+            latents = read_latents(source, student, args.teacher)
             chunks = (chunk[None].to(student.device, student.dtype) for chunk in latents.split(4, dim=1))
-            videos = (finite(video, "the student's values") for video in student.stream(chunks))
-            images = (to_image(image) for video in videos for image in frames_of(video))
+            images = (to_image(image) for video in student.stream(chunks)
+                      for image in frames_of(finite(video, "the student's values")))
             frames = student.config.frames(latents.shape[1])
             write_film(file, progress(images, frames, "frames"), args.fps or 24)
         return print(f"{target}: {frames} frames by {label}")
     teacher = load_fitting_teacher(args, students, student)
-    frames, *_ = clip_shape(args, teacher)
-    count, quality, missing = reconstruct(teacher, student, source, target, frames)
+    count, quality, missing = reconstruct(teacher, student, source, target, clip_shape(args, teacher)[0])
     print(f"{target}: {count} frames through the {teacher.name} teacher's encoder and {label}, PSNR {quality:.2f} dB")
     if missing:
         print(f"{source} promises {count + missing} frames: {missing} could not be read and are missing from {target}",
@@ -731,7 +721,8 @@ def parse():
     add("--download", action="store_true", help="fetch davis (trainval, 0.8 GB) or ucf101 (7 GB) where it is not there")
     add("--student", nargs="+", help="runs' folders or files (default: the newest under out/, else the shipped one)")
     add("--teacher", choices=TEACHERS, help="default: the one that the first student was trained with")
-    add("--teacher-weights", help='folder, file, or "random" to measure speed only (default: the released weights)')
+    add("--teacher-weights", help='folder, file, or "random" to measure speed only (default: those that the '
+        "first student was trained with, else the released weights)")
     add("--against", choices=("input", "teacher"), default="input", help="to compare with (default input)")
     add("--metrics", nargs="+", choices=METRICS, help="default: psnr ssim temporal, of real video lpips fvd too")
     add("--lpips-weights", help=f"torchvision's {ALEXNET} (default: PyTorch's cache, or a download of 233 MB)")
@@ -772,7 +763,7 @@ def parse():
         source, target = map(Path, args.film)
         if target.suffix.lower() not in (".mp4", ".mkv", ".mov"):
             raise ValueError(f"{target}: films are .mp4, .mkv or .mov")
-        if target.resolve() == source.resolve():
+        if target.resolve() == source.resolve(strict=True):
             raise ValueError(f"{target} would be written over")
     elif args.data != "synthetic" and not args.download:
         find_clips(args.data, args.root, args.split)
