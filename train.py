@@ -29,7 +29,7 @@ import signal
 import sys
 import time
 from collections import Counter
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from itertools import count
@@ -59,10 +59,9 @@ COMMON = dict.fromkeys("teacher_weights val_data samples minutes cache compile".
 # Section 4.2: AdamW, learning rate 2e-4, betas 0.9 and 0.95, effective batch 32, 17 (dc: 16) frames at 256x256.
 # Weight decay and EMA as in the published code; 70,000 and 40,000 steps as a user's reproduction of ltx reports.
 PAPER = COMMON | dict(
-    frames=17, size=256, batch=32, micro_batch=2, steps=110_000, lr=2e-4, muon_lr=0.0, schedule="constant",
+    frames=17, size=256, batch=32, micro_batch=2, steps=110_000, lr=2e-4, disc_lr=2e-4, muon_lr=0, schedule="constant",
     align=["mid", "up0", "up1"], lpips_weight=1.0, distill_weight=1.0, normalize=False, data="data/vidgen",
-    eval_every=1000, stage2="auto", stage2_steps=40_000, stage2_lr=1.0,
-    adversarial_weight=0.05, disc_lr=2e-4, disc_width=64)
+    eval_every=1000, stage2="auto", stage2_steps=40_000, stage2_lr=1.0, adversarial_weight=0.05, disc_width=64)
 LARGE = PAPER | dict(micro_batch=1)
 FIRST_TWO = LARGE | dict(align=["mid", "up0"])
 RECIPES = {             # the paper has students for the first four teachers
@@ -72,22 +71,18 @@ RECIPES = {             # the paper has students for the first four teachers
     "ltx25": LARGE | dict(align=["mid", "up1"]), "h3": FIRST_TWO | dict(frames=22),
     # No LPIPS, which is a download. AdamW alone leaves the student grey for hundreds of steps, hence Muon.
     "tiny": COMMON | dict(
-        frames=16, size=64, batch=4, micro_batch=4, steps=2000, lr=2e-3, muon_lr=0.02, schedule="cosine",
-        align=["mid", "up0"], lpips_weight=0.0, distill_weight=0.02, normalize=True, data="synthetic",
-        eval_every=200, stage2="off", stage2_steps=600, stage2_lr=0.1, adversarial_weight=1.0, disc_lr=1e-3,
-        disc_width=32, workers=1),
-}
+        frames=16, size=64, batch=4, micro_batch=4, steps=2000, lr=2e-3, disc_lr=1e-3, muon_lr=0.02, schedule="cosine",
+        align=["mid", "up0"], lpips_weight=0.0, distill_weight=0.02, normalize=True, data="synthetic", workers=1,
+        eval_every=200, stage2="off", stage2_steps=600, stage2_lr=0.1, adversarial_weight=1.0, disc_width=32)}
 WEIGHT_DECAY, MOMENTUM = 1e-4, 0.95         # the momentum is Muon's
 CLIP, EMA = 1.0, 0.999                      # the largest gradient norm; the decay of the weights' average
 LPIPS_FRAMES = 2                            # random frames of each clip that LPIPS sees: an unbiased estimate
 CONVERGED = 5, 0.05                         # stage 1 ends when so many validations gained less than so many dB
 MAX_DROP = 0.3                              # dB of PSNR that stage 2 may cost before its adversarial weight is halved
 DISC_FLOOR = 1.0                            # the discriminator pauses while its hinge loss is below
-BAD_STEPS = 5                               # so many steps in a row that are not finite end a run
-SAVE_MINUTES = 10                           # between checkpoints, at most
+BAD_STEPS, SAVE_MINUTES = 5, 10             # steps in a row, not finite, that end a run; minutes between checkpoints
 POSTERIOR, FRAMES, DISCRIMINATOR = 4, 6, 7  # what a clip's random numbers are for; data.py has the others
 STUDENTS = "student.safetensors", "best.safetensors", "best_stage1.safetensors"
-FILES = *STUDENTS, *"checkpoint.pt log.jsonl args.json curves.png samples.png".split()         # of a run
 PRESETS = json.loads((Path(__file__).parent / "assets" / "presets.json").read_text())
 
 
@@ -110,7 +105,7 @@ def parse_args(argv=None):
                                 usage="%(prog)s [--teacher NAME] [options]; --help explains each",
                                 argument_default=argparse.SUPPRESS,
                                 epilog="Defaults: the recipe at the top of train.py, or with --resume the run's own.")
-    whole, positive, weight = number(int, 1), number(float, 1e-12), number(float, 0)
+    whole, positive, weight = number(), number(float, 1e-12), number(float, 0)
     either, flag = {"action": argparse.BooleanOptionalAction}, {"action": "store_true"}
     for name, takes, what in (
             ("teacher", {"choices": TEACHERS}, "whose decoder to distil (default: tiny)"),
@@ -179,7 +174,8 @@ def complete(given):
 
 
 def student_config(args):
-    own, config = CONFIGS[args.teacher], replace(CONFIGS[args.teacher], **args.student)
+    own = CONFIGS[args.teacher]
+    config = replace(own, **args.student)
     for fact in "latent_channels compression drop_first".split():
         if getattr(config, fact) != getattr(own, fact):
             raise ValueError(f"--student: {fact} would be {getattr(config, fact)}; {args.teacher}'s latents need "
@@ -211,10 +207,10 @@ def from_rank0(make):
 
 def hold_out(clips, n):
     """{index: clip} of n of the files, spread evenly; the next file where one cannot be decoded."""
-    taken, tried = {}, set()
-    for first in [place * len(clips) // n for place in range(n)]:
-        for i in [i for i in (*range(first, len(clips)), *range(first)) if i not in tried]:
-            tried.add(i)
+    taken, left = {}, list(range(len(clips)))
+    for place in range(n):
+        for i in sorted(left, key=lambda i: i < place * len(clips) // n):       # from this place on, then those before
+            left.remove(i)
             try:
                 taken[i] = clips[i]
                 break
@@ -235,7 +231,7 @@ def find_data(args):
         scenes = SyntheticClips(*size, HELD_OUT_SEED)
         clips, name = [scenes[CLIPS_PER_SCENE * i] for i in range(args.val_clips)], "held-out made-up clips"
     else:
-        others = VideoClips(args.val_data, *size, train=False) if args.val_data else copy.copy(train)
+        others = VideoClips(args.val_data, *size) if args.val_data else copy.copy(train)
         others.train = False
         taken = hold_out(others, min(args.val_clips, len(others) if args.val_data else max(len(train) // 20, 1)))
         clips, name = list(taken.values()), args.val_data or f"{len(taken)} held-out videos"
@@ -407,24 +403,23 @@ def stage_bounds(args, run):
     """(first step, the step that ends it) of the stage that a run is in."""
     auto = args.stage2 == "auto"
     if run.stage == 2:
-        return run.stage2_start, min(args.steps, run.stage2_start + (args.stage2_steps if auto else args.steps))
+        return run.stage2_start, min(args.steps, run.stage2_start + args.stage2_steps) if auto else args.steps
     if auto and args.steps > args.stage2_steps:                 # a shorter run: only if it converges
         return 0, args.steps - args.stage2_steps
     return 0, args.stage2 if isinstance(args.stage2, int) else args.steps
 
 
-def set_rates(optimizers, args, run, used):
-    """Sets the learning rates, the discriminator's last; returns the warm-up's factor. The cosine of a stage ends with
-    its steps or with --minutes, of which `used` is over, whichever come first."""
+def set_rates(optimizers, args, run, minutes):
+    """Sets the learning rates, the discriminator's last; returns the warm-up's factor and AdamW's rate. The cosine of a
+    stage ends with its steps or with --minutes, of which `minutes` are over, whichever come first."""
     start, end = stage_bounds(args, run)
-    warmup = min((run.step - start + 1) / args.warmup, 1) if args.warmup else 1.0
-    progress = max((run.step - start) / (end - start), used)
-    decay = 0.5 * (1 + math.cos(math.pi * progress)) if args.schedule == "cosine" else 1.0
+    warmup = min((run.step - start + 1) / max(args.warmup, 1), 1)
+    progress = max((run.step - start) / max(end - start, 1), minutes / (args.minutes or math.inf))
+    decay = 0.5 * (1 + math.cos(math.pi * min(progress, 1))) if args.schedule == "cosine" else 1
     for optimizer in optimizers:
-        optimizer.param_groups[0]["lr"] = optimizer.defaults["lr"] * decay * warmup
-    for optimizer in optimizers[:-1] if run.stage == 2 else ():
-        optimizer.param_groups[0]["lr"] *= args.stage2_lr
-    return warmup
+        factor = args.stage2_lr if run.stage == 2 and optimizer is not optimizers[-1] else 1
+        optimizer.param_groups[0]["lr"] = optimizer.defaults["lr"] * decay * warmup * factor
+    return warmup, optimizers[0].param_groups[0]["lr"]
 
 
 @dataclass
@@ -456,23 +451,25 @@ def open_run(given, out):
         if any((out / name).exists() for name in ("checkpoint.pt", *STUDENTS)) and "overwrite" not in given:
             raise ValueError(f"{out} holds a run already: --resume goes on, --overwrite starts anew, or another --out")
         check_writable(out)
+        flags = [f"--{name.replace('_', '-')} {value}" for name, value in settings.items()]
+        say(f"given: {', '.join(flags) or 'nothing'}; the rest is the recipe's")
         return complete(settings), None
     try:
         saved = torch.load(out / "checkpoint.pt", map_location="cpu", weights_only=True)
         before, run = saved["args"], Run(**saved["run"])
+    except FileNotFoundError:
+        raise ValueError(f"nothing to resume: no file {out}/checkpoint.pt; --out names the run's folder") from None
     except Exception as error:
-        raise ValueError(f"nothing to resume: {out}/checkpoint.pt is missing, damaged or of another version of "
-                         f"train.py ({type(error).__name__})") from None
+        raise ValueError(f"nothing to resume: {out}/checkpoint.pt is damaged or of another version of train.py "
+                         f"({type(error).__name__})") from None
     for name, value in settings.items():
         flag = f"--{name.replace('_', '-')}"
         if value == before[name]:
             continue
         if name not in MAY_CHANGE or name == "cache" and not before["cache"]:
             raise ValueError(f"{out} was run with {flag} {before[name]}, not {value}")
-        if name == "stage2" and run.stage == 2:
-            raise ValueError(f"stage 2 of {out} began at step {run.stage2_start}: --stage2 {value} comes too late")
-        if name == "steps" and value < run.step:
-            raise ValueError(f"{out} is at step {run.step} already: --steps {value} comes too late")
+        if name == "stage2" and run.stage == 2 or name == "steps" and value < run.step:
+            raise ValueError(f"{out} is at step {run.step}, in stage {run.stage}: {flag} {value} comes too late")
         say(f"{flag} {value} from here on, {before[name]} before")
     return argparse.Namespace(**before | settings), saved
 
@@ -521,12 +518,12 @@ def draw(out, run, columns):
 
 def set_precision(args, device):
     """(autocast, autocast for what float16 is too small for, whether networks are compiled); settles args.dtype."""
-    if args.dtype == "auto" and device.type == "cuda":
-        args.dtype = "bfloat16" if torch.cuda.get_device_capability(device)[0] >= 8 else "float16"
-    elif args.dtype == "auto":
-        args.dtype = "bfloat16" if device.type == "cpu" and torch.cpu._is_avx512_bf16_supported() else "float32"
+    gpu = device.type == "cuda"
+    if args.dtype == "auto":
+        fast = torch.cuda.get_device_capability(device)[0] >= 8 if gpu else torch.cpu._is_avx512_bf16_supported()
+        args.dtype = "bfloat16" if fast else "float16" if gpu else "float32"
     autocast = lambda: torch.autocast(device.type, getattr(torch, args.dtype), enabled=args.dtype != "float32")
-    compiles = device.type == "cuda" if args.compile is None else args.compile
+    compiles = gpu if args.compile is None else args.compile
     torch.backends.cudnn.benchmark = True                     # sizes do not change
     if compiles:
         torch._dynamo.config.suppress_errors = True           # what cannot be compiled here runs eager, with a warning
@@ -580,7 +577,8 @@ def main(given):
                                 timeout=timedelta(days=7))                  # a validation or a cache may take long
     out = Path(given.get("out") or f"out/{given.get('teacher', 'tiny')}")
     args, saved = from_rank0(lambda: open_run(given, out))
-    device, (accumulate, rest) = find_device(args.device), divmod(args.batch, args.micro_batch * WORLD)
+    device = find_device(args.device)
+    accumulate, rest = divmod(args.batch, args.micro_batch * WORLD)
     if rest:
         raise ValueError(f"--batch {args.batch} cannot be divided by --micro-batch {args.micro_batch} x {WORLD}")
     if isinstance(args.stage2, int) and args.stage2 >= args.steps:
@@ -611,10 +609,10 @@ def main(given):
     optimizers.append(torch.optim.AdamW(discriminator.parameters(), args.disc_lr, betas=(0.5, 0.9),
                                         weight_decay=WEIGHT_DECAY, fused=True))
     scaler = torch.amp.GradScaler(device.type, enabled=args.dtype == "float16")
-    run = Run(lines=[{"step": 0, "minutes": 0.0, "held_out": unchanged["held-out videos"][:-1]}])
+    run, earlier = Run(lines=[{"step": 0, "minutes": 0.0, "held_out": unchanged["held-out videos"][:-1]}]), args
     parts = model, ema, discriminator, *optimizers, scaler
     if saved:
-        run = Run(**saved["run"])
+        run, earlier = Run(**saved["run"]), argparse.Namespace(**saved["args"])
         for part, state in zip(parts, saved["parts"]):
             part.load_state_dict(state)
 
@@ -662,7 +660,8 @@ def main(given):
     if RANK == 0:
         for path in (*map(out.joinpath, STUDENTS), *out.glob(".[abcs]*.[0-9]*.*")):         # half written ones, too
             path.unlink(missing_ok=True)
-        others = sorted({path.name for path in out.glob("[!.]*")} - {*FILES})
+        ours = "checkpoint.pt log.jsonl args.json curves.png samples.png".split()         # the students are gone
+        others = sorted({path.name for path in out.glob("[!.]*")}.difference(ours))
         if others and "overwrite" in given:
             say(f"{out} still has what was made of the run before: {', '.join(others)}")
         with atomically(out / "args.json") as file:
@@ -684,32 +683,36 @@ def main(given):
         signals.append(number)
         if len(signals) == 2 and WORLD == 1:                  # a second Ctrl-C; torchrun sends its own
             raise KeyboardInterrupt                           # a third one must not disturb what cleans up
-
+        if len(signals) == 1 and RANK == 0:
+            with suppress(OSError):                           # where a pipe's reader is gone, too
+                os.write(2, b"\nfinishing the step, to save" + b"; a second signal stops now" * (WORLD == 1) + b"\n")
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, on_signal)
     bar = tqdm(total=args.steps, initial=run.step, unit="step", disable=RANK > 0 or None)
-    first_step, bad_steps, saved_at, told_at = run.step, 0, *[time.time()] * 2
-    while True:
-        # All processes agree on what is next; a signal may reach any of them.
-        agreed = [sum(signals[:1]), run.seconds / 60 / (args.minutes or math.inf)]
-        stopped, used = reduce(torch.tensor(agreed, dtype=torch.float64), dist.ReduceOp.MAX).tolist()
-        ends = stopped or used >= 1 or run.step >= args.steps
-        if run.stage == 1 and not ends and (run.step >= stage_bounds(args, run)[1]
-                                            or args.stage2 == "auto" and converged(run.validations)):
+    first_step, bad_steps = run.step, 0
+    saved_at = told_at = time.time()
+    while True:             # all processes agree on what is next; a signal may reach any of them
+        stopped, minutes = reduce(torch.tensor([sum(signals[:1]), run.seconds / 60], dtype=torch.float64),
+                                  dist.ReduceOp.MAX).tolist()
+        if stopped or minutes >= (args.minutes or math.inf) or run.step >= args.steps:
+            break
+        if run.stage == 1 and (run.step >= stage_bounds(args, run)[1]
+                               or args.stage2 == "auto" and converged(run.validations)):
             run.validations = from_rank0(validate)            # stage 2 is measured by what stage 1 ended with
             run.students["best_stage1.safetensors"] = run.students.get("best.safetensors")
             run.sums, run.stage2_start = Counter(), run.step
             say(f"step {run.step}: stage 2 begins")
         (start, end), stage2 = stage_bounds(args, run), run.stage == 2
-        if ends or run.step >= end:
+        if run.step >= end:
             break
         if RANK == 0 and time.time() - saved_at > 60 * SAVE_MINUTES:
             save()
             saved_at = time.time()
-        warmup = set_rates(optimizers, args, run, used)
-        rate, before = optimizers[0].param_groups[0]["lr"], run.lines[-1].get("lr")
-        if run.step == first_step and before:
-            say(f"step {run.step}: the learning rate is {rate:.3g} from here on, {before:.3g} before")
+        _, before = set_rates(optimizers, earlier, run, minutes)
+        warmup, rate = set_rates(optimizers, args, run, minutes)
+        if rate != before:
+            say(f"step {run.step}: the learning rate is {rate:.3g}, by the settings before {before:.3g}")
+            earlier = args
         weight = args.adversarial_weight * guard(run.validations) * warmup * run.adaptive_weight
         objective.adversarial_weight, objective.discriminator = weight, discriminator if stage2 else None
         # The gradient of L = L_1 + α1 L_lpips + α2 L_distill + α3 L_kl + α4 L_adv, in micro-batches.
@@ -723,12 +726,11 @@ def main(given):
             batch = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
             with safe_autocast():
                 latents, features, kl = run_teacher(teacher, batch, numbers, args.align, args.seed)
-            frames = lpips_frames(args, numbers).to(device)
             noise = clip_noise(args.seed, DISCRIMINATOR, numbers, batch["video"]) if stage2 else None
             with parallel.no_sync() if WORLD > 1 and i + 1 < accumulate else nullcontext():
                 terms, on_video = objective.backward(
-                    parallel, latents, features, batch["video"], kl.mean(), frames, noise,
-                    scale=lambda loss: scaler.scale(loss / accumulate), autocast=autocast)
+                    parallel, latents, features, batch["video"], kl.mean(), lpips_frames(args, numbers).to(device),
+                    noise, scale=lambda loss: scaler.scale(loss / accumulate), autocast=autocast)
             micros.append((numbers, terms))
             if stage2 and (run.step - start) % 10 == 0:
                 at_last_layer.append(torch.stack(last_layer_gradients(student, latents, *on_video, autocast=autocast)))
@@ -738,8 +740,7 @@ def main(given):
         scale = scaler.get_scale()
         for optimizer in optimizers:
             scaler.unscale_(optimizer)
-        norms = [torch.nn.utils.clip_grad_norm_(network.parameters(), CLIP)
-                 for network in (model, discriminator)[:run.stage]]
+        norms = [torch.nn.utils.clip_grad_norm_(net.parameters(), CLIP) for net in (model, discriminator)[:run.stage]]
         means = torch.stack([torch.stack(list(terms.values())).float() for _, terms in micros]).mean(0)
         values = reduce(torch.cat([means, torch.stack(norms)])).div(WORLD).tolist()
         values = dict(zip([*terms, "grad_norm", "disc_grad_norm"], values))
@@ -767,7 +768,8 @@ def main(given):
                 pass_over(run, values, micros, clips.describe, bad_steps)
         run.seconds += time.perf_counter() - began
         bar.update()
-        if run.step % args.log_every == 0 or run.step % args.eval_every == 0 or run.step == end:
+        validates = run.step % args.eval_every == 0 or run.step == end
+        if validates or run.step % args.log_every == 0:
             line = log_line(args, run) | {"lr": rate, "weight": weight}
             if run.lines[-1]["step"] < first_step + 20 <= run.step:
                 say(price(args, run, line))
@@ -777,7 +779,7 @@ def main(given):
             if bar.disable and time.time() - told_at > 20:
                 told_at = time.time()
                 say(f"step {run.step} of {end}: loss {line.get('loss')}, {run.seconds / 60:.1f} minutes")
-        if run.step % args.eval_every == 0 or run.step == end:
+        if validates:
             run.validations, saved_at = from_rank0(validate), time.time()
     bar.close()
     if stopped:
@@ -795,5 +797,4 @@ def main(given):
 
 
 if __name__ == "__main__":
-    arguments = parse_args()
-    run_command(lambda: main(arguments), "a smaller --micro-batch or --size, fewer --workers, --checkpointing, --cache")
+    run_command(lambda: main(parse_args()), "a smaller --micro-batch, --size or --workers, --checkpointing, --cache")

@@ -12,18 +12,23 @@ import sys
 import time
 import weakref
 from dataclasses import replace
+from functools import partial
+from itertools import count
 from pathlib import Path
 
-import av
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import data
 import train
 from conftest import run_script
+from data import CachedClips
 from losses import Objective
 from model import TurboVAED
+from teachers import load_teacher
+from test_data import write
 from train import best_line, complete, converged, guard, parse_args
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -89,9 +94,12 @@ def data_of(folder, *flags):
     return train.find_data(settings(["--data", str(folder), "--size", "16", "--frames", "8", *map(str, flags)]))
 
 
+def rows(out):
+    return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+
+
 def log(out, key="loss"):
-    return {line["step"]: line[key] for line in map(json.loads, (out / "log.jsonl").read_text().splitlines())
-            if key in line}
+    return {line["step"]: line[key] for line in rows(out) if key in line}
 
 
 def checkpoint(out):
@@ -101,14 +109,41 @@ def checkpoint(out):
     return saved | saved["run"] | {"model": model, "ema": ema, "discriminator": discriminator, "optimizers": optimizers}
 
 
-def same(a, b):
-    if isinstance(a, torch.Tensor):
-        return torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
-    if isinstance(a, (list, tuple)):
-        return len(a) == len(b) and all(map(same, a, b))
-    return a == b
+equal = partial(torch.testing.assert_close, rtol=0, atol=0, equal_nan=True)        # of dicts and lists of tensors, too
+
+
+def same_run(one, two):
+    a, b = checkpoint(one), checkpoint(two)
+    for part in ("model", "ema", "optimizers", "discriminator", "adaptive_weight", "step", "stage2_start"):
+        equal(a[part], b[part])
+    for key in ("loss", "psnr", "sharpness"):
+        assert log(one, key) == log(two, key)
+    same_student(one, two, "best.safetensors")
+    assert not list(two.glob(".*"))
+
+
+def same_student(one, two, name):
+    a, b = (TurboVAED.from_pretrained(out / name) for out in (one, two))
+    assert a.metadata == b.metadata
+    equal(a.state_dict(), b.state_dict())
+
+
+def nearly(one, two, key, tolerance):
+    """Whether logs of two runs have the same steps, and values as near as that."""
+    a, b = log(one, key), log(two, key)
+    return a.keys() == b.keys() and all(abs(a[step] - b[step]) < tolerance for step in a)
+
+
+def signals_at(monkeypatch, call, *numbers):
+    """Sends these signals in that call of `backward`; the first is 1."""
+    plain, calls = Objective.backward, count(1)
+
+    def backward(*args, **more):
+        for number in numbers if next(calls) == call else ():
+            signal.raise_signal(number)
+        return plain(*args, **more)
+
+    monkeypatch.setattr(Objective, "backward", backward)
 
 
 @pytest.fixture(scope="module")
@@ -128,17 +163,20 @@ def test_a_run_leaves_what_it_promises_and_the_student_improves(whole):
     assert log(whole)[8] < log(whole)[1]
 
 
-def test_a_stopped_run_resumes_bit_for_bit(whole, tmp_path):
-    """Killed between two checkpoints, the run goes on from the last one and ends with the same weights, averages,
-    optimiser state and log."""
-    process = begin(tmp_path, *command(tmp_path, "--steps", 8, "--eval-every", 4), lines=5)
-    process.kill()
-    process.communicate()
-    run(*command(tmp_path, "--steps", 8, "--eval-every", 4, "--resume"))
-    a, b = checkpoint(whole), checkpoint(tmp_path)
-    for part in ("model", "ema", "optimizers", "step"):
-        assert same(a[part], b[part]), part
-    assert log(whole) == log(tmp_path)
+@pytest.mark.parametrize("number, lines, workers", [(signal.SIGKILL, 5, 0), (signal.SIGINT, 1, 1)])
+def test_a_stopped_run_resumes_bit_for_bit(whole, tmp_path, number, lines, workers):
+    """Killed between two checkpoints, it goes on from the last one. Ctrl-C, which a terminal sends to loader processes
+    too, saves one."""
+    arguments = command(tmp_path, "--steps", 8, "--eval-every", 4, "--workers", workers)
+    process = begin(tmp_path, *arguments, lines=lines, start_new_session=True)
+    os.killpg(process.pid, number)
+    stdout, stderr = process.communicate(timeout=60)
+    if number == signal.SIGINT:
+        step = int(re.search(r"stopped by SIGINT at step (\d+); --resume goes on", stdout)[1])
+        assert process.returncode == 130 and 0 < step < 8 and checkpoint(tmp_path)["step"] == step
+        assert stderr == "\nfinishing the step, to save; a second signal stops now\n"
+    assert "learning rate" not in run(*arguments, "--resume").stdout           # the settings are the same
+    same_run(whole, tmp_path)
 
 
 def test_the_loss_does_not_depend_on_the_micro_batch(whole, tmp_path):
@@ -149,10 +187,7 @@ def test_the_loss_does_not_depend_on_the_micro_batch(whole, tmp_path):
 
 def test_two_processes_equal_one(whole, tmp_path):
     run(*command(tmp_path, "--steps", 8, "--eval-every", 4), launcher=TWO)
-    one, two = log(whole), log(tmp_path)
-    assert one.keys() == two.keys()
-    assert max(abs(one[s] - two[s]) for s in one) < 1e-4 * one[1]
-    assert abs(log(whole, "psnr")[8] - log(tmp_path, "psnr")[8]) < 0.01
+    assert nearly(whole, tmp_path, "loss", 1e-4 * log(whole)[1]) and nearly(whole, tmp_path, "psnr", 0.01)
 
 
 @pytest.fixture(scope="module")
@@ -160,26 +195,22 @@ def videos(tmp_path_factory):
     """Three videos of 12 frames, and an empty file."""
     folder = tmp_path_factory.mktemp("videos")
     for i in range(3):
-        with av.open(str(folder / f"{i}.mp4"), "w") as container:
-            stream = container.add_stream("mpeg4", rate=8)
-            stream.width, stream.height = 48, 32
-            for t in range(12):
-                image = np.full((32, 48, 3), 40 * i + 8 * t, np.uint8)
-                image[8:24, 2 * t:2 * t + 16] = 255 - 60 * i
-                container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
-            container.mux(stream.encode())
+        images = [np.full((32, 48, 3), 40 * i + 8 * t, np.uint8) for t in range(12)]
+        for t, image in enumerate(images):
+            image[8:24, 2 * t:2 * t + 16] = 255 - 60 * i
+        write(folder / f"{i}.mp4", images, ("mpeg4", "yuv420p", {}))
     (folder / "empty.mp4").touch()
     return folder
-
-
-def staged_command(*arguments):
-    return command(*staged_flags(*arguments))
 
 
 def staged_flags(out, cache, videos, *flags):
     """Four steps of stage 1 and six of stage 2, on a cache of what the teacher makes of 2 x 12 clips."""
     return (out, "--data", videos, "--cache", cache, "--cache-crops", 12, "--steps", 10, "--stage2", "auto",
             "--stage2-steps", 6, "--eval-every", 2, "--warmup", 2, *flags)
+
+
+def staged_command(*arguments):
+    return command(*staged_flags(*arguments))
 
 
 @pytest.fixture(scope="module")
@@ -199,9 +230,8 @@ def test_the_discriminator_lives_in_stage_2_only(staged):
     assert log(out, "weight")[5] == 0 < log(out, "weight")[6]
     saved = checkpoint(out)
     assert saved["stage2_start"] == 4 and len(saved["optimizers"]) == 3 and saved["adaptive_weight"] > 0
-    lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     best = TurboVAED.from_pretrained(out / "best.safetensors").metadata["step"]
-    assert best == str(best_line([line for line in lines if "psnr" in line])["step"])
+    assert best == str(best_line([line for line in rows(out) if "psnr" in line])["step"])
     stage1 = TurboVAED.from_pretrained(out / "best_stage1.safetensors").metadata
     assert int(stage1["step"]) <= 4 and float(stage1["psnr"]) == round(max(log(out, "psnr")[s] for s in (2, 4)), 2)
     # lines say the stage, and in which share of its steps the discriminator was trained
@@ -211,10 +241,7 @@ def test_the_discriminator_lives_in_stage_2_only(staged):
 
 def test_a_cached_run_trains_on_the_teachers_numbers(staged, videos, tmp_path):
     """The first entries of the cache, against the teacher itself, and a whole run against one that runs the teacher."""
-    from data import VideoClips
-    from safetensors.torch import load_file
-    from teachers import load_teacher
-    teacher, clips = load_teacher("tiny"), VideoClips(videos, 8, 16, train=True, seed=0).subset([1, 2])
+    teacher, clips = load_teacher("tiny"), data.VideoClips(videos, 8, 16, train=True, seed=0).subset([1, 2])
     for m in (0, 1, 23):
         entry, video = load_file(staged / "cache" / "00000" / f"{m:08d}.safetensors"), clips[m]
         torch.testing.assert_close(entry["video"].float() / 127.5 - 1, video)
@@ -236,17 +263,20 @@ def test_the_cache_is_made_once_and_mended_where_entries_are_missing(staged, vid
     assert sum(1 for _ in cache.rglob("*")) == 26
 
 
-@pytest.mark.parametrize("flags, words", [
-    (("--frames", "4"), ("frames 8", "4")),
-    (("--seed", "1"), ("seed 0", "1")),
-    (("--teacher-weights", "random"), ("weights",)),
-])
-def test_a_cache_of_other_settings_is_refused(staged, videos, tmp_path, flags, words):
-    fails_in_one_line(run(*staged_command(tmp_path, staged / "cache", videos, *flags), check=False), "cache", *words)
+def test_a_cache_of_other_settings_or_videos_is_refused(staged, videos, tmp_path, here):
+    """A folder of the same names, lengths and sizes, whose pixels differ, is another; one that was moved is the same."""
+    other, moved = (shutil.copytree(videos, tmp_path / name) for name in ("other", "moved"))
+    held = bytearray((other / "2.mp4").read_bytes())
+    held[len(held) // 2] ^= 1
+    (other / "2.mp4").write_bytes(held)
+    for folder, words, *flags in ((videos, "frames 8, .* 4: ", "--frames", 4), (videos, "seed 0, .* 1: ", "--seed", 1),
+                                  (videos, "weights", "--teacher-weights", "random"), (other, "files")):
+        with pytest.raises(ValueError, match=f"the cache .* was made with {words}"):
+            here(*staged_flags(tmp_path / "out", staged / "cache", folder, *flags))
+    here(*staged_flags(tmp_path / "out", staged / "cache", moved, "--stage2", "off", "--steps", 1))
 
 
 def test_a_cache_serves_runs_that_ask_for_less_and_refuses_those_that_ask_for_more(tmp_path, monkeypatch):
-    from data import CachedClips
     cache = CachedClips(tmp_path, 2, {"teacher": "tiny"}, blocks=("mid", "up0"))
     for m in range(2):
         cache.put(m, torch.zeros(3, 4, 8, 8), {"latents": torch.full((16, 1, 1, 1), m),
@@ -291,27 +321,14 @@ def test_a_cache_file_that_goes_bad_in_a_run_stops_it_in_one_line_and_is_made_an
     same_run(staged / "out", out)
 
 
-def test_a_cache_is_of_the_videos_that_it_was_made_of(staged, videos, tmp_path, here):
-    """Another folder of the same names, lengths and sizes, whose pixels differ."""
-    other = shutil.copytree(videos, tmp_path / "videos")
-    held = bytearray((other / "2.mp4").read_bytes())
-    held[len(held) // 2] ^= 1
-    (other / "2.mp4").write_bytes(held)
-    with pytest.raises(ValueError, match="the cache .* was made with files"):
-        here(*staged_flags(tmp_path / "out", staged / "cache", other))
-    moved = shutil.copytree(videos, tmp_path / "moved")
-    here(*staged_flags(tmp_path / "out", staged / "cache", moved, "--stage2", "off", "--steps", 1))
-
-
 def test_two_processes_equal_one_in_stage_2(staged, videos, tmp_path):
     """They fill the cache together, too."""
     run(*staged_command(tmp_path / "out", tmp_path / "cache", videos), launcher=TWO)
     for path in (staged / "cache" / "00000").iterdir():
         assert path.read_bytes() == (tmp_path / "cache" / "00000" / path.name).read_bytes()
     for key in ("loss", "discriminator", "weight", "psnr"):
-        one, two = log(staged / "out", key), log(tmp_path / "out", key)
-        assert (one.keys() == two.keys()
-                and max(abs(one[s] - two[s]) for s in one) < 2e-4 * max(1, max(one.values()))), key
+        most = max(1, *log(staged / "out", key).values())
+        assert nearly(staged / "out", tmp_path / "out", key, 2e-4 * most), key
     one, two = checkpoint(staged / "out"), checkpoint(tmp_path / "out")
     for part in ("ema", "discriminator"):
         for key in one[part]:
@@ -353,17 +370,6 @@ def test_a_run_killed_at_random_moments_ends_as_if_it_was_not(staged, videos, tm
             shutil.rmtree(out)
     run(*arguments[1:], *["--resume"] * (out / "checkpoint.pt").exists())
     same_run(staged / "out", out)
-
-
-def same_run(one, two):
-    a, b = checkpoint(one), checkpoint(two)
-    for part in ("model", "ema", "optimizers", "discriminator", "adaptive_weight", "step", "stage2_start"):
-        assert same(a[part], b[part]), part
-    for key in ("loss", "psnr", "sharpness"):
-        assert log(one, key) == log(two, key)
-    best = [TurboVAED.from_pretrained(out / "best.safetensors") for out in (one, two)]
-    assert same(*[b.state_dict() for b in best]) and best[0].metadata == best[1].metadata
-    assert not list(two.glob(".*"))
 
 
 def test_a_student_that_is_not_finite_is_not_saved(staged, videos, tmp_path, here, capsys):
@@ -443,24 +449,21 @@ def test_videos_that_turn_unreadable_in_a_run_stop_it_in_one_line(videos, tmp_pa
                       "none of the 2 videos", "can be decoded")
 
 
-@pytest.mark.parametrize("flags, words", [
-    (["--frames", "9"], "8 or 12"),
-    (["--batch", "3"], "cannot be divided"),
-    (["--data", "nowhere"], "nowhere"),
-    (["--student", "latent_channels=64"], "latent_channels would be 64"),
-    (["--student", "kernel"], "kernel"),
-    (["--stage2", "1"], "lies behind"),
-    (["--resume"], "nothing to resume"),
+@pytest.mark.parametrize("out, flags, words", [
+    ("tmp_path", "--frames 9", "8 or 12"),
+    ("tmp_path", "--batch 3", "cannot be divided"),
+    ("tmp_path", "--data nowhere", "nowhere"),
+    ("tmp_path", "--student latent_channels=64", "latent_channels would be 64"),
+    ("tmp_path", "--student kernel", "kernel"),
+    ("tmp_path", "--stage2 1", "lies behind"),
+    ("tmp_path", "--resume", "/checkpoint.pt; --out names the run's folder"),
+    ("whole", "", "holds a run already: --resume"),
+    ("whole", "--resume --steps 8 --lr 1", "was run with --lr"),
 ])
-def test_wrong_input_gets_one_line(tmp_path, flags, words):
-    result = run(*command(tmp_path, "--steps", "1", *flags), check=False)
+def test_wrong_input_gets_one_line(request, out, flags, words):
+    result = run(*command(request.getfixturevalue(out), "--steps", 1, *flags.split()), check=False)
     fails_in_one_line(result, words)
     assert result.stderr.count("\n") == 1
-
-
-@pytest.mark.parametrize("flags, words", [(("--steps", 8), "--resume"), (("--resume", "--lr", 1), "--lr")])
-def test_a_finished_run_is_not_overwritten_and_not_resumed_with_other_settings(whole, flags, words):
-    fails_in_one_line(run(*command(whole, *flags), check=False), words)
 
 
 def test_the_embedded_path_imports_no_diffusers(tmp_path):
@@ -471,23 +474,22 @@ def test_the_embedded_path_imports_no_diffusers(tmp_path):
 
 
 def test_muon_steps_along_all_directions_alike():
-    ("Singular values of the step about 1 however unlike the gradient's are; "
-     "depthwise weights and biases stay with AdamW.")
-    from train import Muon, make_optimizers
+    """Singular values of the step are about 1 however unlike the gradient's are. Depthwise weights and biases stay with
+    AdamW."""
     torch.manual_seed(0)
     u, v = (torch.linalg.qr(torch.randn(n, 6)).Q for n in (6, 54))
     weight = torch.nn.Parameter(torch.zeros(6, 2, 3, 3, 3))
     weight.grad = (u @ torch.diag(torch.logspace(0, -2, 6)) @ v.T).reshape(weight.shape)
-    Muon([weight], dict(lr=1.0, weight_decay=0.0)).step()
+    train.Muon([weight], dict(lr=1.0, weight_decay=0.0)).step()
     values = torch.linalg.svdvals(weight.detach().flatten(1))
     assert values.max() < 1.3 and values.min() > 0.5
     direction = (weight.detach().flatten(1) * weight.grad.flatten(1)).sum()
     assert direction < 0                                        # downhill
 
     module = torch.nn.Sequential(torch.nn.Conv3d(4, 4, 3, groups=4), torch.nn.Conv3d(4, 8, 1))
-    adamw, muon = make_optimizers(module, 1e-3, 0.02)
+    adamw, muon = train.make_optimizers(module, 1e-3, 0.02)
     assert [p is module[1].weight for p in muon.param_groups[0]["params"]] == [True]
-    assert len(adamw.param_groups[0]["params"]) == 3 and len(make_optimizers(module, 1e-3, 0.0)) == 1
+    assert len(adamw.param_groups[0]["params"]) == 3 and len(train.make_optimizers(module, 1e-3, 0.0)) == 1
 
 
 def validations(*psnrs, every=10, **more):
@@ -598,7 +600,7 @@ def test_every_setting_is_remembered_but_those_that_change_nothing(tmp_path, cap
         else:
             with pytest.raises(ValueError, match=f"was run with {flag} "):
                 resume(**{name: changed(name)})
-    with pytest.raises(ValueError, match="stage 2 of .* began at step 4: --stage2 off comes too late"):
+    with pytest.raises(ValueError, match="is at step 4, in stage 2: --stage2 off comes too late"):
         args.stage2 = "auto"
         resume(4, stage2="off")
     args.cache = None                                          # its clips and their order are others
@@ -616,19 +618,19 @@ def begun(tmp_path_factory, videos):
     return out
 
 
-@pytest.mark.parametrize("flags, words", [
-    (("--val-clips", 1), "--val-clips 2, not 1"),
-    (("--val-data", "1.mp4"), "had other videos|had other held-out videos"),
-    (("--dtype", "float16"), "--dtype .*, not float16"),
-])
-def test_a_resume_may_not_change_what_is_held_out(begun, videos, here, monkeypatch, flags, words):
+def test_a_resume_may_not_change_what_is_held_out(begun, videos, here, monkeypatch):
     monkeypatch.chdir(videos)
-    with pytest.raises(ValueError, match=words):
-        here(begun, "--data", videos, "--steps", 4, "--dtype", "auto", "--resume", *flags)
+    for words, *flags in (("--val-clips 2, not 1", "--val-clips", 1), ("--dtype .*, not float16", "--dtype", "float16"),
+                          ("had other (held-out )?videos", "--val-data", "1.mp4")):
+        with pytest.raises(ValueError, match=words):
+            here(begun, "--data", videos, "--steps", 4, "--dtype", "auto", "--resume", *flags)
 
 
-def test_a_resume_finds_the_same_videos_wherever_they_are(begun, videos, tmp_path, here):
+def test_a_resume_finds_the_same_videos_wherever_they_are_and_keeps_the_type(begun, videos, tmp_path, here, monkeypatch):
+    """On a machine whose own choice of type would be another."""
     out, folder = shutil.copytree(begun, tmp_path / "out"), shutil.copytree(videos, tmp_path / "videos")
+    kept = checkpoint(begun)["args"]["dtype"]
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: kept != "bfloat16")
     resume = lambda: here(out, "--data", folder, "--steps", 4, "--eval-every", 4, "--dtype", "auto", "--resume")
     shutil.copy(folder / "1.mp4", folder / "3.mp4")
     with pytest.raises(ValueError, match="had other videos"):
@@ -639,15 +641,7 @@ def test_a_resume_finds_the_same_videos_wherever_they_are(begun, videos, tmp_pat
         resume()
     (folder / "00.mp4").rename(folder / "0.mp4")
     resume()
-    assert checkpoint(out)["step"] == 4
-
-
-def test_auto_keeps_the_type_that_a_run_began_with(begun, videos, tmp_path, here, monkeypatch):
-    """On a machine whose own choice would be another."""
-    out, kept = shutil.copytree(begun, tmp_path / "out"), checkpoint(begun)["args"]["dtype"]
-    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: kept != "bfloat16")
-    here(out, "--data", videos, "--steps", 3, "--eval-every", 3, "--dtype", "auto", "--resume")
-    assert checkpoint(out)["args"]["dtype"] == kept
+    assert checkpoint(out)["step"] == 4 and checkpoint(out)["args"]["dtype"] == kept
 
 
 def test_a_resume_that_takes_no_step_says_so(staged, tmp_path, capsys):
@@ -687,14 +681,30 @@ def test_the_better_student_and_the_time_that_a_run_takes_are_said(tmp_path, her
     assert f"; better is that of step 12: PSNR {psnr[12]:.2f} instead of {psnr[24]:.2f} dB" in out
     assert f"evaluate.py --student {tmp_path}/best.safetensors; " in out
     assert re.search(r"this run takes 0:00:\d\d \(h:mm:ss\)", out)
-    here(tmp_path, "--steps", 48, "--eval-every", 48, "--resume")
-    before, now = (log(tmp_path, "lr")[step] for step in (24, 25))
-    out = capsys.readouterr().out
-    assert f"step 24: the learning rate is {now:.3g} from here on, {before:.3g} before\n" in out and now > 1.5 * before
+
+
+def test_a_learning_rate_that_other_settings_change_is_said(tmp_path, here, monkeypatch, capsys):
+    """Not where it only follows its cosine. Each of the runs is stopped in its first step, that from 0 in its third."""
+    for call, said, *flags in (
+            (5, [], "--steps", 8), (1, [], "--resume"), (1, [], "--resume", "--eval-every", 9),
+            (1, ["step 5: the learning rate is 0.00156, by the settings before 0.000617"], "--resume", "--steps", 16),
+            (1, ["step 6: the learning rate is 9.9e-05, by the settings before 0.00138"], "--resume", "--steps", 7),
+            (1, ["step 7: the learning rate is 7.61e-05, by the settings before 0"], "--resume", "--steps", 8)):
+        with monkeypatch.context() as context, pytest.raises(SystemExit):
+            signals_at(context, call, signal.SIGTERM)
+            here(tmp_path, "--warmup", 0, "--log-every", 2, *flags)
+        assert re.findall("step .*learning rate.*", capsys.readouterr().out) == said
+
+
+def test_the_flags_that_a_run_is_given_are_said(tmp_path, capsys):
+    train.open_run(parse_args(["--micro-batch", "2", "--preset", "table5-k5", "--out", "x", "--overwrite"]), tmp_path)
+    assert capsys.readouterr().out == "given: --student {'kernel': 5}, --micro-batch 2; the rest is the recipe's\n"
+    train.open_run({}, tmp_path)
+    assert capsys.readouterr().out == "given: nothing; the rest is the recipe's\n"
 
 
 def test_a_stop_while_a_cache_fills_says_that_the_command_goes_on(staged, videos, tmp_path, here, monkeypatch):
-    plain = data.CachedClips.put
+    plain = CachedClips.put
 
     def put(self, m, *entry):
         plain(self, m, *entry)
@@ -703,7 +713,7 @@ def test_a_stop_while_a_cache_fills_says_that_the_command_goes_on(staged, videos
 
     flags = staged_flags(tmp_path / "out", tmp_path / "cache", videos)
     with monkeypatch.context() as context, pytest.raises(SystemExit, match="stopped while .* the same command goes on"):
-        context.setattr(data.CachedClips, "put", put)
+        context.setattr(CachedClips, "put", put)
         train.run_command(lambda: here(*flags), "less")
     assert sum(1 for _ in (tmp_path / "cache/00000").iterdir()) == 6
     here(*flags)
@@ -725,23 +735,13 @@ def test_overwriting_keeps_the_old_run_until_the_new_one_begins(whole, staged, v
     """A cache that is refused costs nothing."""
     out = shutil.copytree(whole, tmp_path / "out")
     before = {path.name: path.read_bytes() for path in out.iterdir()}
-    with pytest.raises(ValueError, match="the cache .* was made with"):
-        here(*staged_flags(out, staged / "cache", videos, "--overwrite", "--seed", 1))
-    with pytest.raises(ValueError, match="patch|compression would be"):
-        here(*staged_flags(out, staged / "cache", videos, "--overwrite", "--student", "patch=1"))
-    with pytest.raises(ValueError, match="comes too late"):
-        here(out, "--resume", "--steps", 1)
-    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
-
-
-def test_a_student_whose_checkpoint_is_gone_is_not_destroyed(whole, tmp_path, here):
-    out = shutil.copytree(whole, tmp_path / "out")
-    (out / "checkpoint.pt").unlink()
-    before = (out / "student.safetensors").read_bytes()
-    for flags, words in ((), "holds a run already"), (("--resume",), "nothing to resume: .*checkpoint.pt is missing"):
+    staged_again = staged_flags(out, staged / "cache", videos, "--overwrite")
+    for words, flags in (("the cache .* was made with", (*staged_again, "--seed", 1)),
+                         ("patch|compression would be", (*staged_again, "--student", "patch=1")),
+                         ("is at step 8, in stage 1: --steps 1 comes too late", (out, "--resume", "--steps", 1))):
         with pytest.raises(ValueError, match=words):
-            here(out, "--steps", 2, *flags)
-    assert (out / "student.safetensors").read_bytes() == before
+            here(*flags)
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
 
 
 def test_all_files_follow_from_the_checkpoint(whole, tmp_path):
@@ -753,20 +753,25 @@ def test_all_files_follow_from_the_checkpoint(whole, tmp_path):
     train.main(parse_args(["--out", str(out), "--resume"]))
     assert (out / "log.jsonl").read_bytes() == (whole / "log.jsonl").read_bytes()
     for name in ("student.safetensors", "best.safetensors"):
-        a, b = (TurboVAED.from_pretrained(folder / name) for folder in (whole, out))
-        assert a.metadata == b.metadata and same(a.state_dict(), b.state_dict())
+        same_student(whole, out, name)
 
 
-@pytest.mark.parametrize("held", [b"", b"not a checkpoint", "a cut", {"step": 1}, [1]],
-                         ids=["empty", "other", "cut", "dict", "list"])
-def test_a_checkpoint_that_is_damaged_is_told(whole, tmp_path, here, held):
+@pytest.mark.parametrize("held", [None, b"", b"not a checkpoint", "a cut", {"step": 1}, [1]],
+                         ids=["gone", "empty", "other", "cut", "dict", "list"])
+def test_a_checkpoint_that_is_gone_or_damaged_is_told_and_its_student_kept(whole, tmp_path, here, held):
     file = shutil.copytree(whole, tmp_path / "out") / "checkpoint.pt"
+    student = (file.parent / "student.safetensors").read_bytes()
     if isinstance(held, (dict, list)):
         torch.save(held, file)
+    elif held is None:
+        file.unlink()
     else:
         file.write_bytes(file.read_bytes()[:5000] if held == "a cut" else held)
-    with pytest.raises(ValueError, match="nothing to resume: .*checkpoint.pt is missing, damaged or of [^\n]*$"):
-        here(file.parent, "--steps", 9, "--resume")
+    told = f"no file {file}; --out names the run's folder$" if held is None else f"{file} is damaged or of [^\n]*$"
+    for words, *flags in ("holds a run already",), (f"nothing to resume: {told}", "--resume"):
+        with pytest.raises(ValueError, match=words):
+            here(file.parent, "--steps", 9, *flags)
+    assert (file.parent / "student.safetensors").read_bytes() == student
 
 
 def test_copies_of_what_is_held_out_are_not_trained_on(videos, tmp_path):
@@ -794,8 +799,7 @@ def test_no_seed_trains_on_the_held_out_clips():
 @pytest.mark.parametrize("start", [0, 3])
 def test_stage_1_is_measured_where_stage_2_begins(tmp_path, here, start):
     here(tmp_path, "--steps", 5, "--stage2", start, "--eval-every", 5)
-    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
-    assert [(line["step"], line["stage"]) for line in lines if "psnr" in line] == [(start, 1), (5, 2)]
+    assert [(line["step"], line["stage"]) for line in rows(tmp_path) if "psnr" in line] == [(start, 1), (5, 2)]
 
 
 def test_files_of_val_data_are_not_trained_on(videos, tmp_path):
@@ -826,24 +830,10 @@ def test_a_held_out_video_that_cannot_be_decoded_gives_way_to_the_next(videos, m
         data_of(videos)
 
 
-def test_ctrl_c_saves_and_goes_on_bit_for_bit(whole, tmp_path):
-    """Sent to the whole process group, loader processes too, as a terminal does."""
-    arguments = command(tmp_path, "--steps", 8, "--eval-every", 4, "--workers", 1)
-    process = begin(tmp_path, *arguments, start_new_session=True)
-    os.killpg(process.pid, signal.SIGINT)
-    stdout, stderr = process.communicate(timeout=60)
-    step = int(re.search(r"stopped by SIGINT at step (\d+); --resume goes on", stdout)[1])
-    assert process.returncode == 130 and stderr == "" and 0 < step < 8 and checkpoint(tmp_path)["step"] == step
-    run(*arguments, "--resume")
-    for part in ("model", "ema", "optimizers", "step"):
-        assert same(checkpoint(whole)[part], checkpoint(tmp_path)[part]), part
-    assert log(whole) == log(tmp_path)
-
-
 def test_a_stop_before_the_first_validation_leaves_a_student(whole, tmp_path, here, monkeypatch):
-    plain, flags = Objective.backward, ("--steps", 8, "--eval-every", 4, "--micro-batch", 4)
+    flags = "--steps", 8, "--eval-every", 4, "--micro-batch", 4
     with monkeypatch.context() as context, pytest.raises(SystemExit):
-        context.setattr(Objective, "backward", lambda *args, **more: (signal.raise_signal(2), plain(*args, **more))[1])
+        signals_at(context, 1, signal.SIGINT)
         here(tmp_path, *flags)
     assert TurboVAED.from_pretrained(tmp_path).metadata == {"teacher": "tiny", "step": "1"}
     here(tmp_path, *flags, "--resume")
@@ -868,14 +858,8 @@ def test_three_times_ctrl_c_lose_no_checkpoint_and_leave_no_half_file(tmp_path):
 def test_what_a_line_of_the_log_is_the_mean_of_survives_a_stop(tmp_path, here, monkeypatch):
     flags = ("--steps", 6, "--eval-every", 6, "--log-every", 6, "--stage2", 2)
     here(tmp_path / "a", *flags)
-    plain, calls = Objective.backward, []
-
-    def backward(*args, **more):
-        calls.append(len(calls) == 7 and signal.raise_signal(signal.SIGTERM))       # in the middle of step 4
-        return plain(*args, **more)
-
     with monkeypatch.context() as context, pytest.raises(SystemExit) as end:
-        context.setattr(Objective, "backward", backward)
+        signals_at(context, 8, signal.SIGTERM)                  # in the middle of step 4
         here(tmp_path / "b", *flags)
     assert end.value.code == 143 and checkpoint(tmp_path / "b")["step"] == 4
     here(tmp_path / "b", *flags, "--resume")
@@ -894,8 +878,8 @@ def test_checkpoints_come_by_time_too(tmp_path, here, monkeypatch):
     assert {1, 2, 3, 4} <= set(steps)
 
 
-def test_a_signal_before_the_first_step_and_a_second_ctrl_c_end_at_once(tmp_path, here, monkeypatch):
-    monkeypatch.setattr(Objective, "backward", lambda *args, **more: list(map(signal.raise_signal, [2, 2])))
+def test_a_signal_before_the_first_step_and_a_second_one_in_it_end_at_once(tmp_path, here, monkeypatch):
+    signals_at(monkeypatch, 1, signal.SIGINT, signal.SIGTERM)
     with pytest.raises(KeyboardInterrupt):
         here(tmp_path / "begun", "--steps", 1)
     assert checkpoint(tmp_path / "begun")["step"] == 0
@@ -917,6 +901,7 @@ def test_two_processes_scan_once_and_stop_together(videos, tmp_path):
     process = begin(tmp_path / "out", *TWO, script, *arguments)
     process.send_signal(signal.SIGTERM)
     stdout, stderr = process.communicate(timeout=60)
+    assert stderr.count("finishing the step, to save\n") == 1
     assert sorted((tmp_path / "scans").read_text().splitlines()) == ["0 0.mp4", "0 1.mp4", "0 2.mp4", "0 empty.mp4"]
     step = int(re.search(r"stopped by SIGTERM at step (\d+); --resume goes on", stdout)[1])
     assert step > 0 and checkpoint(tmp_path / "out")["step"] == step
