@@ -13,7 +13,7 @@
 Stage 1 is Equation 5 without its adversarial term. Stage 2 adds the term when stage 1 has nearly converged.
 A run leaves in out/<teacher>/ (or --out): checkpoint.pt, student.safetensors (the moving average of the weights),
 best.safetensors, in stage 2 best_stage1.safetensors, log.jsonl, curves.png, samples.png (input, teacher, student) and
-args.json. The checkpoint is written first and holds log and students, so that all files agree.
+args.json. The checkpoint is written first and holds log and students, so that these agree.
 Clip, crop and noise are functions of (seed, step, slot): results depend neither on the number of processes nor on where
 a run was stopped. Ctrl-C and SIGTERM finish the step and save. Steps that are not finite are passed over.
 """
@@ -188,7 +188,7 @@ say = tqdm.write if RANK == 0 else lambda line: None        # leaves a progress 
 
 
 def reduce(tensor, operation=dist.ReduceOp.SUM):
-    """The sum of a tensor over all processes, in its place."""
+    """The sum (or `operation`) of a tensor over all processes, on each of them, in its place."""
     if WORLD > 1:
         dist.all_reduce(tensor, operation)
     return tensor
@@ -599,7 +599,7 @@ def main(given):
     student = model.student
     ema = copy.deepcopy(student).requires_grad_(False).eval()
     torch.manual_seed(args.seed + 1)
-    discriminator = PatchDiscriminator(args.disc_width).to(device)
+    discriminator = PatchDiscriminator(args.disc_width).to(device)      # the same on all processes, by the seed
     lpips = LPIPS().to(device) if args.lpips_weight else None
     prepare(ema, device, False)
     for module in filter(None, (student, discriminator, lpips)):
@@ -617,13 +617,13 @@ def main(given):
             part.load_state_dict(state)
 
     def average(**about):
-        """(metadata, weights) of the student as it is now."""
+        """(metadata, weights) of the moving average as it is now."""
         metadata = {"teacher": args.teacher, "step": str(run.step), **about}
         return metadata, {name: tensor.cpu().clone() for name, tensor in ema.state_dict().items()}
 
     def save():
         """Writes the checkpoint, then what follows from it: students and log."""
-        if run.step and not run.validations:                  # stopped early: there is a student all the same
+        if run.step and not run.validations:                  # before the first validation there is a student, too
             run.students["student.safetensors"] = average()
         buffer = io.BytesIO()
         torch.save({"args": vars(args), "unchanged": unchanged, "run": vars(run),
@@ -658,7 +658,7 @@ def main(given):
         clips = fill_cache(args, teacher, clips, unchanged, device, safe_autocast)
         teacher = None                                        # its memory is the student's now
     if RANK == 0:
-        for path in (*map(out.joinpath, STUDENTS), *out.glob(".[abcs]*.[0-9]*.*")):         # half written ones, too
+        for path in (*map(out.joinpath, {*STUDENTS} - {*run.students}), *out.glob(".[abcs]*.[0-9]*.*")):    # half files
             path.unlink(missing_ok=True)
         ours = "checkpoint.pt log.jsonl args.json curves.png samples.png".split()         # the students are gone
         others = sorted({path.name for path in out.glob("[!.]*")}.difference(ours))
@@ -666,7 +666,7 @@ def main(given):
             say(f"{out} still has what was made of the run before: {', '.join(others)}")
         with atomically(out / "args.json") as file:
             file.write_text(json.dumps(vars(args) | {"held_out": run.lines[0]["held_out"]}, indent=1))
-        log_file = open(out / "log.jsonl", "a")
+        log_file = open(out / "log.jsonl", "a")         # "a": after a truncation it writes at the new end
         save()
         say(f"teacher {args.teacher}: {ceiling['psnr']:.2f} dB on {val_name}; student: "
             f"{sum(p.numel() for p in student.parameters()) / 1e6:.2f} M parameters; {args.steps} steps of "
@@ -685,7 +685,7 @@ def main(given):
             raise KeyboardInterrupt                           # a third one must not disturb what cleans up
         if len(signals) == 1 and RANK == 0:
             with suppress(OSError):                           # where a pipe's reader is gone, too
-                os.write(2, b"\nfinishing the step, to save" + b"; a second signal stops now" * (WORLD == 1) + b"\n")
+                os.write(2, b"\nfinishing the step, to save; a second signal stops now\n")
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, on_signal)
     bar = tqdm(total=args.steps, initial=run.step, unit="step", disable=RANK > 0 or None)
@@ -734,7 +734,7 @@ def main(given):
             micros.append((numbers, terms))
             if stage2 and (run.step - start) % 10 == 0:
                 at_last_layer.append(torch.stack(last_layer_gradients(student, latents, *on_video, autocast=autocast)))
-        # The step, if loss and gradients are finite on all processes. Reading them costs milliseconds of 100 and more.
+        # The step, if loss and gradients are finite on all processes. Reading them costs milliseconds.
         for p in discriminator.parameters() if stage2 else ():
             reduce(p.grad).div_(WORLD)                        # DDP does it for the student's
         scale = scaler.get_scale()
@@ -743,10 +743,10 @@ def main(given):
         norms = [torch.nn.utils.clip_grad_norm_(net.parameters(), CLIP) for net in (model, discriminator)[:run.stage]]
         means = torch.stack([torch.stack(list(terms.values())).float() for _, terms in micros]).mean(0)
         values = reduce(torch.cat([means, torch.stack(norms)])).div(WORLD).tolist()
-        values = dict(zip([*terms, "grad_norm", "disc_grad_norm"], values))
+        values = dict(zip([*terms, "grad_norm", "disc_grad_norm"], values))    # zip stops where there is no second norm
         finite, pauses = all(map(math.isfinite, values.values())), values.get("discriminator", DISC_FLOOR) < DISC_FLOOR
         for optimizer in optimizers:
-            if finite and not (pauses and optimizer is optimizers[-1]):
+            if finite and not (pauses and optimizer is optimizers[-1]):         # in stage 1 the last has no gradients
                 optimizer.step()
             optimizer.zero_grad()
         scaler.update()
@@ -770,7 +770,7 @@ def main(given):
         bar.update()
         validates = run.step % args.eval_every == 0 or run.step == end
         if validates or run.step % args.log_every == 0:
-            line = log_line(args, run) | {"lr": rate, "weight": weight}
+            line = log_line(args, run) | {"lr": rate, "weight": weight}     # means, and this step's rate and weight
             if run.lines[-1]["step"] < first_step + 20 <= run.step:
                 say(price(args, run, line))
             run.lines.append(line)

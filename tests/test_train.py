@@ -436,6 +436,7 @@ def test_a_disk_that_fills_up_stops_the_run_in_one_line_and_keeps_the_checkpoint
     result = run(*command(out, "--steps", 12, "--eval-every", 4, "--resume"), check=False, preexec_fn=limit)
     fails_in_one_line(result, "File too large")
     assert (out / "checkpoint.pt").read_bytes() == before and not list(out.glob(".*"))
+    assert {path.name for path in out.glob("*.safetensors")} == {path.name for path in whole.glob("*.safetensors")}
 
 
 def test_videos_that_turn_unreadable_in_a_run_stop_it_in_one_line(videos, tmp_path):
