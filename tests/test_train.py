@@ -15,6 +15,7 @@ from dataclasses import replace
 from functools import partial
 from itertools import count
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -128,6 +129,10 @@ def same_student(one, two, name):
     equal(a.state_dict(), b.state_dict())
 
 
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
 def nearly(one, two, key, tolerance):
     """Whether logs of two runs have the same steps, and values as near as that."""
     a, b = log(one, key), log(two, key)
@@ -179,15 +184,12 @@ def test_a_stopped_run_resumes_bit_for_bit(whole, tmp_path, number, lines, worke
     same_run(whole, tmp_path)
 
 
-def test_the_loss_does_not_depend_on_the_micro_batch(whole, tmp_path):
+def test_two_processes_equal_one_and_the_micro_batch_changes_no_loss(whole, tmp_path):
+    run(*command(tmp_path, "--steps", 8, "--eval-every", 4), launcher=TWO)
+    assert nearly(whole, tmp_path, "loss", 1e-4 * log(whole)[1]) and nearly(whole, tmp_path, "psnr", 0.01)
     for micro in 1, 4:
         run(*command(tmp_path / str(micro), "--steps", 1, "--micro-batch", micro))
         assert abs(log(tmp_path / str(micro))[1] / log(whole)[1] - 1) < 1e-5
-
-
-def test_two_processes_equal_one(whole, tmp_path):
-    run(*command(tmp_path, "--steps", 8, "--eval-every", 4), launcher=TWO)
-    assert nearly(whole, tmp_path, "loss", 1e-4 * log(whole)[1]) and nearly(whole, tmp_path, "psnr", 0.01)
 
 
 @pytest.fixture(scope="module")
@@ -252,17 +254,6 @@ def test_a_cached_run_trains_on_the_teachers_numbers(staged, videos, tmp_path):
         assert set(entry) == {"video", "latents", "kl", "features.mid", "features.up0"}
 
 
-def test_the_cache_is_made_once_and_mended_where_entries_are_missing(staged, videos, tmp_path):
-    cache = shutil.copytree(staged / "cache", tmp_path / "cache")
-    files = [cache / "00000" / f"{m:08d}.safetensors" for m in (7, 11)]
-    whole = files[0].read_bytes()
-    for file in files:
-        file.unlink()
-    result = run(*staged_command(tmp_path / "out", cache, videos, "--stage2", "off", "--steps", 1))
-    assert ", 2 to make" in result.stdout and files[0].read_bytes() == whole
-    assert sum(1 for _ in cache.rglob("*")) == 26
-
-
 def test_a_cache_of_other_settings_or_videos_is_refused(staged, videos, tmp_path, here):
     """A folder of the same names, lengths and sizes, whose pixels differ, is another; one that was moved is the same."""
     other, moved = (shutil.copytree(videos, tmp_path / name) for name in ("other", "moved"))
@@ -289,43 +280,48 @@ def test_a_cache_serves_runs_that_ask_for_less_and_refuses_those_that_ask_for_mo
     with pytest.raises(ValueError, match="does not fit"):
         cache.put(0, torch.zeros(3, 4, 8, 8), {"latents": torch.full((16, 1, 1, 1), 1e6)})
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(100, 50, 50))
-    clips = [torch.zeros(3, 4, 8, 8)] * 2
+    full, clips = CachedClips(tmp_path / "full", 2, {}), [torch.zeros(3, 4, 8, 8)] * 2
     with pytest.raises(OSError, match="no room"):
-        CachedClips(tmp_path / "full", 2, {}).fill(clips, lambda group, video: [{}] * len(group), 1, say=str)
+        full.fill(clips, lambda group, video: [{}] * len(group), 1, say=str)
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "file").touch()
-    for folder, entries, blocks, words in (("", 3, (), "made with entries 2, this run has 3"),
-                                           ("", 2, ("up1",), "made with blocks .*this run has"),
-                                           ("other", 2, (), "no cache's manifest")):
+    refused = [("", 3, (), "made with entries 2, this run has 3", None), ("other", 2, (), "no cache's manifest", None),
+               ("", 2, ("up1",), "made with blocks .*this run has", None)]
+    for folder, entries, blocks, words, held in refused + [
+            ("other", 2, (), "manifest.json is damaged", held)
+            for held in ("[]", "{", "{}", "", '{"blocks": [1]}', '{"blocks": 1}')]:
+        if held is not None:
+            (tmp_path / folder / "manifest.json").write_text(held)
         with pytest.raises(ValueError, match=words):
             CachedClips(tmp_path / folder, entries, {} if folder else {"teacher": "tiny"}, blocks=blocks)
-    for held in ("[]", "{", "{}", "", '{"blocks": [1]}', '{"blocks": 1}'):
-        (tmp_path / "other" / "manifest.json").write_text(held)
-        with pytest.raises(ValueError, match="manifest.json is damaged"):
-            CachedClips(tmp_path / "other", 2, {})
 
 
-def test_a_cache_file_that_goes_bad_in_a_run_stops_it_in_one_line_and_is_made_anew(staged, videos, tmp_path):
-    """Cut short: found when it is read, in a loader process."""
+def test_a_cache_is_made_once_and_mended_where_entries_are_missing_or_go_bad(staged, videos, tmp_path):
+    """Those cut short are found when they are read, in a loader process, and stop the run in one line."""
     cache, out = shutil.copytree(staged / "cache", tmp_path / "cache"), tmp_path / "out"
+    for m in 7, 11:
+        (cache / "00000" / f"{m:08d}.safetensors").unlink()
+    result = run(*staged_command(tmp_path / "short", cache, videos, "--stage2", "off", "--steps", 1))
+    assert ", 2 to make" in result.stdout and sum(1 for _ in cache.rglob("*")) == 26
+    held = contents(staged / "cache" / "00000")
+    assert contents(cache / "00000") == held
     for path in (cache / "00000").iterdir():
-        path.write_bytes(path.read_bytes()[:-5])
+        path.write_bytes(held[path.name][:-5])
     result = run(*staged_command(out, cache, videos, "--workers", 1), check=False)
     fails_in_one_line(result, ".safetensors was damaged", "--resume makes it anew")
-    gone = [path for path in (staged / "cache" / "00000").iterdir() if not (cache / "00000" / path.name).exists()]
-    assert gone
-    for path in (cache / "00000").iterdir():
-        path.write_bytes((staged / "cache" / "00000" / path.name).read_bytes())
+    left = list((cache / "00000").iterdir())
+    assert len(left) < 24
+    for path in left:
+        path.write_bytes(held[path.name])
     run(*staged_command(out, cache, videos, "--resume"))
-    assert all((cache / "00000" / path.name).read_bytes() == path.read_bytes() for path in gone)
+    assert contents(cache / "00000") == held
     same_run(staged / "out", out)
 
 
 def test_two_processes_equal_one_in_stage_2(staged, videos, tmp_path):
     """They fill the cache together, too."""
     run(*staged_command(tmp_path / "out", tmp_path / "cache", videos), launcher=TWO)
-    for path in (staged / "cache" / "00000").iterdir():
-        assert path.read_bytes() == (tmp_path / "cache" / "00000" / path.name).read_bytes()
+    assert contents(staged / "cache" / "00000") == contents(tmp_path / "cache" / "00000")
     for key in ("loss", "discriminator", "weight", "psnr"):
         most = max(1, *log(staged / "out", key).values())
         assert nearly(staged / "out", tmp_path / "out", key, 2e-4 * most), key
@@ -388,9 +384,8 @@ def test_a_student_that_is_not_finite_is_not_saved(staged, videos, tmp_path, her
 def with_clips(monkeypatch, change):
     """Made-up clips as change(n, clip) makes them, the held-out ones as they are."""
     plain = data.SyntheticClips.__getitem__
-    monkeypatch.setattr(data.SyntheticClips, "__getitem__",
-                        lambda self, n: (plain(self, n) if self.seed == data.HELD_OUT_SEED
-                                         else change(n, plain(self, n))))
+    monkeypatch.setattr(data.SyntheticClips, "__getitem__", lambda self, n: (
+        plain(self, n) if self.seed == data.HELD_OUT_SEED else change(n, plain(self, n))))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
@@ -440,8 +435,7 @@ def test_a_disk_that_fills_up_stops_the_run_in_one_line_and_keeps_the_checkpoint
 
 
 def test_videos_that_turn_unreadable_in_a_run_stop_it_in_one_line(videos, tmp_path):
-    folder = shutil.copytree(videos, tmp_path / "videos")
-    out = tmp_path / "out"
+    out, folder = tmp_path / "out", shutil.copytree(videos, tmp_path / "videos")
     process = begin(out, *command(out, "--data", folder, "--steps", 1000, "--workers", 1))
     for path in folder.iterdir():
         path.write_bytes(b"nothing")
@@ -484,48 +478,42 @@ def test_muon_steps_along_all_directions_alike():
     train.Muon([weight], dict(lr=1.0, weight_decay=0.0)).step()
     values = torch.linalg.svdvals(weight.detach().flatten(1))
     assert values.max() < 1.3 and values.min() > 0.5
-    direction = (weight.detach().flatten(1) * weight.grad.flatten(1)).sum()
-    assert direction < 0                                        # downhill
-
+    assert (weight.detach() * weight.grad).sum() < 0            # downhill
     module = torch.nn.Sequential(torch.nn.Conv3d(4, 4, 3, groups=4), torch.nn.Conv3d(4, 8, 1))
     adamw, muon = train.make_optimizers(module, 1e-3, 0.02)
     assert [p is module[1].weight for p in muon.param_groups[0]["params"]] == [True]
     assert len(adamw.param_groups[0]["params"]) == 3 and len(train.make_optimizers(module, 1e-3, 0.0)) == 1
 
 
-def validations(*psnrs, every=10, **more):
-    return [{"step": every * (i + 1), "psnr": psnr, "stage": 1} | {key: values[i] for key, values in more.items()}
+def validations(*psnrs, **more):
+    """Two validations of stage 1, the others of stage 2."""
+    return [{"step": 10 * (i + 1), "psnr": psnr, "stage": 1 + (i > 1)} | {key: more[key][i] for key in more}
             for i, psnr in enumerate(psnrs)]
 
 
-STAGES = [1, 1, 2, 2, 2, 2]
-
-
-def test_stage_1_has_converged_when_the_last_five_validations_gained_little():
+def test_the_rules_that_go_by_the_validations():
     flat = [20, 20.01, 20.02, 20.01, 20.02]
-    assert not converged(validations(*flat))                          # too few to say
-    assert not converged(validations(*flat, 20.06)) and converged(validations(*flat, 20.04))
-    assert converged(validations(20, 19, 18, 19.9, 18, 19)) and not converged(validations(*flat, 20.04, 20.2))
-
-
-def test_the_adversarial_weight_is_halved_while_psnr_lies_too_low():
-    log = validations(20, 22, 21.6, 21.5, 21.8, 21.9, stage=STAGES)
+    for psnrs, ends in ((flat, False), ((*flat, 20.06), False), ((*flat, 20.04), True),     # the first: too few to say
+                        ((20, 19, 18, 19.9, 18, 19), True), ((*flat, 20.04, 20.2), False)):
+        assert converged(validations(*psnrs)) == ends
+    # the adversarial weight is halved while the PSNR lies too low
+    log = validations(20, 22, 21.6, 21.5, 21.8, 21.9)
     assert guard(log[:2]) == 1 and guard(log[:4]) == 0.25 and guard(log) == 0.25 * 1.25 ** 2
-    assert guard(validations(20, 22, 21.8, stage=STAGES)) == 1
-
-
-def test_the_best_is_of_highest_psnr_then_the_sharpest_within_the_drop():
-    """Stage 1's best competes: stage 2 may be worse by both measures."""
-    log = validations(20, 22, 21.9, 21.8, 21.5, sharpness=[0.2, 0.5, 0.7, 0.8, 1.0], stage=STAGES)
+    assert guard(validations(20, 22, 21.8)) == 1
+    # the best is of highest PSNR, then the sharpest within the drop; stage 1's may be better by both measures
+    log = validations(20, 22, 21.9, 21.8, 21.5, sharpness=[0.2, 0.5, 0.7, 0.8, 1.0])
     assert [best_line(log[:n])["step"] for n in (1, 2, 3, 5)] == [10, 20, 30, 40]
-    assert best_line(validations(20, 22, 21.9, 21.8, sharpness=[0.2, 0.5, 0.4, 0.3], stage=STAGES))["step"] == 20
+    assert best_line(validations(20, 22, 21.9, 21.8, sharpness=[0.2, 0.5, 0.4, 0.3]))["step"] == 20
     for lpips, best in ([0.5, 0.4, 0.3, 0.2], 40), ([0.5, 0.1, 0.3, 0.2], 20):
-        log = validations(20, 22, 21.9, 21.8, sharpness=[1] * 4, val_lpips=lpips, stage=STAGES)
+        log = validations(20, 22, 21.9, 21.8, sharpness=[1] * 4, val_lpips=lpips)
         assert best_line(log)["step"] == best
 
 
-def test_presets_change_what_their_rows_say_and_flags_win():
-    plain = vars(settings([]))
+def test_presets_are_listed_change_what_their_rows_say_and_flags_win(capsys):
+    with pytest.raises(SystemExit) as end:
+        parse_args(["--preset", "list"])
+    out, plain = capsys.readouterr().out, vars(settings([]))
+    assert end.value.code in (0, None) and all(name in out for name in train.PRESETS) and "26.91, 0.1391, 0.8155" in out
     for name, row in train.PRESETS.items():
         args = settings(["--preset", name])
         changed = {key for key, value in vars(args).items() if value != plain[key]}
@@ -553,20 +541,16 @@ def test_black_frames_that_come_out_exactly_and_infinities_are_told_apart():
         train.measure(lambda z: z.where(z > -1, math.inf), [black], [black], "student")
 
 
-def test_presets_are_listed(capsys):
-    with pytest.raises(SystemExit) as end:
-        parse_args(["--preset", "list"])
-    out = capsys.readouterr().out
-    assert end.value.code in (0, None) and all(name in out for name in train.PRESETS) and "26.91, 0.1391, 0.8155" in out
-
-
-def test_a_preset_trains_its_student_and_a_resume_knows_it(tmp_path, here):
+def test_a_preset_trains_its_student_and_what_is_given_is_said(tmp_path, here, capsys):
     here(tmp_path, "--frames", "4", "--steps", "1", "--preset", "table5-k5")
     assert TurboVAED.from_pretrained(tmp_path).config == replace(train.CONFIGS["tiny"], kernel=5)
-    with pytest.raises(ValueError, match="--student {'kernel': 5}, not {'kernel': 7}"):
-        train.main(parse_args(["--out", str(tmp_path), "--student", "kernel=7", "--resume"]))
+    assert capsys.readouterr().out.startswith(
+        "given: --student {'kernel': 5}, --size 16, --frames 4, --batch 4, --micro-batch 2, --val-clips 2, "
+        "--dtype float32, --log-every 1, --workers 0, --steps 1; the rest is the recipe's\n")
     train.main(parse_args(["--out", str(tmp_path), "--steps", "2", "--resume"]))
     assert checkpoint(tmp_path)["step"] == 2
+    train.open_run({}, tmp_path / "new")
+    assert capsys.readouterr().out.endswith("given: nothing; the rest is the recipe's\n")
 
 
 def test_samples_are_so_many_clips_again_and_again(videos, tmp_path):
@@ -574,9 +558,7 @@ def test_samples_are_so_many_clips_again_and_again(videos, tmp_path):
     assert torch.equal(clips[0], clips[3]) and torch.equal(clips[2], clips[302]) and not torch.equal(clips[0], clips[1])
     assert clips.describe(5) == "made-up clip 2"
     for i in range(6):
-        shutil.copy(videos / f"{i % 3}.mp4", tmp_path / f"{i}.mp4")
-        with open(tmp_path / f"{i}.mp4", "ab") as file:
-            file.write(bytes(i))
+        (tmp_path / f"{i}.mp4").write_bytes((videos / f"{i % 3}.mp4").read_bytes() + bytes(i))
     few, whole = data_of(tmp_path, "--samples", 2)[0], data_of(tmp_path)[0]
     assert len(few) == 2 and set(few.files) < set(whole.files)
     assert len(data_of(tmp_path, "--samples", 1, "--val-data", "synthetic")[0]) == 1        # whatever validates
@@ -611,37 +593,27 @@ def test_every_setting_is_remembered_but_those_that_change_nothing(tmp_path, cap
     assert "--steps 3000 from here on, 2000 before\n" in capsys.readouterr().out
 
 
-@pytest.fixture(scope="module")
-def begun(tmp_path_factory, videos):
-    """Two steps on the three videos."""
-    out = tmp_path_factory.mktemp("begun")
-    run(*command(out, "--data", videos, "--steps", 2, "--eval-every", 2, "--dtype", "auto"))
-    return out
-
-
-def test_a_resume_may_not_change_what_is_held_out(begun, videos, here, monkeypatch):
-    monkeypatch.chdir(videos)
+def test_a_resume_finds_the_same_videos_wherever_they_are_and_keeps_the_type(videos, tmp_path, here, monkeypatch):
+    """On a machine whose own choice of type would be another."""
+    out, folder = tmp_path / "out", shutil.copytree(videos, tmp_path / "videos")
+    resume = lambda *flags: here(out, "--data", folder, "--eval-every", 2, "--dtype", "auto", *flags)
+    resume("--steps", 2)
+    kept = checkpoint(out)["args"]["dtype"]
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: kept != "bfloat16")
+    monkeypatch.chdir(folder)
+    (folder / "3.mp4").hardlink_to("1.mp4")
+    with pytest.raises(ValueError, match="had other videos"):
+        resume("--resume")
+    (folder / "3.mp4").unlink()
+    (folder / "0.mp4").rename("00.mp4")
+    with pytest.raises(ValueError, match="had other (held-out )?videos"):
+        resume("--resume")
+    (folder / "00.mp4").rename("0.mp4")
     for words, *flags in (("--val-clips 2, not 1", "--val-clips", 1), ("--dtype .*, not float16", "--dtype", "float16"),
                           ("had other (held-out )?videos", "--val-data", "1.mp4")):
         with pytest.raises(ValueError, match=words):
-            here(begun, "--data", videos, "--steps", 4, "--dtype", "auto", "--resume", *flags)
-
-
-def test_a_resume_finds_the_same_videos_wherever_they_are_and_keeps_the_type(begun, videos, tmp_path, here, monkeypatch):
-    """On a machine whose own choice of type would be another."""
-    out, folder = shutil.copytree(begun, tmp_path / "out"), shutil.copytree(videos, tmp_path / "videos")
-    kept = checkpoint(begun)["args"]["dtype"]
-    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: kept != "bfloat16")
-    resume = lambda: here(out, "--data", folder, "--steps", 4, "--eval-every", 4, "--dtype", "auto", "--resume")
-    shutil.copy(folder / "1.mp4", folder / "3.mp4")
-    with pytest.raises(ValueError, match="had other videos"):
-        resume()
-    (folder / "3.mp4").unlink()
-    (folder / "0.mp4").rename(folder / "00.mp4")
-    with pytest.raises(ValueError, match="had other (held-out )?videos"):
-        resume()
-    (folder / "00.mp4").rename(folder / "0.mp4")
-    resume()
+            resume("--resume", "--steps", 4, *flags)
+    resume("--resume", "--steps", 4)
     assert checkpoint(out)["step"] == 4 and checkpoint(out)["args"]["dtype"] == kept
 
 
@@ -656,23 +628,22 @@ def test_a_resume_that_takes_no_step_says_so(staged, tmp_path, capsys):
     assert checkpoint(out)["step"] == 12 and list(log(out, "discriminator")) == list(range(5, 13))
 
 
-def test_a_run_killed_between_checkpoint_and_best_mends_itself(whole, tmp_path, here, monkeypatch):
+@pytest.mark.parametrize("name", ["student.safetensors", "best.safetensors", "curves.png"])
+def test_a_run_killed_between_checkpoint_and_best_mends_itself(whole, tmp_path, here, monkeypatch, name):
     """At each of the files that follow from the checkpoint, and behind the log."""
     plain = TurboVAED.save_pretrained
-    for n, name in enumerate(("student.safetensors", "best.safetensors", "log.jsonl")):
-        def dies(self, path, **more):
-            if path.name == name and self.metadata == {} and more["metadata"]["step"] == "8":
-                raise RuntimeError("killed")
-            return plain(self, path, **more)
 
-        with monkeypatch.context() as context, pytest.raises((RuntimeError, ZeroDivisionError)):
-            context.setattr(TurboVAED, "save_pretrained", dies)
-            if name == "log.jsonl":
-                context.setattr(train, "draw", lambda out, run, columns: 1 / (run.step - 8))
-            here(tmp_path / name, "--steps", 8, "--eval-every", 4)
-        assert checkpoint(tmp_path / name)["step"] == 8
-        here(tmp_path / name, "--steps", 8, "--resume")
-        same_run(whole, tmp_path / name)
+    def dies(self, path, metadata):
+        assert (path.name, metadata["step"]) != (name, "8")
+        plain(self, path, metadata)
+
+    with monkeypatch.context() as context, pytest.raises((AssertionError, ZeroDivisionError)):
+        context.setattr(TurboVAED, "save_pretrained", dies)
+        context.setattr(train, "draw", lambda out, run, columns: 1 / (run.step - 8))
+        here(tmp_path, "--steps", 8, "--eval-every", 4)
+    assert checkpoint(tmp_path)["step"] == 8
+    here(tmp_path, "--steps", 8, "--resume")
+    same_run(whole, tmp_path)
 
 
 def test_the_better_student_and_the_time_that_a_run_takes_are_said(tmp_path, here, monkeypatch, capsys):
@@ -697,13 +668,6 @@ def test_a_learning_rate_that_other_settings_change_is_said(tmp_path, here, monk
         assert re.findall("step .*learning rate.*", capsys.readouterr().out) == said
 
 
-def test_the_flags_that_a_run_is_given_are_said(tmp_path, capsys):
-    train.open_run(parse_args(["--micro-batch", "2", "--preset", "table5-k5", "--out", "x", "--overwrite"]), tmp_path)
-    assert capsys.readouterr().out == "given: --student {'kernel': 5}, --micro-batch 2; the rest is the recipe's\n"
-    train.open_run({}, tmp_path)
-    assert capsys.readouterr().out == "given: nothing; the rest is the recipe's\n"
-
-
 def test_a_stop_while_a_cache_fills_says_that_the_command_goes_on(staged, videos, tmp_path, here, monkeypatch):
     plain = CachedClips.put
 
@@ -721,28 +685,23 @@ def test_a_stop_while_a_cache_fills_says_that_the_command_goes_on(staged, videos
     same_run(staged / "out", tmp_path / "out")
 
 
-def test_overwriting_leaves_nothing_that_a_resume_would_go_on_with(whole, tmp_path, here, monkeypatch, capsys):
+def test_overwriting_waits_until_the_new_run_begins(whole, staged, videos, tmp_path, here, monkeypatch, capsys):
+    """A cache that is refused costs nothing. Then nothing is left that a resume would go on with."""
     out = shutil.copytree(whole, tmp_path / "out")
+    overwrite = staged_flags(out, staged / "cache", videos, "--overwrite")
+    for words, flags in (("the cache .* was made with", (*overwrite, "--seed", 1)),
+                         ("patch|compression would be", (*overwrite, "--student", "patch=1")),
+                         ("is at step 8, in stage 1: --steps 1 comes too late", (out, "--resume", "--steps", 1))):
+        with pytest.raises(ValueError, match=words):
+            here(*flags)
+    assert contents(out) == contents(whole)
     (out / "tiny.mlpackage").mkdir()
     (out / "results.md").touch()
-    monkeypatch.setattr(Objective, "backward", lambda *args, **more: (_ for _ in ()).throw(RuntimeError("killed")))
+    monkeypatch.setattr(Objective, "backward", Mock(side_effect=RuntimeError("killed")))
     with pytest.raises(RuntimeError, match="killed"):
         here(out, "--steps", 4, "--overwrite")
     assert not list(out.glob("*.safetensors")) and not log(out) and checkpoint(out)["step"] == 0
     assert f"{out} still has what was made of the run before: results.md, tiny.mlpackage\n" in capsys.readouterr().out
-
-
-def test_overwriting_keeps_the_old_run_until_the_new_one_begins(whole, staged, videos, tmp_path, here):
-    """A cache that is refused costs nothing."""
-    out = shutil.copytree(whole, tmp_path / "out")
-    before = {path.name: path.read_bytes() for path in out.iterdir()}
-    staged_again = staged_flags(out, staged / "cache", videos, "--overwrite")
-    for words, flags in (("the cache .* was made with", (*staged_again, "--seed", 1)),
-                         ("patch|compression would be", (*staged_again, "--student", "patch=1")),
-                         ("is at step 8, in stage 1: --steps 1 comes too late", (out, "--resume", "--steps", 1))):
-        with pytest.raises(ValueError, match=words):
-            here(*flags)
-    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
 
 
 def test_all_files_follow_from_the_checkpoint(whole, tmp_path):
@@ -775,10 +734,10 @@ def test_a_checkpoint_that_is_gone_or_damaged_is_told_and_its_student_kept(whole
     assert (file.parent / "student.safetensors").read_bytes() == student
 
 
-def test_copies_of_what_is_held_out_are_not_trained_on(videos, tmp_path):
-    folder = tmp_path / "all"
+def test_what_is_held_out_is_not_trained_on_nor_are_copies_of_it(videos, tmp_path):
+    folder, val = tmp_path / "all", tmp_path / "val"
     folder.mkdir()
-    for name, source in (("a", "0"), ("b", "1"), ("c", "0"), ("d", "2")):
+    for name, source in zip("abcd", "0102"):
         shutil.copy(videos / f"{source}.mp4", folder / f"{name}.mp4")
     (folder / "hard.mp4").hardlink_to(folder / "a.mp4")
     clips, _, _, unchanged = data_of(folder)
@@ -787,6 +746,12 @@ def test_copies_of_what_is_held_out_are_not_trained_on(videos, tmp_path):
     assert data_of(folder, "--val-data", tmp_path / "val.mp4")[0].files == ["a.mp4", "c.mp4", "d.mp4", "hard.mp4"]
     clips, _, name, _ = data_of(folder, "--val-data", "synthetic")
     assert len(clips) == 5 and name == "held-out made-up clips"
+    shutil.copytree(videos, val, ignore=shutil.ignore_patterns("2.mp4"))
+    (folder / "link").symlink_to(val)
+    clips, val_clips, *_ = data_of(folder, "--val-data", val, "--val-clips", 1)
+    assert clips.files == ["d.mp4"] and len(val_clips) == 1
+    with pytest.raises(ValueError, match="no video is left to train on"):
+        data_of(folder, "--val-data", folder)
 
 
 def test_no_seed_trains_on_the_held_out_clips():
@@ -797,21 +762,10 @@ def test_no_seed_trains_on_the_held_out_clips():
                for stream, clips, *_ in streams)
 
 
-@pytest.mark.parametrize("start", [0, 3])
-def test_stage_1_is_measured_where_stage_2_begins(tmp_path, here, start):
-    here(tmp_path, "--steps", 5, "--stage2", start, "--eval-every", 5)
-    assert [(line["step"], line["stage"]) for line in rows(tmp_path) if "psnr" in line] == [(start, 1), (5, 2)]
-
-
-def test_files_of_val_data_are_not_trained_on(videos, tmp_path):
-    shutil.copytree(videos, tmp_path / "all" / "train")
-    shutil.copytree(videos, tmp_path / "val")
-    (tmp_path / "val" / "2.mp4").unlink()
-    (tmp_path / "all" / "link").symlink_to(tmp_path / "val")
-    clips, val_clips, *_ = data_of(tmp_path / "all", "--val-data", tmp_path / "val", "--val-clips", 1)
-    assert clips.files == ["train/2.mp4"] and len(val_clips) == 1
-    with pytest.raises(ValueError, match="no video is left to train on"):
-        data_of(tmp_path / "all", "--val-data", tmp_path / "all")
+def test_stage_1_is_measured_where_stage_2_begins(tmp_path, here):
+    for start, out in (0, tmp_path / "0"), (3, tmp_path / "3"):
+        here(out, "--steps", 5, "--stage2", start, "--eval-every", 5)
+        assert [(line["step"], line["stage"]) for line in rows(out) if "psnr" in line] == [(start, 1), (5, 2)]
 
 
 def test_a_held_out_video_that_cannot_be_decoded_gives_way_to_the_next(videos, monkeypatch, capsys):
@@ -835,6 +789,7 @@ def test_a_stop_before_the_first_validation_leaves_a_student(whole, tmp_path, he
     flags = "--steps", 8, "--eval-every", 4, "--micro-batch", 4
     with monkeypatch.context() as context, pytest.raises(SystemExit):
         signals_at(context, 1, signal.SIGINT)
+        context.setattr(os, "write", Mock(side_effect=BrokenPipeError))         # who read what it says is gone
         here(tmp_path, *flags)
     assert TurboVAED.from_pretrained(tmp_path).metadata == {"teacher": "tiny", "step": "1"}
     here(tmp_path, *flags, "--resume")
@@ -919,9 +874,8 @@ def test_two_steps_of_a_teachers_recipe_at_reduced_width(tmp_path, here, monkeyp
     monkeypatch.setitem(train.CONFIGS, name, replace(train.CONFIGS[name], latent_channels=teacher.latent_channels,
                                                      widths=(16, 16, 16, 16, 16), resnets=(1, 1, 1, 1, 1)))
     frames = max(min(recipe["frames"], teacher.compression[0] + 1), teacher.fewest)
-    here(tmp_path, "--teacher", name, "--data", "synthetic", "--size", 64, "--frames", frames,
-         "--lpips-weight", 0, "--steps", 2, "--eval-every", 2, "--batch", 2, "--micro-batch", 2, "--val-clips", 1,
-         "--stage2", stage2)
+    here(tmp_path, "--teacher", name, "--frames", frames, "--stage2", stage2, *(
+        "--data synthetic --size 64 --lpips-weight 0 --steps 2 --eval-every 2 --batch 2 --val-clips 1".split()))
     assert list(map(math.isfinite, log(tmp_path).values())) == [True, True] and log(tmp_path, "distill")[2] > 0
     student = TurboVAED.from_pretrained(tmp_path)
     assert student.metadata["teacher"] == name and student.config == train.CONFIGS[name]
@@ -935,14 +889,14 @@ def test_a_teacher_whose_activations_are_beyond_float16_runs_in_float32(tmp_path
     assert checkpoint(tmp_path)["args"]["dtype"] == "float16"
 
 
-@pytest.mark.parametrize("dies", ["a step", "a loader process"])
-def test_memory_that_runs_out_is_told_with_what_helps(tmp_path, here, monkeypatch, dies):
-    if dies == "a step":
-        monkeypatch.setattr(Objective, "backward", lambda *args, **more: torch.empty(2 ** 60))
-    else:
-        with_clips(monkeypatch, lambda n, clip: os.kill(os.getpid(), signal.SIGKILL))
-    with pytest.raises(SystemExit, match="error: out of memory: fewer clips"):
-        train.run_command(lambda: here(tmp_path, "--steps", 2, "--workers", int(dies != "a step")), "fewer clips")
+def test_memory_that_runs_out_is_told_with_what_helps(tmp_path, here, monkeypatch):
+    """In a loader process, which is killed, or in a step."""
+    killed = lambda context: with_clips(context, lambda n, clip: os.kill(os.getpid(), signal.SIGKILL))
+    fails = lambda context: context.setattr(Objective, "backward", lambda *args, **more: torch.empty(2 ** 60))
+    for workers, runs_out in (1, killed), (0, fails):
+        with monkeypatch.context() as context, pytest.raises(SystemExit, match="error: out of memory: fewer clips"):
+            runs_out(context)
+            train.run_command(lambda: here(tmp_path, "--overwrite", "--workers", workers), "fewer clips")
 
 
 @pytest.mark.parametrize("flags", [
@@ -961,13 +915,12 @@ def test_flags_that_mean_nothing_are_refused_before_anything_is_loaded(flags, ca
 def test_what_needs_no_teacher_is_found_first(tmp_path, here, monkeypatch):
     (tmp_path / "file").touch()
     monkeypatch.setattr(train, "load_teacher", lambda *args: pytest.fail("loaded"))
-    with pytest.raises(OSError, match="file"):
-        here(tmp_path / "file" / "run", "--steps", 1)
-    with pytest.raises(FileNotFoundError, match="nowhere"):
-        here(tmp_path / "out", "--steps", 1, "--data", "nowhere")
-    for device in ("cuda:9", "nonsense"):
-        with pytest.raises((RuntimeError, ValueError, AssertionError), match="(?i)cuda|nvidia|nonsense"):
-            here(tmp_path / "out", "--steps", 1, "--device", device)
+    none = RuntimeError, ValueError, AssertionError
+    for error, words, *flags in (
+            (OSError, "file", "--out", tmp_path / "file" / "run"), (FileNotFoundError, "nowhere", "--data", "nowhere"),
+            (none, "(?i)cuda|nvidia", "--device", "cuda:9"), (none, "nonsense", "--device", "nonsense")):
+        with pytest.raises(error, match=words):
+            here(tmp_path / "out", "--steps", 1, *flags)
 
 
 def test_a_checkpoint_is_read_on_the_cpu_and_let_go(whole, tmp_path, here, monkeypatch):
@@ -979,8 +932,8 @@ def test_a_checkpoint_is_read_on_the_cpu_and_let_go(whole, tmp_path, here, monke
         return saved
 
     monkeypatch.setattr(torch, "load", load)
-    monkeypatch.setattr(Objective, "backward",
-                        lambda *args, **more: (held.append(held[1]() is None), backward(*args, **more))[1])
+    monkeypatch.setattr(Objective, "backward", lambda *args, **more: (
+        held.append(held[1]() is None), backward(*args, **more))[1])
     here(out, "--steps", 9, "--eval-every", 9, "--resume")
     assert held[0] == "cpu" and held[2] is True
 
