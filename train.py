@@ -223,6 +223,10 @@ def hold_out(clips, n):
 
 def find_data(args):
     """(training stream, held-out clips, what these are called, {what a resume must find unchanged})."""
+    if args.batch % (args.micro_batch * WORLD):
+        raise ValueError(f"--batch {args.batch} cannot be divided by --micro-batch {args.micro_batch} x {WORLD}")
+    if isinstance(args.stage2, int) and args.stage2 >= args.steps:
+        raise ValueError(f"--stage2 {args.stage2} lies behind the run's --steps {args.steps}")
     size, made_up = (args.frames, args.size), args.data == "synthetic"
     train = SyntheticClips(*size, args.seed + (args.seed >= HELD_OUT_SEED), length=2 ** 62, distinct=args.samples) \
         if made_up else VideoClips(args.data, *size, seed=args.seed)
@@ -578,11 +582,7 @@ def main(given):
     out = Path(given.get("out") or f"out/{given.get('teacher', 'tiny')}")
     args, saved = from_rank0(lambda: open_run(given, out))
     device = find_device(args.device)
-    accumulate, rest = divmod(args.batch, args.micro_batch * WORLD)
-    if rest:
-        raise ValueError(f"--batch {args.batch} cannot be divided by --micro-batch {args.micro_batch} x {WORLD}")
-    if isinstance(args.stage2, int) and args.stage2 >= args.steps:
-        raise ValueError(f"--stage2 {args.stage2} lies behind the run's --steps {args.steps}")
+    accumulate = args.batch // args.micro_batch // WORLD
     autocast, safe_autocast, compiles = set_precision(args, device)
     clips, held_out, val_name, unchanged = from_rank0(lambda: find_data(args))          # before weights are fetched
     teacher = load_teacher(args.teacher, args.teacher_weights, device)
@@ -660,8 +660,8 @@ def main(given):
     if RANK == 0:
         for path in (*map(out.joinpath, {*STUDENTS} - {*run.students}), *out.glob(".[abcs]*.[0-9]*.*")):    # half files
             path.unlink(missing_ok=True)
-        ours = "checkpoint.pt log.jsonl args.json curves.png samples.png".split()         # the students are gone
-        others = sorted({path.name for path in out.glob("[!.]*")}.difference(ours))
+        others = sorted({path.name for path in out.glob("[!.]*")}       # the students are gone
+                        .difference("checkpoint.pt log.jsonl args.json curves.png samples.png".split()))
         if others and "overwrite" in given:
             say(f"{out} still has what was made of the run before: {', '.join(others)}")
         with atomically(out / "args.json") as file:
@@ -683,9 +683,8 @@ def main(given):
         signals.append(number)
         if len(signals) == 2 and WORLD == 1:                  # a second Ctrl-C; torchrun sends its own
             raise KeyboardInterrupt                           # a third one must not disturb what cleans up
-        if len(signals) == 1 and RANK == 0:
-            with suppress(OSError):                           # where a pipe's reader is gone, too
-                os.write(2, b"\nfinishing the step, to save; a second signal stops now\n")
+        with suppress(OSError):                               # where a pipe's reader is gone, too; once, on rank 0
+            os.write(2, b"\nfinishing the step, to save; a second signal stops now\n" * (len(signals) + RANK == 1))
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, on_signal)
     bar = tqdm(total=args.steps, initial=run.step, unit="step", disable=RANK > 0 or None)

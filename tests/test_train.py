@@ -857,7 +857,7 @@ def test_two_processes_scan_once_and_stop_together(videos, tmp_path):
     process = begin(tmp_path / "out", *TWO, script, *arguments)
     process.send_signal(signal.SIGTERM)
     stdout, stderr = process.communicate(timeout=60)
-    assert stderr.count("finishing the step, to save\n") == 1
+    assert stderr.count("finishing the step, to save; a second signal stops now\n") == 1
     assert sorted((tmp_path / "scans").read_text().splitlines()) == ["0 0.mp4", "0 1.mp4", "0 2.mp4", "0 empty.mp4"]
     step = int(re.search(r"stopped by SIGTERM at step (\d+); --resume goes on", stdout)[1])
     assert step > 0 and checkpoint(tmp_path / "out")["step"] == step
