@@ -28,6 +28,8 @@ def teachers_of(vae):
         return names["LTXVideo095DownBlock3D" in vae.config.down_block_types:][:1]
     if "ltx2" in names:         # the same: LTX-2.3's decoder has a block more
         return names[len(vae.config.decoder_layers_per_block) > 4:][:1]
+    if "wan21" in names:        # 2.2's alone has residual stages
+        return names[bool(vae.config.is_residual):][:1]
     return names
 
 
