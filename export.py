@@ -942,9 +942,9 @@ def main():
     for size, form in itertools.product(args.size or [(512, 512), (720, 1280)], args.format):
         frames = student.config.frames(latent_shape(student.config, Settings(size, args.latent_frames))[0])
         end = ends[form] + ("_float32" if args.float32 else "") + FORMATS[form].suffix
-        path = folder / f"{Path(label).name.removesuffix('.safetensors')}_{frames}x{size[0]}x{size[1]}_{end}"
+        path = folder / f"{Path(label).absolute().name.removesuffix('.safetensors')}_{frames}x{size[0]}x{size[1]}_{end}"
         paths[path] = size
-        if path.exists() and not (folder / OWN_FILE).exists():      # a run's own folder holds packages of one student
+        if path.exists() and folder != run:         # a run's own folder holds packages of one student
             if read(path).metadata["weights_sha256"] != weights_hash(student):
                 raise ValueError(f"{path} is another student's: name another folder with --out, or delete it")
     for path, size in paths.items():

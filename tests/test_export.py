@@ -425,8 +425,11 @@ def test_two_students_of_one_teacher_do_not_share_a_package(tiny, image, tmp_pat
         "out/export/a_4x14x16_engine.mlpackage", "out/export/best_4x14x16_engine.mlpackage"}
     torch.manual_seed(0)
     TurboVAED(tiny.config).save_pretrained(tmp_path / "a.safetensors")
-    with pytest.raises(ValueError, match="a_4x14x16_engine.mlpackage is another student's: name another folder"):
-        command("--student", "a.safetensors", *IMAGE)
+    shutil.copytree(tmp_path / "out/export", tmp_path / "out/run")
+    tiny.save_pretrained(tmp_path / "out/run")
+    for out in ("out/export", "out/run"):           # also where these are a run's own
+        with pytest.raises(ValueError, match="a_4x14x16_engine.mlpackage is another student's: name another folder"):
+            command("--student", "a.safetensors", *IMAGE, "--out", out)
 
 
 def test_a_stop_leaves_no_half_package(tmp_path):
