@@ -509,10 +509,10 @@ def draw(out, run, columns):
     figure = Figure((3.5 * len(shown), 3), layout="constrained")
     for i, name in enumerate(shown, 1):
         axis = figure.add_subplot(1, len(shown), i)
-        axis.plot(*zip(*[(line["step"], line[name]) for line in lines if name in line]))
+        axis.plot(*zip(*[(line["step"], line[name]) for line in lines if name in line]), ".-")
         axis.set(title=titles[name], xlabel="step")
         if name == "psnr":
-            axis.axhline(run.validations[-1]["teacher_psnr"], color="grey", linestyle="--")
+            axis.axhline(run.validations[-1]["teacher_psnr"], linestyle="--")
     with atomically(out / "curves.png") as file:
         figure.savefig(file)
 
