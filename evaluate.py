@@ -187,7 +187,8 @@ def load_students(args):
 
 
 def load_fitting_teacher(args, students, first):
-    """The teacher, as the first student is, after a check that all students decode its latents."""
+    """The teacher, as the first student is, by the weights of a student's run unless --teacher-weights says others,
+    after a check that all students decode its latents."""
     name = args.teacher or first.metadata["teacher"]
     for label, student in students.items():     # before anything is fetched, where a preset has the teacher's numbers
         like = CONFIGS.get(name, student.config)
