@@ -206,7 +206,8 @@ def test_the_student_asked_for_is_timed_and_labelled_by_what_is_decoded(bench, t
     (["--iphone"], "--team"), (["--team", "x", "--mlpackage"], "--iphone and --team"),
     (["--chunk", "2"], "go with --stream"), (["--blocks", "--lengths", "2"], "go with --stream"),
     (["--stream", "--config", "tiny", "--teacher"], "--stream goes without"),
-    (["--stream", "--blocks"], "without each other"), (["--blocks", "--mlpackage"], "without each other")])
+    (["--stream", "--blocks"], "without each other"), (["--blocks", "--mlpackage"], "without each other"),
+    (["--pte", "x.pte", "--stream"], "without each other"), (["--pte", "x.pte", "--blocks"], "without each other")])
 def test_wrong_flags_are_one_line(bench, capsys, flags, words):
     with pytest.raises(SystemExit) as error:
         bench(*flags)
